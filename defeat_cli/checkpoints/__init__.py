@@ -1,0 +1,1 @@
+"""Reading and writing detector checkpoints, one format a file."""

@@ -1,0 +1,1 @@
+"""Detectors by the contract of `base.py`, one family a file."""

@@ -1,0 +1,1 @@
+"""The method: masks, losses, adapters, and the step that puts them together."""

@@ -1,0 +1,1 @@
+"""Training, evaluation and the folders that runs leave behind."""

@@ -1,0 +1,21 @@
+"""What a user can get wrong. The CLI prints these as one clear message and exits with code 2; every other exception keeps its traceback."""
+
+
+class DefeatError(Exception):
+    """Bad input. The message names the file or key at fault and says what would be right."""
+
+
+class RecipeError(DefeatError):
+    """A recipe, or a `--set` on the command line, that cannot be used."""
+
+
+class DataError(DefeatError):
+    """Images or annotations that are missing, broken or contradict each other."""
+
+
+class CheckpointError(DefeatError):
+    """A checkpoint that cannot be read, or does not fit the detector it is meant for."""
+
+
+class RunError(DefeatError):
+    """A run or study folder, or a device, that cannot be used as asked."""

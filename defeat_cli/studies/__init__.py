@@ -1,0 +1,1 @@
+"""Studies on top of single runs: ablations, gradient maps, their pictures and reports."""
