@@ -1,4 +1,7 @@
-"""What a user can get wrong. The CLI prints these as one clear message and exits with code 2; every other exception keeps its traceback."""
+"""What a user can get wrong.
+
+The CLI prints these as one clear message and exits with code 2; every other exception keeps its traceback.
+"""
 
 
 class DefeatError(Exception):

@@ -54,7 +54,7 @@ class Section(BaseModel):
 
 
 class Conventions(Section):
-    """Numerical conventions in which detectors of other libraries differ from torchvision's. Checkpoint readers set them."""
+    """Where detectors of other libraries compute differently from torchvision's. Checkpoint readers set these."""
 
     image_mean: Annotated[list[float], Field(min_length=3, max_length=3)] = [0.485, 0.456, 0.406]
     """RGB mean of pixels in [0, 1]."""
@@ -336,7 +336,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def _parsed_mapping(text: str, origin: str) -> dict[str, Any]:
     try:
-        content = yaml.load(text, _Loader)  # noqa: S506 - _Loader is a SafeLoader
+        content = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f"{origin}:{mark.line + 1}" if mark else origin
@@ -356,7 +356,7 @@ def parse_assignments(assignments: list[str]) -> dict[str, Any]:
         if not separator or not key:
             raise RecipeError(f"--set {assignment}: expected dotted.key=value, e.g. optimizer.lr=0.01")
         try:
-            values[key.strip()] = yaml.load(value, _Loader)  # noqa: S506 - _Loader is a SafeLoader
+            values[key.strip()] = yaml.load(value, _Loader)
         except yaml.YAMLError:
             raise RecipeError(f"--set {assignment}: {value!r} is not a valid YAML value") from None
     return values

@@ -1,7 +1,7 @@
 """The Detector contract: what distillation needs of a detector, and no more.
 
-A detector wraps a torchvision model (`self.model`) and calls that model's own modules one at a time, so that the parts in
-turn give bit for bit what `self.model.forward` gives. The wrapped model's state dict is what users take away.
+A detector wraps a torchvision model (`self.model`) and calls that model's own modules one at a time, so that the parts
+in turn give bit for bit what `self.model.forward` gives. The wrapped model's state dict is what users take away.
 """
 
 from __future__ import annotations
