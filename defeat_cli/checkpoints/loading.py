@@ -1,0 +1,46 @@
+"""One way to load a detector's weights, whoever trained it: the format is recognised from the content."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from defeat_cli.checkpoints import native, torchvision
+from defeat_cli.checkpoints.reading import described, read
+from defeat_cli.checkpoints.weights import Weights
+from defeat_cli.errors import CheckpointError
+from defeat_cli.recipe import Architecture
+
+FORMATS = {"native": native, "torchvision": torchvision}
+"""Formats by name, in the order they are tried.
+
+Each is a module with `matches(content) -> bool` and `to_weights(content, origin, architecture) -> Weights`.
+"""
+
+TORCHVISION_PREFIX = "torchvision:"
+
+
+def load_weights(
+    source: str | Path, architecture: Architecture | None = None, classes: list[str] | None = None
+) -> Weights:
+    """The detector in a checkpoint file, or torchvision's own by `torchvision:NAME`. No code in the file is run.
+
+    Args:
+        architecture: what the detector is made of, for files that do not say; None reads it from keys and shapes.
+        classes: names for files that hold none, used where their number agrees.
+
+    Raises:
+        CheckpointError: the file cannot be read (says what is inside), or holds no detector that we know.
+    """
+    if str(source).startswith(TORCHVISION_PREFIX):
+        return torchvision.download(str(source).removeprefix(TORCHVISION_PREFIX))
+    path = Path(source)
+    content = read(path)
+    form = next((form for form in FORMATS.values() if form.matches(content)), None)
+    if form is None:
+        raise CheckpointError(
+            f"{path}: no detector of a known format ({', '.join(FORMATS)}) is inside. Found: {described(content)}"
+        )
+    weights = form.to_weights(content, str(path), architecture)
+    if weights.classes is None and classes is not None and len(classes) == weights.num_classes:
+        weights.classes = list(classes)
+    return weights

@@ -1,0 +1,220 @@
+"""Reads what is inside a checkpoint file without ever running code that the file carries.
+
+`torch.load(weights_only=True)` refuses all but plain tensors, and so refuses many honest checkpoints too (loggers,
+numpy numbers, training arguments). What it refuses is read by our own unpickler, which leaves such objects out.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import struct
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from defeat_cli.checkpoints.unpickling import Placeholder, Unpickler, resolved
+from defeat_cli.errors import CheckpointError
+
+LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+"""How `torch.save` began its files before 1.6: a pickled magic number."""
+
+
+CUT_SHORT = "cut short: it begins as a checkpoint, but its end is missing"
+
+
+def read(path: Path) -> Any:
+    """The content of a checkpoint: containers, numbers, text and CPU tensors (numpy arrays become tensors too).
+
+    Objects of other classes are there as `Placeholder`.
+
+    Raises:
+        CheckpointError: the file is missing, cut short, or is not a checkpoint at all; says what was found inside.
+    """
+    if path.is_dir():
+        names = sorted(child.name for child in path.iterdir())
+        raise CheckpointError(f"{path}: a folder, not a checkpoint file. It holds {_listing(names) or 'nothing'}")
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file")
+    try:
+        with path.open("rb") as file:
+            start = file.read(4096)
+            size = path.stat().st_size
+            foreign = _foreign_kind(path, start, size)
+            if foreign:
+                raise CheckpointError(f"{path}: not a checkpoint but {foreign}")
+            if start.startswith(b"PK\x03\x04"):
+                if not zipfile.is_zipfile(file):
+                    raise CheckpointError(f"{path}: {CUT_SHORT}")
+                return _read_zip(path)
+            if start.startswith(LEGACY_MAGIC):
+                return _read_legacy(path)
+            return _read_pickle(path, start)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def _foreign_kind(path: Path, start: bytes, size: int) -> str | None:
+    """What else the file is, if it is something that people mistake for a checkpoint."""
+    if size == 0:
+        return "an empty file"
+    head = start.lstrip()[:256].lower()
+    if head.startswith((b"<!doctype html", b"<html", b"<head", b"<?xml")):
+        title = re.search(rb"<title>(.*?)</title>", start, re.IGNORECASE | re.DOTALL)
+        titled = f" ({title[1].decode(errors='replace').strip()!r})" if title else ""
+        return f"an HTML page{titled}: the download gave a web page instead of the file"
+    if head.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer: run `git lfs pull` to fetch the file itself"
+    if len(start) > 9 and start[8:9] == b"{" and struct.unpack("<Q", start[:8])[0] < size:
+        return f"a safetensors file of {_safetensors_content(path)}; save it as a PyTorch state dict first"
+    if path.suffix.lower() == ".onnx" or re.match(rb"\x08[\x01-\x20]\x12", start):
+        return "an ONNX graph, which has no state dict; take the checkpoint that it was exported from"
+    magics = {
+        b"\x1f\x8b": "a gzip archive: unpack it first",
+        b"\x89HDF": "an HDF5 file (Keras?)",
+        b"\x93NUMPY": "a numpy array",
+        b"\x89PNG": "a PNG image",
+        b"\xff\xd8\xff": "a JPEG image",
+        b"Rar!": "a RAR archive",
+        b"7z\xbc\xaf": "a 7z archive",
+    }
+    kind = next((kind for magic, kind in magics.items() if start.startswith(magic)), None)
+    if kind is None and start[257:262] == b"ustar":
+        return "a tar archive: unpack it first"
+    if kind is None and head.startswith((b"{", b"[")):
+        return "a JSON file"
+    return kind
+
+
+def _safetensors_content(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            names = [n for n in json.loads(file.read(struct.unpack("<Q", file.read(8))[0])) if n != "__metadata__"]
+    except (ValueError, struct.error):
+        return "an unreadable header"
+    return f"{len(names)} tensors ({_listing(names)})"
+
+
+# --- the three kinds of file
+
+
+def _read_zip(path: Path) -> Any:
+    """torch.save since 1.6: a zip of `NAME/data.pkl` and `NAME/data/KEY`, one storage each."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            pickles = [name for name in names if name == "data.pkl" or re.fullmatch(r"[^/]+/data\.pkl", name)]
+            if any(name.endswith("/constants.pkl") for name in names):
+                raise CheckpointError(f"{path}: a TorchScript program; take the state dict that it was made from")
+            if not pickles:
+                raise CheckpointError(f"{path}: not a checkpoint but a zip archive with {_listing(names)}")
+            content = _torch_load(path)
+            if content is not None:
+                return content
+            root = pickles[0].removesuffix("data.pkl")
+            if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
+                raise CheckpointError(f"{path}: saved on a big-endian machine; save it again on this one")
+            unpickler = Unpickler(io.BytesIO(archive.read(pickles[0])), lambda key: archive.read(f"{root}data/{key}"))
+            return _guarded(path, lambda: resolved(unpickler.load()))
+    except zipfile.BadZipFile as error:
+        raise CheckpointError(f"{path}: a damaged PyTorch checkpoint: {error}") from None
+
+
+def _read_legacy(path: Path) -> Any:
+    """torch.save before 1.6: pickles in a row (magic, version, system, content, storage keys), then the storages."""
+    content = _torch_load(path)
+    if content is not None:
+        return content
+
+    def parse() -> Any:
+        with path.open("rb") as file:
+            storages: dict[str, bytes] = {}
+            for _ in range(3):
+                Unpickler(file).load()
+            unpickler = Unpickler(file, storages.__getitem__)
+            content = unpickler.load()
+            for key in Unpickler(file).load():
+                dtype = unpickler.storages[key].dtype
+                (count,) = struct.unpack("<q", file.read(8))
+                storages[key] = _exactly(file, count * dtype.itemsize)
+            return resolved(content)
+
+    return _guarded(path, parse)
+
+
+def _read_pickle(path: Path, start: bytes) -> Any:
+    """A plain pickle, as detectron2's model zoo has them."""
+
+    def parse() -> Any:
+        with path.open("rb") as file:
+            return resolved(Unpickler(file).load())
+
+    if not re.match(rb"\x80[\x02-\x05]|[(}\]c]", start):
+        shown = start[:16].decode("ascii", "replace") if start[:16].isascii() else start[:8].hex(" ")
+        raise CheckpointError(f"{path}: not a checkpoint: it begins with {shown!r}")
+    return _guarded(path, parse)
+
+
+def _torch_load(path: Path) -> Any | None:
+    """What PyTorch itself reads of the file as plain data; None where it refuses."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # whatever it dislikes, our own reader says it better
+        return None
+
+
+def _guarded(path: Path, parse: Callable[[], Any]) -> Any:
+    """`parse()`, where anything that goes wrong is the file's fault: its bytes decide what the unpickler does."""
+    try:
+        return parse()
+    except Exception as error:
+        if isinstance(error, EOFError | struct.error) or "truncated" in str(error):
+            raise CheckpointError(f"{path}: {CUT_SHORT}") from error
+        raise CheckpointError(f"{path}: a damaged or hostile checkpoint: {type(error).__name__}: {error}") from error
+
+
+def _exactly(file: BinaryIO, count: int) -> bytes:
+    data = file.read(count) if count >= 0 else b""
+    if len(data) != count:
+        raise EOFError
+    return data
+
+
+# --- telling what was found
+
+
+def described(content: Any) -> str:
+    """One line on what a checkpoint holds, for an error: keys with the kind of their values, or the tensors' names."""
+    if isinstance(content, Placeholder):
+        return (
+            f"a whole object of class {content.origin}, which cannot be had without running code; save its state dict"
+        )
+    if isinstance(content, Mapping):
+        if not content:
+            return "an empty dict"
+        if all(isinstance(value, Tensor) for value in content.values()):
+            return f"{len(content)} tensors ({_listing([str(key) for key in content])})"
+        return f"a dict with {_listing([f'{key}: {_kind(value)}' for key, value in content.items()], 12)}"
+    return _kind(content)
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Placeholder):
+        return f"an object of class {value.origin}"
+    if isinstance(value, Mapping):
+        tensors = [str(key) for key, inner in value.items() if isinstance(inner, Tensor)]
+        return f"{len(tensors)} tensors ({_listing(tensors)})" if tensors else f"a dict of {len(value)}"
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    if isinstance(value, list | tuple):
+        return f"a {type(value).__name__} of {len(value)}"
+    return type(value).__name__
+
+
+def _listing(names: list[str], count: int = 4) -> str:
+    return ", ".join(names[:count]) + (", …" if len(names) > count else "")
