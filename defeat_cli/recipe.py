@@ -62,7 +62,7 @@ class Conventions(Section):
     """RGB standard deviation of pixels in [0, 1]."""
     stride_in_1x1: bool = False
     """A ResNet bottleneck strides in its first 1x1 convolution instead of the 3x3."""
-    batch_norm_eps: Positive = 1e-5
+    batch_norm_eps: NonNegative = 1e-5
     """Epsilon of the backbone's BatchNorm."""
     roi_align_aligned: bool = False
     """RoIAlign shifts boxes by half a pixel."""
