@@ -22,3 +22,7 @@ class CheckpointError(DefeatError):
 
 class RunError(DefeatError):
     """A run or study folder, or a device, that cannot be used as asked."""
+
+
+class Interrupted(Exception):
+    """The user, or the system, asked a run to stop. The message says how to go on."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from defeat_cli.checkpoints.reading import read
 from defeat_cli.checkpoints.weights import Weights, is_state_dict
 from defeat_cli.errors import CheckpointError, RecipeError
 from defeat_cli.recipe import Architecture, validate
@@ -90,3 +91,23 @@ def to_weights(content: Mapping[str, Any], origin: str, architecture: Architectu
         long_side=recipe.data.long_side,
         notes=[f"a defeat checkpoint: {recipe.student.detector}, {len(classes)} classes"],
     )
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The content of a native checkpoint, checked.
+
+    Raises:
+        CheckpointError: it cannot be read, or is of another format.
+    """
+    content = read(path)
+    if not matches(content):
+        raise CheckpointError(f"{path}: not a checkpoint of this tool")
+    return checked(content, str(path))
+
+
+def recipe_in(path: Path) -> dict[str, Any] | None:
+    """The recipe in a native checkpoint, None for a file of another format or none at all."""
+    if not path.is_file():
+        return None
+    content = read(path)
+    return checked(content, str(path))["recipe"] if matches(content) else None

@@ -1,0 +1,160 @@
+"""The `defeat` command. Each subcommand turns its options into a call; heavy imports wait until one is chosen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from typer.core import TyperGroup
+
+from defeat_cli.console import console, errors
+from defeat_cli.errors import DefeatError, Interrupted
+
+
+class CleanErrors(TyperGroup):
+    """Prints bad input as one message with exit code 2; programming errors keep their traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except DefeatError as error:
+            errors.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+            raise typer.Exit(2) from None
+        except Interrupted as stop:
+            errors.print(f"[yellow]stopped:[/] {escape(str(stop))}", soft_wrap=True)
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    cls=CleanErrors,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Distil a large object detector into a small one (DeFeat, CVPR 2021).",
+)
+
+RecipeOption = Annotated[
+    str | None, typer.Option("--recipe", "-r", help="A recipe file, or the name of a shipped recipe.")
+]
+TeacherOption = Annotated[
+    str | None,
+    typer.Option("--teacher", "-t", help="Teacher checkpoint, or torchvision:NAME. Without one: plain training."),
+]
+DataOption = Annotated[
+    str | None, typer.Option("--data", "-d", help="Data folder: COCO's layout, train.json/val.json/images, or VOC's.")
+]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="Change a recipe key: optimizer.lr=0.01. Repeatable.")
+]
+DeviceOption = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+VariantsOption = Annotated[
+    Path | None, typer.Option("--variants", help="YAML file with variants of your own: name -> recipe overrides.")
+]
+OutputOption = Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write to.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Start again where the folder holds a run.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress; warnings and results only.")]
+
+
+def overrides(assignments: list[str] | None, **options: Any) -> dict[str, Any]:
+    """Dotted recipe overrides from `--set` and from options of their own (`data__path` is data.path)."""
+    from defeat_cli.recipe import parse_assignments
+
+    given = {key.replace("__", "."): value for key, value in options.items() if value is not None}
+    return {**parse_assignments(assignments or []), **given}
+
+
+@app.command()
+def train(
+    recipe: RecipeOption = None,
+    teacher: TeacherOption = None,
+    data: DataOption = None,
+    student_weights: Annotated[
+        str | None, typer.Option(help="Detector checkpoint that the student starts from.")
+    ] = None,
+    variant: Annotated[str | None, typer.Option(help="Distillation variant; see `defeat ablate --list`.")] = None,
+    variants: VariantsOption = None,
+    output: OutputOption = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")] = False,
+    overwrite: OverwriteOption = False,
+    device: DeviceOption = None,
+    seed: Annotated[int | None, typer.Option(help="Fixes everything random.")] = None,
+    plain: Annotated[
+        bool | None, typer.Option("--compare-plain", help="Also train the same student without the teacher.")
+    ] = None,
+    set_: SetOption = None,
+    quiet: QuietOption = False,
+    list_recipes: Annotated[bool, typer.Option("--list-recipes", help="Show the shipped recipes.")] = False,
+) -> None:
+    """Distil a student from a teacher (or, without one, train a detector)."""
+    if list_recipes:
+        return show_recipes()
+    if recipe is None:
+        raise typer.BadParameter(
+            "give a recipe: --recipe quickstart, or a file (--list-recipes shows the shipped ones)"
+        )
+    from defeat_cli.recipe import load
+    from defeat_cli.variants import find_variant, read_variants
+
+    changes = find_variant(variant, read_variants(variants)).overrides if variant else {}
+    changes |= overrides(
+        set_,
+        teacher__checkpoint=teacher,
+        data__path=data,
+        student__weights=student_weights,
+        run__device=device,
+        run__seed=seed,
+        run__compare_plain=plain,
+    )
+    chosen = load(recipe, changes)
+    folder = output or Path("runs") / chosen.run.name
+    from defeat_cli import experiment
+    from defeat_cli.console import results_table
+
+    results = experiment.train(chosen, folder, resume=resume, overwrite=overwrite, quiet=quiet)
+    console.print(results_table(results))
+    console.print(
+        f"written to {folder}/: student.pth (for torchvision), best.pt, results.json, curves.png", soft_wrap=True
+    )
+
+
+def show_recipes() -> None:
+    """Print the shipped recipes with their first comment line."""
+    from defeat_cli.recipe import shipped_recipes
+
+    for name, path in shipped_recipes().items():
+        summary = path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
+        console.print(f"[bold]{name}[/]\n    {escape(summary)}")
+
+
+@app.command("eval")
+def evaluate(
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint of any format, or torchvision:NAME.")],
+    data: DataOption = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option("--recipe", "-r", help="Architecture of a plain state dict, and how the data is laid out."),
+    ] = None,
+    split: Annotated[str, typer.Option(help="train or val.")] = "val",
+    per_class: Annotated[bool, typer.Option("--per-class", help="AP of each class.")] = False,
+    error_types: Annotated[bool, typer.Option("--errors", help="What kinds of errors cost how much (TIDE).")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
+    save_detections: Annotated[Path | None, typer.Option(help="Write raw detections in COCO results format.")] = None,
+    device: DeviceOption = None,
+    set_: SetOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Score a detector on COCO-format data: the twelve COCO figures."""
+    from defeat_cli import scoring
+
+    changes = overrides(set_, data__path=data, run__device=device)
+    report = scoring.score(checkpoint, recipe, changes, split=split, error_types=error_types, quiet=quiet)
+    report.write(json_file, save_detections)
+    for table in report.tables(per_class):
+        console.print(table)
+
+
+def main() -> None:
+    """The console script."""
+    app()

@@ -1,0 +1,202 @@
+"""What a user sees in the terminal: progress, notes and tables. Plain lines where the output is not a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+console = Console(highlight=False)
+errors = Console(stderr=True, highlight=False)
+
+
+class Reporter:
+    """Shows one training as it goes.
+
+    Args:
+        title: what is trained, e.g. `student`.
+        quiet: say nothing but warnings.
+    """
+
+    def __init__(self, title: str, quiet: bool = False) -> None:
+        self.title = title
+        self.quiet = quiet
+        self.live = console.is_terminal and not quiet
+        self.epochs = self.steps = 0
+        self.losses = ""
+        self.last_ap = ""
+        self.speed = ""
+        self.progress: Progress | None = None
+
+    def note(self, text: str) -> None:
+        """One line of plain information."""
+        if not self.quiet:
+            console.print(escape(text), soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        """One line that deserves attention."""
+        console.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True)
+
+    def begin(self, step: int, steps: int, epochs: int) -> None:
+        """Training starts, or goes on, at `step` of `steps`."""
+        self.steps, self.epochs = steps, epochs
+        if self.live:
+            self.progress = Progress(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[status]}"),
+                console=console,
+                transient=True,
+            )
+            self.progress.start()
+            self.task = self.progress.add_task(self.title, total=steps, completed=step, status="")
+        elif not self.quiet:
+            console.print(f"{self.title}: {epochs} epochs, {steps} steps" + (f", from step {step}" if step else ""))
+
+    def stepped(self, step: int) -> None:
+        """A step is done."""
+        if self.progress:
+            epoch = min(self.epochs, 1 + (step - 1) * self.epochs // max(1, self.steps))
+            status = "  ".join(part for part in (self.last_ap, self.speed, self.losses) if part)
+            self.progress.update(
+                self.task, completed=step, description=f"{self.title} epoch {epoch}/{self.epochs}", status=status
+            )
+
+    def logged(self, entry: dict[str, Any]) -> None:
+        """A training line went into metrics.jsonl."""
+        self.losses = " ".join(f"{short_name(name)} {value:.3f}" for name, value in entry["weighted"].items())
+        self.speed = f"{entry['images_per_second']:.1f} img/s"
+        if not self.live and not self.quiet:
+            console.print(
+                f"{self.title} epoch {entry['epoch']}/{self.epochs} step {entry['step']}/{self.steps} "
+                f"{self.speed} loss {entry['loss']:.3f}: {self.losses}",
+                soft_wrap=True,
+            )
+
+    def evaluated(self, epoch: int, metrics: dict[str, Any]) -> None:
+        """An epoch was evaluated."""
+        self.last_ap = f"AP {percent(metrics['AP'])}"
+        if not self.quiet:
+            target = self.progress.console if self.progress else console
+            target.print(
+                f"{self.title} epoch {epoch}/{self.epochs}: [bold]AP {percent(metrics['AP'])}[/] "
+                f"AP50 {percent(metrics['AP50'])} AP75 {percent(metrics['AP75'])}"
+            )
+
+    @contextmanager
+    def evaluating(self, images: int) -> Iterator[Callable[[int], None]]:
+        """Shows an evaluation of `images` images; yields what to call with the number of images done."""
+        if self.progress:
+            task = self.progress.add_task("  evaluating", total=images, status="")
+            try:
+                yield lambda done: self.progress.advance(task, done)
+            finally:
+                self.progress.remove_task(task)
+        else:
+            with counting("evaluating", images, self.quiet) as advance:
+                yield advance
+
+    def end(self) -> None:
+        """Training is over, however it ended."""
+        if self.progress:
+            self.progress.stop()
+            self.progress = None
+
+
+@contextmanager
+def counting(title: str, total: int, quiet: bool = False) -> Iterator[Callable[[int], None]]:
+    """A progress bar over `total` items in a terminal, nothing elsewhere; yields what to call with the number done."""
+    if quiet or not console.is_terminal:
+        yield lambda done: None
+        return
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task(title, total=total)
+        yield lambda done: progress.advance(task, done)
+
+
+SHORT = {
+    "loss_classifier": "cls",
+    "loss_box_reg": "box",
+    "loss_objectness": "rpn_cls",
+    "loss_rpn_box_reg": "rpn_box",
+    "classification": "cls",
+    "bbox_regression": "box",
+    "bbox_ctrness": "centre",
+}
+
+
+def short_name(term: str) -> str:
+    """A loss term's name as the progress line shows it."""
+    return SHORT.get(term, term)
+
+
+def percent(fraction: float) -> str:
+    """An AP as people quote it: 0.374 -> `37.4`; `-` where there was nothing to score."""
+    return "-" if fraction < 0 else f"{100 * fraction:.1f}"
+
+
+COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+
+
+def results_table(results: dict[str, Any]) -> Table:
+    """Teacher, plain and distilled student side by side, each with its Δ to the teacher."""
+    table = Table(title="COCO mAP on the validation images", title_justify="left")
+    table.add_column("")
+    for column in COLUMNS:
+        table.add_column(column, justify="right")
+    teacher = results.get("teacher")
+    if teacher:
+        table.add_column("Δ AP to teacher", justify="right")
+    if results.get("plain"):
+        table.add_column("Δ AP to plain", justify="right")
+    names = {"teacher": "teacher", "plain": "student, plain", "student": "student, distilled" if teacher else "student"}
+    for key, name in names.items():
+        metrics = results.get(key)
+        if not metrics:
+            continue
+        row = [name, *(percent(metrics[column]) for column in COLUMNS)]
+        for other in ("teacher", "plain"):
+            if results.get(other):
+                row.append("" if key in ("teacher", other) else f"{100 * (metrics['AP'] - results[other]['AP']):+.1f}")
+        table.add_row(*row, style="bold" if key == "student" else "")
+    return table
+
+
+def metrics_table(metrics: dict[str, Any], title: str, per_class: bool = False) -> Table:
+    """The twelve COCO figures, or one row per class."""
+    table = Table(title=title, title_justify="left")
+    if per_class:
+        table.add_column("class")
+        table.add_column("AP", justify="right")
+        for name, value in metrics["per_class"].items():
+            table.add_row(escape(name), percent(value))
+        return table
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    for name, value in metrics.items():
+        if isinstance(value, float):
+            table.add_row(name, percent(value))
+    return table
+
+
+def errors_table(report: dict[str, Any]) -> Table:
+    """Error types with their counts and the AP50 that each costs."""
+    false_positives = report["background_false_positives"]
+    table = Table(
+        title=f"Errors (TIDE); {false_positives['count']} background false positives at score {false_positives['score']}",
+        title_justify="left",
+    )
+    table.add_column("error")
+    table.add_column("count", justify="right")
+    table.add_column("AP50 it costs", justify="right")
+    for name, entry in report["types"].items():
+        table.add_row(name, str(entry["count"]), percent(max(0.0, entry["dap"])))
+    return table

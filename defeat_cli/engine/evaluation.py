@@ -1,0 +1,136 @@
+"""COCO mAP of a detector on a dataset, by pycocotools."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import Tensor, nn
+
+from defeat_cli.detectors.base import Detector
+from defeat_cli.errors import DataError
+
+FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+"""pycocotools' twelve figures in its own order; fractions 0-1, -1 where there is nothing to score."""
+
+
+class CocoEvaluator:
+    """Collects detections and scores them against COCO annotations.
+
+    Args:
+        coco: ground truth.
+        classes: the detector's class names, label `i + 1` being `classes[i]`. Classes that the ground truth has not
+            are left out of the detections.
+
+    Raises:
+        DataError: no class name is in the ground truth.
+    """
+
+    def __init__(self, coco: COCO, classes: list[str]) -> None:
+        self.coco = coco
+        ids = {category["name"]: category["id"] for category in coco.loadCats(coco.getCatIds())}
+        self.category_of_label = {label: ids[name] for label, name in enumerate(classes, start=1) if name in ids}
+        if not self.category_of_label:
+            raise DataError(
+                f"the detector and the data share no class: the detector knows {_listed(classes)}; "
+                f"the data has {_listed(list(ids))}"
+            )
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all detections."""
+        self.image_ids: list[int] = []
+        self.detections: list[dict[str, Any]] = []
+
+    def process(self, image_ids: list[int], outputs: list[dict[str, Tensor]]) -> None:
+        """Add the detections of some images, as `Detector.detect` gives them."""
+        for image_id, output in zip(image_ids, outputs, strict=True):
+            self.image_ids.append(image_id)
+            boxes = output["boxes"].float().cpu()
+            boxes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1)
+            for box, score, label in zip(
+                boxes.tolist(), output["scores"].tolist(), output["labels"].tolist(), strict=True
+            ):
+                category = self.category_of_label.get(label)
+                if category is not None:
+                    self.detections.append({"image_id": image_id, "category_id": category, "bbox": box, "score": score})
+
+    def evaluate(self) -> dict[str, Any]:
+        """The twelve `FIGURES` over the processed images, and `per_class`: name -> AP (-1 where it has no boxes)."""
+        with contextlib.redirect_stdout(io.StringIO()):
+            scorer = COCOeval(self.coco, self._results(), "bbox")
+            scorer.params.imgIds = sorted(set(self.image_ids))
+            scorer.evaluate()
+            scorer.accumulate()
+            scorer.summarize()
+        metrics: dict[str, Any] = dict(zip(FIGURES, map(float, scorer.stats), strict=True))
+        precision = scorer.eval["precision"][:, :, :, 0, -1]  # IoU x recall x class, all areas, 100 detections
+        names = {category["id"]: category["name"] for category in self.coco.loadCats(scorer.params.catIds)}
+        metrics["per_class"] = {}
+        for k, category in enumerate(scorer.params.catIds):
+            scored = precision[:, :, k][precision[:, :, k] > -1]
+            metrics["per_class"][names[category]] = float(scored.mean()) if scored.size else -1.0
+        return metrics
+
+    def _results(self) -> COCO:
+        if self.detections:
+            return self.coco.loadRes([dict(detection) for detection in self.detections])
+        empty = COCO()
+        empty.dataset = {**self.coco.dataset, "annotations": []}
+        empty.createIndex()
+        return empty
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; every module's own mode comes back, after an error too."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for part, training in modes.items():
+            part.training = training
+
+
+def evaluate(
+    detector: Detector,
+    batches: Iterable[tuple[list[Tensor], Any, list[int]]],
+    coco: COCO,
+    *,
+    autocast: torch.dtype | None = None,
+    on_batch: Callable[[int], None] = lambda images: None,
+    keep_detections: list[dict[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """Detect on every batch and score the result.
+
+    Args:
+        batches: (images, targets, image ids) as the evaluation loader gives them.
+        coco: ground truth.
+        autocast: dtype of CUDA autocast, None for full precision.
+        on_batch: told the number of images after each batch.
+        keep_detections: a list that the detections are appended to, in COCO results format.
+
+    Returns:
+        The metrics of `CocoEvaluator.evaluate`.
+    """
+    evaluator = CocoEvaluator(coco, detector.classes)
+    device = next(detector.parameters()).device
+    with evaluating(detector), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+        for images, _, image_ids in batches:
+            outputs = detector.detect([image.to(device, non_blocking=True) for image in images])
+            evaluator.process(image_ids, outputs)
+            on_batch(len(images))
+    if keep_detections is not None:
+        keep_detections.extend(evaluator.detections)
+    return evaluator.evaluate()

@@ -1,0 +1,102 @@
+"""One `defeat eval`: a checkpoint of any format, scored on COCO-format data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from defeat_cli import build
+from defeat_cli import recipe as recipes
+from defeat_cli.checkpoints import native
+from defeat_cli.console import counting, errors_table, metrics_table
+from defeat_cli.data.loading import evaluation_loader
+from defeat_cli.engine.detection_errors import error_report
+from defeat_cli.engine.evaluation import evaluate
+from defeat_cli.engine.runs import RECIPE, replacing, write_json
+from defeat_cli.errors import DataError
+from defeat_cli.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Score:
+    """metrics: the COCO figures, `per_class`, and `errors` where asked for; detections: COCO results format."""
+
+    title: str
+    metrics: dict[str, Any]
+    detections: list[dict[str, Any]] = field(repr=False)
+
+    def write(self, figures: Path | None, detections: Path | None) -> None:
+        """Write the figures and the raw detections as JSON, each where a path is given."""
+        for path, content in ((figures, self.metrics), (detections, self.detections)):
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_json(path, content)
+
+    def tables(self, per_class: bool) -> list[Table]:
+        """What a user sees."""
+        tables = [metrics_table(self.metrics, self.title)]
+        if per_class:
+            tables.append(metrics_table(self.metrics, "AP of each class", per_class=True))
+        if "errors" in self.metrics:
+            tables.append(errors_table(self.metrics["errors"]))
+        return tables
+
+
+def score(
+    checkpoint: str,
+    recipe_name: str | None = None,
+    changes: dict[str, Any] | None = None,
+    *,
+    split: str = "val",
+    error_types: bool = False,
+    quiet: bool = False,
+) -> Score:
+    """Score a checkpoint.
+
+    Args:
+        recipe_name: recipe that says where the data is and what a plain state dict is made of; None takes the recipe in
+            the checkpoint, or the one beside it in its run folder.
+        changes: dotted recipe overrides.
+
+    Raises:
+        DefeatError: the checkpoint, data or device cannot be used.
+    """
+    recipe, found = recipe_of(checkpoint, recipe_name, changes or {})
+    architecture = recipe.student if found else None
+    if split not in ("train", "val"):
+        raise DataError(f"no split {split!r}; use train or val")
+    device = build.choose_device(recipe.run.device, recipe.run.precision)
+    data = build.open_data(recipe.data, split, train=False)
+    loaded = build.load_detector(checkpoint, architecture=architecture, classes=data.classes, data=recipe.data)
+    detector = loaded.detector.to(device)
+    detections: list[dict[str, Any]] = []
+    with counting("evaluating", len(data), quiet) as advance:
+        metrics = evaluate(
+            detector,
+            evaluation_loader(data, recipe.data.batch_size, recipe.data.workers),
+            data.coco,
+            autocast=build.AUTOCAST[recipe.run.precision],
+            on_batch=advance,
+            keep_detections=detections,
+        )
+    if error_types:
+        metrics["errors"] = error_report(detections, data.coco).to_dict()
+    return Score(f"{checkpoint} on {len(data)} {split} images", metrics, detections)
+
+
+def recipe_of(checkpoint: str, name: str | None, changes: dict[str, Any]) -> tuple[Recipe, bool]:
+    """The recipe that goes with a checkpoint, with changes: the named one, else its own, else that of its run folder.
+
+    Returns:
+        The recipe, and whether it was found; where it was not, its student says nothing about the checkpoint.
+    """
+    if name is not None:
+        return recipes.load(name, changes), True
+    own = native.recipe_in(Path(checkpoint))
+    if own is not None:
+        return recipes.validate(recipes.merged(own, changes), f"{checkpoint}: the recipe in it"), True
+    beside = Path(checkpoint).parent / RECIPE
+    return recipes.load(str(beside) if beside.is_file() else None, changes), beside.is_file()
