@@ -62,12 +62,14 @@ class Conventions(Section):
     """RGB standard deviation of pixels in [0, 1]."""
     stride_in_1x1: bool = False
     """A ResNet bottleneck strides in its first 1x1 convolution instead of the 3x3."""
-    batch_norm_eps: NonNegative = 1e-5
-    """Epsilon of the backbone's BatchNorm."""
+    batch_norm_eps: NonNegative | None = None
+    """Epsilon of the backbone's BatchNorm; null takes torchvision's own for that backbone (1e-5 in ResNets)."""
     roi_align_aligned: bool = False
     """RoIAlign shifts boxes by half a pixel."""
     roi_align_sampling_ratio: Annotated[int, Field(ge=0)] = 2
     """Samples a RoIAlign bin side; 0 adapts it to the box."""
+    roi_levels: Literal["torchvision", "mmdetection", "detectron2"] = "torchvision"
+    """Whose rounding decides the FPN level of a region that stands between two."""
     rounded_anchors: bool = True
     """Anchor sides are rounded to whole pixels, as torchvision does."""
     anchor_order: Literal["ratios-first", "sizes-first"] = "ratios-first"

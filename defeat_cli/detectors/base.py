@@ -13,6 +13,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor, nn
+from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 
 Target = dict[str, Tensor]
@@ -122,6 +123,22 @@ class Detector(nn.Module, ABC):
     def features(self, batch: Batch) -> list[Tensor]:
         """FPN features of a batch, finest first, each [N, C_l, h_l, w_l]; `strides` names them."""
         return self.neck(self.stages(batch))
+
+    @property
+    @abstractmethod
+    def anchor_generator(self) -> AnchorGenerator:
+        """What places anchors on the FPN levels: those of the RPN, or of a one-stage head."""
+
+    @property
+    def anchors_per_cell(self) -> int:
+        """Anchors on each cell of a level; all levels have as many, for they share a head."""
+        return self.anchor_generator.num_anchors_per_location()[0]
+
+    def anchors(self, features: list[Tensor], batch: Batch) -> list[Tensor]:
+        """Anchors of each level, [h_l * w_l * A, 4] xyxy in network-input pixels; all images of a batch share them."""
+        counts = [feature.shape[-2] * feature.shape[-1] * self.anchors_per_cell for feature in features]
+        of_one_image = self.anchor_generator(ImageList(batch.pixels, batch.sizes[:1]), features)[0]
+        return list(of_one_image.split(counts))
 
     @abstractmethod
     def regions(self, features: list[Tensor], batch: Batch) -> Regions:

@@ -1,0 +1,103 @@
+"""Faster R-CNN with an FPN by the Detector contract."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+from torch import Tensor
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+
+from defeat_cli.detectors.backbones import build_backbone
+from defeat_cli.detectors.base import Batch, Detector, Regions, image_list
+from defeat_cli.detectors.conventions import build_anchor_generator, build_roi_pool
+from defeat_cli.recipe import Architecture
+
+ANCHOR_SIZES = [[32.0], [64.0], [128.0], [256.0], [512.0]]
+"""Anchor sides of P2 to P6, pixels."""
+
+POOL_SIZE = 7
+"""Side of the pooled features of one region."""
+
+
+class FasterRCNNDetector(Detector):
+    """`torchvision.models.detection.FasterRCNN`: its regions are proposals, its classifier a softmax."""
+
+    softmax = True
+
+    @property
+    def anchor_generator(self) -> AnchorGenerator:
+        return self.model.rpn.anchor_generator
+
+    @torch.no_grad()
+    def regions(self, features: list[Tensor], batch: Batch) -> Regions:
+        """Proposals and ground-truth boxes, matched and sampled as in training (512 an image, a quarter foreground).
+
+        How many proposals there are to sample from depends on the detector's mode, as in torchvision.
+        """
+        heads = self.model.roi_heads
+        proposals, _ = self.model.rpn(image_list(batch), self._named(features), batch.targets)
+        boxes = [target["boxes"].to(proposals[0].dtype) for target in batch.targets]
+        classes = [target["labels"] for target in batch.targets]
+        proposals = heads.add_gt_proposals(proposals, boxes)
+        _, labels = heads.assign_targets_to_proposals(proposals, boxes, classes)
+        sampled = heads.subsample(labels)
+        return Regions(
+            [boxes_of_image[chosen] for boxes_of_image, chosen in zip(proposals, sampled, strict=True)],
+            [labels_of_image[chosen] for labels_of_image, chosen in zip(labels, sampled, strict=True)],
+            batch.sizes,
+        )
+
+    def detection_losses(self, features: list[Tensor], batch: Batch) -> dict[str, Tensor]:
+        """`loss_classifier`, `loss_box_reg`, `loss_objectness`, `loss_rpn_box_reg`. Needs training mode."""
+        named = self._named(features)
+        proposals, rpn_losses = self.model.rpn(image_list(batch), named, batch.targets)
+        _, head_losses = self.model.roi_heads(named, proposals, batch.sizes, batch.targets)
+        return {**head_losses, **rpn_losses}
+
+    def classify(self, features: list[Tensor], regions: Regions) -> Tensor:
+        """[R, K + 1] softmax logits, background first; box deltas are not computed."""
+        heads = self.model.roi_heads
+        pooled = heads.box_roi_pool(self._named(features), regions.boxes, regions.sizes)
+        return heads.box_predictor.cls_score(heads.box_head(pooled).flatten(start_dim=1))
+
+    def _named(self, features: list[Tensor]) -> OrderedDict[str, Tensor]:
+        """Features by the names that the FPN gives them; RoI pooling picks its levels by name."""
+        names = [*self.model.backbone.body.return_layers.values(), "pool"]
+        return OrderedDict(zip(names, features, strict=True))
+
+
+def build_faster_rcnn(
+    architecture: Architecture, num_classes: int, short_side: list[int], long_side: int
+) -> FasterRCNN:
+    """torchvision's Faster R-CNN on any backbone of the zoo.
+
+    Args:
+        num_classes: classes of the data, background not counted.
+        short_side, long_side: resizing, see `recipe.Data`.
+
+    Raises:
+        RecipeError: `anchor_sizes` does not fit the five levels.
+    """
+    channels = architecture.fpn_channels
+    return FasterRCNN(
+        build_backbone(architecture, one_stage=False),
+        min_size=tuple(short_side),
+        max_size=long_side,
+        image_mean=architecture.conventions.image_mean,
+        image_std=architecture.conventions.image_std,
+        rpn_anchor_generator=build_anchor_generator(architecture, ANCHOR_SIZES),
+        rpn_pre_nms_top_n_train=architecture.proposals_train,
+        rpn_pre_nms_top_n_test=architecture.proposals,
+        rpn_post_nms_top_n_train=architecture.proposals_train,
+        rpn_post_nms_top_n_test=architecture.proposals,
+        box_roi_pool=build_roi_pool(architecture, POOL_SIZE),
+        box_head=TwoMLPHead(channels * POOL_SIZE**2, architecture.head_channels),
+        box_predictor=FastRCNNPredictor(architecture.head_channels, num_classes + 1),
+        box_score_thresh=architecture.score_threshold,
+        box_nms_thresh=architecture.nms_threshold,
+        box_detections_per_img=architecture.detections_per_image,
+        box_batch_size_per_image=architecture.regions_per_image,
+    )
