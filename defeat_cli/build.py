@@ -127,7 +127,7 @@ def build_student(recipe: Recipe, classes: list[str]) -> Detector:
         recipe.student, classes, short_side=recipe.data.short_side, long_side=recipe.data.long_side
     )
     if recipe.student.backbone_weights is not None:
-        load_backbone_weights(student.model, recipe.student.backbone_weights)
+        load_backbone_weights(student.model, recipe.student.backbone_weights, recipe.student)
     if recipe.student.weights is not None:
         load_strict(
             student.model, load_weights(recipe.student.weights, recipe.student).state_dict, recipe.student.weights
