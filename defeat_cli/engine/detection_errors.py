@@ -43,6 +43,7 @@ from pycocotools import mask as coco_mask
 
 from defeat_cli.errors import DataError
 
+Id = int | str
 ERROR_TYPES = ("classification", "localisation", "both", "duplicate", "background", "missed")
 FOREGROUND_IOU, BACKGROUND_IOU = 0.5, 0.1  # t_f, t_b
 MAX_DETECTIONS = 100  # counted per image and class, as COCO does
@@ -73,8 +74,8 @@ class ErrorReport:
 class _Objects:
     """Ground truth as arrays, one entry an object, in the order of the annotations."""
 
-    image_ids: NDArray
-    category_ids: NDArray
+    image_index: dict[Id, int]
+    class_index: dict[Id, int]
     image: NDArray
     label: NDArray
     box: NDArray
@@ -144,7 +145,7 @@ def error_report(detections: list[dict[str, Any]], ground_truth: Any, score: flo
         background_false_positives={
             "score": score,
             "count": background,
-            "per_image": background / len(objects.image_ids),
+            "per_image": background / len(objects.image_index),
         },
     )
 
@@ -188,7 +189,7 @@ def _sorted_out(found: _Detections, objects: _Objects) -> _Findings:
 def _costs(findings: _Findings, label: NDArray, objects: _Objects) -> tuple[float, dict[str, float]]:
     """AP50, and what each type of error and the two special ones take from it."""
     right = findings.right
-    wanted = np.bincount(objects.label[~objects.crowd], minlength=len(objects.category_ids))
+    wanted = np.bincount(objects.label[~objects.crowd], minlength=len(objects.class_index))
     missed = np.bincount(objects.label[findings.missed], minlength=len(wanted))
     taken = np.bincount(label[right], minlength=len(wanted))
     wrong = np.any(list(findings.errors.values()), axis=0)
@@ -213,17 +214,17 @@ def _costs(findings: _Findings, label: NDArray, objects: _Objects) -> tuple[floa
 def _read_objects(ground_truth: Any) -> _Objects:
     content = ground_truth if isinstance(ground_truth, dict) else ground_truth.dataset
     annotations = content["annotations"]
-    image_ids = np.unique([image["id"] for image in content["images"]])
-    category_ids = np.unique([category["id"] for category in content["categories"]])
+    image_index = _numbered([image["id"] for image in content["images"]])
+    class_index = _numbered([category["id"] for category in content["categories"]])
     crowd = np.array([bool(annotation.get("iscrowd", 0)) for annotation in annotations], dtype=bool)
     if crowd.all():
         raise DataError("the ground truth holds no object, so detections cannot be scored against it")
     return _Objects(
-        image_ids=image_ids,
-        category_ids=category_ids,
-        image=_indices([annotation["image_id"] for annotation in annotations], image_ids, "annotation", "image"),
+        image_index=image_index,
+        class_index=class_index,
+        image=_indices([annotation["image_id"] for annotation in annotations], image_index, "annotation", "image"),
         label=_indices(
-            [annotation["category_id"] for annotation in annotations], category_ids, "annotation", "category"
+            [annotation["category_id"] for annotation in annotations], class_index, "annotation", "category"
         ),
         box=np.array([annotation["bbox"] for annotation in annotations], dtype=np.float64),
         crowd=crowd,
@@ -231,8 +232,8 @@ def _read_objects(ground_truth: Any) -> _Objects:
 
 
 def _read_detections(detections: list[dict[str, Any]], objects: _Objects) -> _Detections:
-    image = _indices([d["image_id"] for d in detections], objects.image_ids, "detection", "image")
-    label = _indices([d["category_id"] for d in detections], objects.category_ids, "detection", "category")
+    image = _indices([d["image_id"] for d in detections], objects.image_index, "detection", "image")
+    label = _indices([d["category_id"] for d in detections], objects.class_index, "detection", "category")
     box = np.array([d["bbox"] for d in detections], dtype=np.float64).reshape(-1, 4)
     score = np.array([d["score"] for d in detections], dtype=np.float64)
     # COCO goes through images in the order of their ids, and keeps the given order among equal scores.
@@ -240,7 +241,7 @@ def _read_detections(detections: list[dict[str, Any]], objects: _Objects) -> _De
     order = by_image[np.argsort(-score[by_image], kind="stable")]
     image, label, box, score = image[order], label[order], box[order], score[order]
 
-    group = image * len(objects.category_ids) + label
+    group = image * len(objects.class_index) + label
     grouped = np.argsort(group, kind="stable")
     _, first, sizes = np.unique(group[grouped], return_index=True, return_counts=True)
     position = np.empty_like(group)
@@ -249,26 +250,24 @@ def _read_detections(detections: list[dict[str, Any]], objects: _Objects) -> _De
     return _Detections(image[kept], label[kept], box[kept], score[kept], position[kept])
 
 
-def _indices(ids: list[int], known: NDArray, what: str, of: str) -> NDArray:
-    """[N] index of each id among the sorted known ones."""
-    values = np.array(ids, dtype=np.int64)
-    if not len(values):
-        return values
-    if not len(known):
-        raise DataError(f"the ground truth lists no {of}")
-    indices = np.minimum(np.searchsorted(known, values), len(known) - 1)
-    unknown = known[indices] != values
-    if unknown.any():
-        raise DataError(
-            f"{int(unknown.sum())} {what}(s) of {of} {values[unknown][0]}, which the ground truth does not list"
-        )
+def _numbered(ids: list[Id]) -> dict[Id, int]:
+    """Id -> index, in the order of the ids: numbers, then strings."""
+    return {key: i for i, key in enumerate(sorted(set(ids), key=lambda key: (isinstance(key, str), key)))}
+
+
+def _indices(ids: list[Id], index: dict[Id, int], what: str, of: str) -> NDArray:
+    """[N] index of each id."""
+    indices = np.array([index.get(key, -1) for key in ids], dtype=np.int64)
+    if (indices < 0).any():
+        unknown = ids[int(np.argmin(indices))]
+        raise DataError(f"{(indices < 0).sum()} {what}(s) of {of} {unknown!r}, which the ground truth does not list")
     return indices
 
 
 def _overlapping(found: _Detections, objects: _Objects) -> _Pairs:
     """Pairs within an image whose IoU reaches t_b; on a crowd it is intersection over detection."""
     blocks = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0))]
-    images = len(objects.image_ids)
+    images = len(objects.image_index)
     for rows, columns in zip(_by_image(found.image, images), _by_image(objects.image, images), strict=True):
         if not len(rows) or not len(columns):
             continue

@@ -253,6 +253,13 @@ def test_agrees_with_the_definitions_applied_one_by_one(seed):
         assert figures["dap"] == pytest.approx(dap[name], abs=1e-12), name
 
 
+def test_ids_may_be_strings():
+    objects = truth((CAT, LEFT))
+    objects["images"], objects["annotations"][0]["image_id"] = [{"id": "a.jpg"}, {"id": "b.jpg"}], "a.jpg"
+    detections = [{"image_id": name, "category_id": CAT, "bbox": LEFT, "score": 0.9} for name in ("a.jpg", "b.jpg")]
+    check(error_report(detections, objects), 1.0, background=(1, 0))
+
+
 def test_the_report_goes_through_json():
     report = error_report(found((CAT, LEFT, 0.9), (CAT, ELSEWHERE, 0.8)), truth((CAT, LEFT)))
     content = json.loads(json.dumps(report.to_dict()))
