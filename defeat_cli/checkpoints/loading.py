@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from defeat_cli.checkpoints import native, torchvision
+from defeat_cli.checkpoints import detectron2, mmdet, native, torchvision
 from defeat_cli.checkpoints.reading import described, read
 from defeat_cli.checkpoints.weights import Weights
 from defeat_cli.errors import CheckpointError
 from defeat_cli.recipe import Architecture
 
-FORMATS = {"native": native, "torchvision": torchvision}
+FORMATS = {"native": native, "mmdet": mmdet, "detectron2": detectron2, "torchvision": torchvision}
 """Formats by name, in the order they are tried.
 
 Each is a module with `matches(content) -> bool` and `to_weights(content, origin, architecture) -> Weights`.
@@ -19,14 +19,11 @@ Each is a module with `matches(content) -> bool` and `to_weights(content, origin
 TORCHVISION_PREFIX = "torchvision:"
 
 
-def load_weights(
-    source: str | Path, architecture: Architecture | None = None, classes: list[str] | None = None
-) -> Weights:
+def load_weights(source: str | Path, architecture: Architecture | None = None) -> Weights:
     """The detector in a checkpoint file, or torchvision's own by `torchvision:NAME`. No code in the file is run.
 
     Args:
         architecture: what the detector is made of, for files that do not say; None reads it from keys and shapes.
-        classes: names for files that hold none, used where their number agrees.
 
     Raises:
         CheckpointError: the file cannot be read (says what is inside), or holds no detector that we know.
@@ -40,7 +37,4 @@ def load_weights(
         raise CheckpointError(
             f"{path}: no detector of a known format ({', '.join(FORMATS)}) is inside. Found: {described(content)}"
         )
-    weights = form.to_weights(content, str(path), architecture)
-    if weights.classes is None and classes is not None and len(classes) == weights.num_classes:
-        weights.classes = list(classes)
-    return weights
+    return form.to_weights(content, str(path), architecture)

@@ -110,8 +110,17 @@ def download(name: str) -> Weights:
     if Path(weights.url).name.startswith(WITHOUT_EPSILON):
         architecture = without_epsilon(architecture)
     num_classes = count_classes(state_dict)
-    notes = [f"torchvision's COCO weights of {name}"]
-    return Weights("torchvision", state_dict, architecture, num_classes, coco_classes(num_classes), notes=notes)
+    short_side, long_side = (320, 640) if "320" in name else (800, 1333)
+    return Weights(
+        "torchvision",
+        state_dict,
+        architecture,
+        num_classes,
+        coco_classes(num_classes),
+        short_side,
+        long_side,
+        notes=[f"torchvision's COCO weights of {name}"],
+    )
 
 
 def without_epsilon(architecture: Architecture) -> Architecture:
@@ -206,6 +215,12 @@ def _backbone(state_dict: StateDict, origin: str) -> dict[str, Any]:
     }
     if "layer1.0.conv1.weight" in body:
         return {"backbone": resnet_name(body, origin)}
+    if "block1.block1-0.f.a.0.weight" in body:
+        blocks = [
+            [key for key in body if re.fullmatch(rf"block{stage}\..*f\.c\.0\.weight", key)] for stage in range(1, 5)
+        ]
+        widths = [body[keys[0]].shape[0] for keys in blocks]
+        return {"backbone": "regnet", "widths": widths, "depths": [len(keys) for keys in blocks]}
     if "1.conv.0.0.weight" in body:
         return {"backbone": "mobilenet_v2"}
     if "1.block.0.0.weight" in body:
