@@ -1,0 +1,45 @@
+"""Adapters: convolutions that bring student features to the teacher's channels. They stay behind after training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+INITIAL_STD = 1e-4
+"""Standard deviation of the initial weights: the student starts by being adapted to almost nothing but the bias."""
+
+
+class Adapter(nn.Module):
+    """A 3x3 convolution from student to teacher channels that keeps height and width.
+
+    Weights start from N(0, 1e-4). That is the standard deviation, as in DeFeat's published code (which also wraps values
+    beyond two of them round; this does not). The bias starts as in any convolution.
+
+    Args:
+        student_channels, teacher_channels: channels in and out.
+        relu: end with a ReLU, as features of a backbone stage do; the neck's have none.
+    """
+
+    def __init__(self, student_channels: int, teacher_channels: int, relu: bool = False) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(student_channels, teacher_channels, kernel_size=3, padding=1)
+        self.activation = nn.ReLU() if relu else nn.Identity()
+        nn.init.normal_(self.conv.weight, std=INITIAL_STD)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[N, C_student, h, w] -> [N, C_teacher, h, w]."""
+        return self.activation(self.conv(features))
+
+
+def build_adapters(
+    student_channels: Sequence[int], teacher_channels: Sequence[int], relu: bool = False
+) -> nn.ModuleList:
+    """One adapter for each pair of levels, in order.
+
+    Args:
+        student_channels, teacher_channels: channels of each level, as the two detectors really give them.
+        relu: True for backbone stages, False for the neck.
+    """
+    pairs = zip(student_channels, teacher_channels, strict=True)
+    return nn.ModuleList(Adapter(student, teacher, relu) for student, teacher in pairs)

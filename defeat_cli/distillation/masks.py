@@ -1,0 +1,241 @@
+"""Foreground masks: which cells of a feature map lie on objects, by each of the definitions that the paper compares.
+
+Boxes are xyxy in network-input pixels, one [M, 4] tensor an image. A mask is [N, h, w], one for each level: bool, or
+float in [0, 1] where cells count in part. Nothing here loops over boxes or waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torchvision.ops import box_iou
+
+Shape = tuple[int, int]
+
+BACKBONE_MASK_STRIDE = 4
+"""Backbone masks are drawn at this stride, then resized to each stage (DeFeat's published code)."""
+
+MAX_ELEMENTS = 1 << 23
+"""Boxes times cells, or boxes times anchors, that are held at once; more are worked through in chunks of boxes."""
+
+
+@torch.no_grad()
+def box_masks(
+    boxes: Sequence[Tensor], shapes: Sequence[Shape], strides: Sequence[int], finest_scale: float = 56.0
+) -> list[Tensor]:
+    """Cells inside boxes, each box on one level by its size (DeFeat, section 3).
+
+    A box of w x h pixels belongs to level floor(log2(sqrt(w h) / finest_scale + 1e-6)), clamped to those there are. On
+    it the box covers the cells floor(x1 / stride) up to floor(x2 / stride), end exclusive, within the map; likewise in y.
+    A box that meets the map covers at least one cell in each direction, one beside the map covers none.
+
+    Args:
+        boxes: [M_i, 4] for each image, M_i = 0 included.
+        shapes: (h, w) of each level, finest first.
+        strides: input pixels a cell, of each level.
+        finest_scale: object side, in pixels, that the first level begins at.
+
+    Returns:
+        [N, h, w] bool for each level.
+    """
+    padded = _padded(boxes)
+    levels = _levels(padded, len(shapes), finest_scale)
+    return [
+        _union(padded, shape, stride, levels == level)
+        for level, (shape, stride) in enumerate(zip(shapes, strides, strict=True))
+    ]
+
+
+@torch.no_grad()
+def gaussian_masks(
+    boxes: Sequence[Tensor], shapes: Sequence[Shape], strides: Sequence[int], finest_scale: float = 56.0
+) -> list[Tensor]:
+    """A bump on each box, in the cells that `box_masks` marks (TADF, arXiv 2006.13108).
+
+    In a cell whose centre lies dx, dy pixels from the centre of a box of w x h pixels the mask is
+    exp(-0.5 (dx / (w / 2))^2) exp(-0.5 (dy / (h / 2))^2), and the largest such value where boxes overlap. A marked cell
+    whose centre lies outside the box, as with boxes smaller than a cell, counts as on the box's edge: so small objects
+    weigh no less than large ones.
+
+    Args:
+        boxes, shapes, strides, finest_scale: as in `box_masks`.
+
+    Returns:
+        [N, h, w] for each level, in the dtype of the boxes: 0 outside boxes, within [exp(-1), 1] inside.
+    """
+    padded = _padded(boxes)
+    images, count = padded.shape[:2]
+    levels = _levels(padded, len(shapes), finest_scale)
+    masks = []
+    for level, ((height, width), stride) in enumerate(zip(shapes, strides, strict=True)):
+        x1, y1, x2, y2 = padded.unbind(-1)
+        across = _squared_offsets(x1, x2, stride, width)
+        down = _squared_offsets(y1, y2, stride, height).masked_fill((levels != level)[..., None], torch.inf)
+        # The largest product of exponentials is the exponential of the smallest sum: one exp a cell, not one a box.
+        smallest = padded.new_full((images, height, width), torch.inf)
+        step = max(1, MAX_ELEMENTS // (images * height * width))
+        for start in range(0, count, step):
+            some = slice(start, start + step)
+            sums = down[:, some, :, None] + across[:, some, None, :]
+            smallest = torch.minimum(smallest, sums.amin(dim=1))
+        masks.append(torch.exp(-0.5 * smallest))
+    return masks
+
+
+@torch.no_grad()
+def fine_grained_masks(
+    boxes: Sequence[Tensor],
+    shapes: Sequence[Shape],
+    anchors: Sequence[Tensor],
+    ratio: float = 0.5,
+    finest_scale: float = 56.0,
+) -> list[Tensor]:
+    """Cells with an anchor that fits some box nearly as well as the best anchor does (FGFI, CVPR 2019).
+
+    A cell is foreground where the IoU of any of its anchors with any box exceeds `ratio` times that box's best IoU. Each
+    box is on one level, by the rule of `box_masks`, and it is compared with the anchors of that level: so the authors of
+    FGFI and of DeFeat do it on pyramids.
+
+    Args:
+        boxes, shapes, finest_scale: as in `box_masks`.
+        anchors: [h * w * A, 4] for each level, xyxy pixels, cells row by row and the A anchors of a cell together.
+        ratio: share of the best IoU that has to be exceeded, in [0, 1].
+
+    Returns:
+        [N, h, w] bool for each level.
+    """
+    padded = _padded(boxes)
+    levels = _levels(padded, len(shapes), finest_scale)
+    masks = []
+    for level, (shape, of_level) in enumerate(zip(shapes, anchors, strict=True)):
+        fits = torch.zeros(len(padded), len(of_level), dtype=torch.bool, device=padded.device)
+        step = max(1, MAX_ELEMENTS // fits.numel())
+        for some, on_level in zip(padded.split(step, dim=1), (levels == level).split(step, dim=1), strict=True):
+            overlaps = box_iou(some.flatten(0, 1), of_level).unflatten(0, some.shape[:2])
+            best = overlaps.amax(dim=2, keepdim=True)
+            fits |= ((overlaps > ratio * best) & on_level[..., None]).any(dim=1)
+        masks.append(fits.unflatten(1, (*shape, -1)).any(dim=-1))
+    return masks
+
+
+@torch.no_grad()
+def full_masks(boxes: Sequence[Tensor], shapes: Sequence[Shape]) -> list[Tensor]:
+    """True everywhere: one weight for the whole map. Returns [N, h, w] bool for each level."""
+    return [torch.ones(len(boxes), *shape, dtype=torch.bool, device=boxes[0].device) for shape in shapes]
+
+
+@torch.no_grad()
+def backbone_masks(boxes: Sequence[Tensor], shapes: Sequence[Shape], strides: Sequence[int]) -> list[Tensor]:
+    """Cells inside any box, whatever its size: drawn at stride 4, then resized (nearest) to each stage.
+
+    Args:
+        boxes: as in `box_masks`.
+        shapes, strides: of the backbone stages, finest first.
+
+    Returns:
+        [N, h, w] bool for each stage.
+    """
+    height, width = (cells * strides[0] // BACKBONE_MASK_STRIDE for cells in shapes[0])
+    finest = _union(_padded(boxes), (height, width), BACKBONE_MASK_STRIDE)
+    masks = []
+    for h, w in shapes:
+        rows = torch.arange(h, device=finest.device) * height // h
+        columns = torch.arange(w, device=finest.device) * width // w
+        masks.append(finest[:, rows[:, None], columns])
+    return masks
+
+
+def valid_masks(valid: Tensor, shapes: Sequence[Shape], strides: Sequence[int] | None = None) -> list[Tensor]:
+    """Cells in each image's own area, not in the padding of the batch.
+
+    A cell is valid where its first pixel is: `row * stride < height` and `column * stride < width` of the image.
+
+    Args:
+        valid: [N, H, W] bool, as `Batch.valid`.
+        shapes: (h, w) of each level.
+        strides: of each level; None takes the powers of two that give these shapes, rounded up, from H and W.
+
+    Returns:
+        [N, h, w] bool for each level, views of `valid`.
+
+    Raises:
+        ValueError: a level has more cells than the input has pixels for, at its stride.
+    """
+    masks = []
+    for level, (h, w) in enumerate(shapes):
+        if strides is None:
+            down, across = (
+                _power_of_two_stride(side, cells) for side, cells in zip(valid.shape[1:], (h, w), strict=True)
+            )
+        else:
+            down = across = strides[level]
+        mask = valid[:, ::down, ::across][:, :h, :w]
+        if mask.shape[1:] != (h, w):
+            raise ValueError(
+                f"level {level} of {h} x {w} cells is no map of {tuple(valid.shape[1:])} pixels; give strides"
+            )
+        masks.append(mask)
+    return masks
+
+
+def _power_of_two_stride(pixels: int, cells: int) -> int:
+    """The smallest power of two that needs no more than so many cells for so many pixels."""
+    return 1 << (-(-pixels // cells) - 1).bit_length()
+
+
+def _padded(boxes: Sequence[Tensor]) -> Tensor:
+    """[N, M, 4] at least float32, filled up with empty boxes beside the map, which mark nothing."""
+    padded = pad_sequence([b.reshape(-1, 4) for b in boxes], batch_first=True, padding_value=-1)
+    return padded.to(torch.promote_types(padded.dtype, torch.float32))
+
+
+def _levels(boxes: Tensor, count: int, finest_scale: float) -> Tensor:
+    """Level of each box, as whole numbers in the dtype of the boxes: [N, M, 4] -> [N, M]."""
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    side = ((x2 - x1) * (y2 - y1)).sqrt()
+    return torch.floor(torch.log2(side / finest_scale + 1e-6)).clamp(0, count - 1)
+
+
+def _spans(low: Tensor, high: Tensor, stride: int, cells: int) -> Tensor:
+    """Cells of one axis between two edges in pixels: [N, M] each -> [N, M, cells] bool."""
+    first = torch.floor(low / stride).clamp(min=0)
+    end = torch.floor(high / stride)
+    on_map = end >= 0
+    end = torch.maximum(end, first + 1)
+    cell = torch.arange(cells, device=low.device)
+    return (cell >= first[..., None]) & (cell < end[..., None]) & on_map[..., None]
+
+
+def _union(boxes: Tensor, shape: Shape, stride: int, chosen: Tensor | None = None) -> Tensor:
+    """Cells inside any of the chosen boxes: [N, M, 4], [N, M] bool -> [N, h, w] bool."""
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    rows = _spans(y1, y2, stride, shape[0])
+    columns = _spans(x1, x2, stride, shape[1])
+    if chosen is not None:
+        rows = rows & chosen[..., None]
+    # Rows times columns counts the boxes on each cell; whether there are any is exact in every precision.
+    return torch.bmm(rows.mT.to(boxes.dtype), columns.to(boxes.dtype)) > 0
+
+
+def _squared_offsets(low: Tensor, high: Tensor, stride: int, cells: int) -> Tensor:
+    """((x - cx) / (w / 2))^2 of one axis, at most 1 inside a box and infinite outside: [N, M] -> [N, M, cells]."""
+    centres = (torch.arange(cells, device=low.device, dtype=low.dtype) + 0.5) * stride
+    half = ((high - low) / 2).clamp(min=torch.finfo(low.dtype).tiny)
+    offsets = (centres - ((low + high) / 2)[..., None]).abs() / half[..., None]
+    return offsets.clamp(max=1).square().masked_fill(~_spans(low, high, stride, cells), torch.inf)
+
+
+MASKS: dict[str, Callable[..., list[Tensor]]] = {
+    "boxes": lambda boxes, shapes, strides, finest_scale, anchors: box_masks(boxes, shapes, strides, finest_scale),
+    "gaussian": lambda boxes, shapes, strides, finest_scale, anchors: gaussian_masks(
+        boxes, shapes, strides, finest_scale
+    ),
+    "fine-grained": lambda boxes, shapes, strides, finest_scale, anchors: fine_grained_masks(
+        boxes, shapes, anchors, finest_scale=finest_scale
+    ),
+    "full": lambda boxes, shapes, strides, finest_scale, anchors: full_masks(boxes, shapes),
+}
+"""Mask kind -> masks from (boxes, shapes, strides, finest_scale, anchors); only `fine-grained` needs the anchors."""
