@@ -68,8 +68,6 @@ class Conventions(Section):
     """RoIAlign shifts boxes by half a pixel."""
     roi_align_sampling_ratio: Annotated[int, Field(ge=0)] = 2
     """Samples a RoIAlign bin side; 0 adapts it to the box."""
-    roi_levels: Literal["torchvision", "mmdetection", "detectron2"] = "torchvision"
-    """Whose rounding decides the FPN level of a region that stands between two."""
     rounded_anchors: bool = True
     """Anchor sides are rounded to whole pixels, as torchvision does."""
     anchor_order: Literal["ratios-first", "sizes-first"] = "ratios-first"
@@ -81,7 +79,9 @@ class Conventions(Section):
     p7_relu: bool = True
     """A ReLU stands between P6 and P7."""
     clip_after_nms: bool = False
-    """Boxes are clipped to the image after non-maximum suppression instead of before."""
+    """RetinaNet's boxes are clipped to the image after non-maximum suppression instead of before."""
+    edge_cases: Literal["torchvision", "mmdetection", "detectron2"] = "torchvision"
+    """Whose rules hold where it seldom matters: regions on the edge of two levels, empty boxes, extreme deltas."""
 
 
 class Architecture(Section):

@@ -36,11 +36,12 @@ class Batch:
     @cached_property
     def valid(self) -> Tensor:
         """[N, H, W] bool, True on each image's own area and False on padding."""
-        height, width = self.pixels.shape[-2:]
-        sizes = torch.tensor(self.sizes, device=self.pixels.device)
-        rows = torch.arange(height, device=self.pixels.device) < sizes[:, :1]
-        columns = torch.arange(width, device=self.pixels.device) < sizes[:, 1:]
-        return rows[:, :, None] & columns[:, None, :]
+        images, _, height, width = self.pixels.shape
+        valid = torch.zeros(images, height, width, dtype=torch.bool, device=self.pixels.device)
+        # Filling slices instead of comparing with a tensor of sizes spares the device a synchronising copy.
+        for image, (own_height, own_width) in zip(valid, self.sizes, strict=True):
+            image[:own_height, :own_width] = True
+        return valid
 
     def to(self, dtype: torch.dtype) -> Batch:
         """The same batch with pixels and boxes as `dtype` (float64 for exact checks)."""
@@ -84,6 +85,10 @@ class Detector(nn.Module, ABC):
         super().__init__()
         self.model = model
         self.classes = list(classes)
+        # Kept on the device and in double precision, so that they round to what torchvision computes with.
+        for name in ("image_mean", "image_std"):
+            values = torch.tensor(getattr(model.transform, name), dtype=torch.float64)
+            self.register_buffer(name, values[:, None, None], persistent=False)
 
     def prepare(self, images: list[Tensor], targets: list[Target] | None = None) -> Batch:
         """Resize, pad and stack.
@@ -107,18 +112,21 @@ class Detector(nn.Module, ABC):
     def normalized(self, batch: Batch) -> Tensor:
         """[N, 3, H, W] as the backbone wants it: normalised, and 0 on the padding as torchvision has it."""
         pixels = batch.pixels
-        mean = torch.as_tensor(self.model.transform.image_mean, dtype=pixels.dtype, device=pixels.device)
-        std = torch.as_tensor(self.model.transform.image_std, dtype=pixels.dtype, device=pixels.device)
-        return ((pixels - mean[:, None, None]) / std[:, None, None]) * batch.valid[:, None]
+        mean, std = self.image_mean.to(pixels.dtype), self.image_std.to(pixels.dtype)
+        return ((pixels - mean) / std) * batch.valid[:, None]
 
     def stages(self, batch: Batch) -> list[Tensor]:
         """Backbone stage outputs that feed the neck, finest first."""
         return list(self.model.backbone.body(self.normalized(batch)).values())
 
     def neck(self, stages: list[Tensor]) -> list[Tensor]:
-        """FPN features from backbone stages, finest first, each [N, C, h, w]."""
+        """FPN features from backbone stages, finest first, each [N, C, h, w].
+
+        They are float32 under autocast too: torchvision computes anchors and boxes in the dtype of the features, and at
+        1000 pixels bfloat16 has steps of 8.
+        """
         named = OrderedDict((str(i), stage) for i, stage in enumerate(stages))
-        return list(self.model.backbone.fpn(named).values())
+        return [at_least_float32(feature) for feature in self.model.backbone.fpn(named).values()]
 
     def features(self, batch: Batch) -> list[Tensor]:
         """FPN features of a batch, finest first, each [N, C_l, h_l, w_l]; `strides` names them."""
@@ -192,6 +200,11 @@ class Detector(nn.Module, ABC):
             [Level(side // f.shape[-1], f.shape[1]) for f in stages],
             [Level(side // f.shape[-1], f.shape[1]) for f in features],
         )
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """float16 and bfloat16 as float32, anything else as it is."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def image_list(batch: Batch) -> ImageList:

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torchvision.models.detection import FasterRCNN, RetinaNet
+from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
-from torchvision.ops import MultiScaleRoIAlign, roi_align
+from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.ops import MultiScaleRoIAlign, batched_nms, clip_boxes_to_image, roi_align
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from defeat_cli.errors import RecipeError
-from defeat_cli.recipe import Architecture
+from defeat_cli.recipe import Architecture, Conventions
 
 POOLED_LEVELS = ["0", "1", "2", "3"]
 """Names of the FPN levels that regions are pooled from, P2 to P5."""
@@ -101,6 +104,91 @@ class PlainP6P7(LastLevelP6P7):
         return [*p, p6, self.p7(p6)], [*names, "p6", "p7"]
 
 
+class SymmetricBoxCoder(BoxCoder):
+    """mmdetection's: a box may shrink by no more than the factor that it may grow by, 1000 / 16."""
+
+    def decode_single(self, rel_codes: Tensor, boxes: Tensor) -> Tensor:
+        _, _, width_weight, height_weight = self.weights
+        deltas = rel_codes.unflatten(1, (-1, 4)).clone()
+        deltas[..., 2].clamp_(min=-self.bbox_xform_clip * width_weight)
+        deltas[..., 3].clamp_(min=-self.bbox_xform_clip * height_weight)
+        return super().decode_single(deltas.flatten(1), boxes)
+
+
+class ConventionRoIHeads(RoIHeads):
+    """Boxes that clipping leaves without area: torchvision drops those thinner than 0.01 pixels before suppression;
+    mmdetection keeps all, and detectron2 drops empty ones at the very end."""
+
+    drop_empty = False
+
+    def postprocess_detections(
+        self, class_logits: Tensor, box_regression: Tensor, proposals: list[Tensor], image_shapes: list[tuple[int, int]]
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        counts = [len(of_image) for of_image in proposals]
+        every_box = self.box_coder.decode(box_regression, proposals)[:, 1:].split(counts)
+        every_score = class_logits.softmax(dim=1)[:, 1:].split(counts)
+        results = []
+        for boxes, scores, shape in zip(every_box, every_score, image_shapes, strict=True):
+            regions, classes = torch.where(scores > self.score_thresh)
+            boxes, scores, labels = (
+                clip_boxes_to_image(boxes[regions, classes], shape),
+                scores[regions, classes],
+                classes + 1,
+            )
+            kept = batched_nms(boxes, scores, labels, self.nms_thresh)[: self.detections_per_img]
+            if self.drop_empty:
+                kept = kept[_has_area(boxes[kept])]
+            results.append((boxes[kept], scores[kept], labels[kept]))
+        return tuple(map(list, zip(*results, strict=True)))
+
+
+class ConventionRetinaNet(RetinaNet):
+    """RetinaNet whose boxes without area are dropped: by mmdetection before suppression, by detectron2 at the very end.
+    Also detectron2 suppresses boxes that are not clipped to the image yet."""
+
+    clip_after_nms = False
+    drop_empty_first = False
+
+    def adopt(self, conventions: Conventions) -> None:
+        """Follow these conventions; built without them it follows torchvision's, but for the empty boxes."""
+        self.clip_after_nms = conventions.clip_after_nms
+        if conventions.edge_cases == "mmdetection":
+            self.drop_empty_first = True
+            self.box_coder = SymmetricBoxCoder(self.box_coder.weights)
+
+    def postprocess_detections(
+        self, head_outputs: dict[str, list[Tensor]], anchors: list[list[Tensor]], image_shapes: list[tuple[int, int]]
+    ) -> list[dict[str, Tensor]]:
+        results = []
+        for image, shape in enumerate(image_shapes):
+            levels = zip(head_outputs["cls_logits"], head_outputs["bbox_regression"], anchors[image], strict=True)
+            candidates = [self._candidates(logits[image], deltas[image], a) for logits, deltas, a in levels]
+            boxes, scores, labels = (torch.cat(parts) for parts in zip(*candidates, strict=True))
+            if not self.clip_after_nms:
+                boxes = clip_boxes_to_image(boxes, shape)
+            if self.drop_empty_first:
+                full = _has_area(boxes)
+                boxes, scores, labels = boxes[full], scores[full], labels[full]
+            kept = batched_nms(boxes, scores, labels, self.nms_thresh)[: self.detections_per_img]
+            boxes, scores, labels = clip_boxes_to_image(boxes[kept], shape), scores[kept], labels[kept]
+            full = _has_area(boxes)
+            results.append({"boxes": boxes[full], "scores": scores[full], "labels": labels[full]})
+        return results
+
+    def _candidates(self, logits: Tensor, deltas: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Boxes, scores and labels of one level's best (anchor, class) pairs, best first."""
+        scores = logits.sigmoid()
+        rows, labels = torch.where(scores > self.score_thresh)
+        scores = scores[rows, labels]
+        scores, best = scores.topk(min(self.topk_candidates, len(scores)))
+        rows, labels = rows[best], labels[best]
+        return self.box_coder.decode_single(deltas[rows], anchors[rows]), scores, labels
+
+
+def _has_area(boxes: Tensor) -> Tensor:
+    return (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+
+
 def build_anchor_generator(architecture: Architecture, default_sizes: list[list[float]]) -> AnchorGenerator:
     """The anchors of an architecture.
 
@@ -131,11 +219,38 @@ def build_anchor_generator(architecture: Architecture, default_sizes: list[list[
 def build_roi_pool(architecture: Architecture, output_size: int) -> nn.Module:
     """RoI pooling of an architecture: [R, C, output_size, output_size]."""
     conventions = architecture.conventions
-    if not conventions.roi_align_aligned and conventions.roi_levels == "torchvision":
+    if not conventions.roi_align_aligned and conventions.edge_cases == "torchvision":
         return MultiScaleRoIAlign(POOLED_LEVELS, output_size, conventions.roi_align_sampling_ratio)
     return ConventionRoIAlign(
         output_size,
         conventions.roi_align_sampling_ratio,
         aligned=conventions.roi_align_aligned,
-        levels=conventions.roi_levels,
+        levels=conventions.edge_cases,
     )
+
+
+def adopt_edge_cases(model: FasterRCNN, architecture: Architecture) -> None:
+    """Give a Faster R-CNN another library's rules for boxes that hardly are boxes."""
+    library = architecture.conventions.edge_cases
+    if library == "torchvision":
+        return
+    # torchvision drops proposals thinner than 0.001 pixels, the others those without area.
+    model.rpn.min_size = torch.finfo(torch.float32).tiny
+    heads = model.roi_heads
+    model.roi_heads = ConventionRoIHeads(
+        heads.box_roi_pool,
+        heads.box_head,
+        heads.box_predictor,
+        fg_iou_thresh=heads.proposal_matcher.high_threshold,
+        bg_iou_thresh=heads.proposal_matcher.low_threshold,
+        batch_size_per_image=heads.fg_bg_sampler.batch_size_per_image,
+        positive_fraction=heads.fg_bg_sampler.positive_fraction,
+        bbox_reg_weights=heads.box_coder.weights,
+        score_thresh=heads.score_thresh,
+        nms_thresh=heads.nms_thresh,
+        detections_per_img=heads.detections_per_img,
+    )
+    model.roi_heads.drop_empty = library == "detectron2"
+    if library == "mmdetection":
+        for part in (model.rpn, model.roi_heads):
+            part.box_coder = SymmetricBoxCoder(part.box_coder.weights)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections import OrderedDict
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 
 from defeat_cli.detectors.backbones import build_backbone
-from defeat_cli.detectors.base import Batch, Detector, Regions, image_list
-from defeat_cli.detectors.conventions import build_anchor_generator, build_roi_pool
+from defeat_cli.detectors.base import Batch, Detector, Regions, at_least_float32, image_list
+from defeat_cli.detectors.conventions import adopt_edge_cases, build_anchor_generator, build_roi_pool
 from defeat_cli.recipe import Architecture
 
 ANCHOR_SIZES = [[32.0], [64.0], [128.0], [256.0], [512.0]]
@@ -26,6 +26,12 @@ class FasterRCNNDetector(Detector):
     """`torchvision.models.detection.FasterRCNN`: its regions are proposals, its classifier a softmax."""
 
     softmax = True
+
+    def __init__(self, model: FasterRCNN, classes: list[str]) -> None:
+        super().__init__(model, classes)
+        # Boxes are decoded in the dtype of the heads' outputs, which autocast would leave in half precision.
+        for head in (model.rpn.head, model.roi_heads.box_predictor):
+            head.register_forward_hook(_outputs_in_float32)
 
     @property
     def anchor_generator(self) -> AnchorGenerator:
@@ -69,6 +75,14 @@ class FasterRCNNDetector(Detector):
         return OrderedDict(zip(names, features, strict=True))
 
 
+def _outputs_in_float32(_module: nn.Module, _inputs: tuple, outputs: tuple) -> tuple:
+    """Forward hook for a head whose outputs are a pair of tensors, or of lists with a tensor per level."""
+    return tuple(
+        [at_least_float32(level) for level in output] if isinstance(output, list) else at_least_float32(output)
+        for output in outputs
+    )
+
+
 def build_faster_rcnn(
     architecture: Architecture, num_classes: int, short_side: list[int], long_side: int
 ) -> FasterRCNN:
@@ -82,7 +96,7 @@ def build_faster_rcnn(
         RecipeError: `anchor_sizes` does not fit the five levels.
     """
     channels = architecture.fpn_channels
-    return FasterRCNN(
+    model = FasterRCNN(
         build_backbone(architecture, one_stage=False),
         min_size=tuple(short_side),
         max_size=long_side,
@@ -101,3 +115,5 @@ def build_faster_rcnn(
         box_detections_per_img=architecture.detections_per_image,
         box_batch_size_per_image=architecture.regions_per_image,
     )
+    adopt_edge_cases(model, architecture)
+    return model

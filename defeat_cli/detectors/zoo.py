@@ -10,6 +10,8 @@ from torchvision.models import detection
 from defeat_cli.detectors.backbones import finish_body, mobilenet_stage_ends
 from defeat_cli.detectors.base import Detector
 from defeat_cli.detectors.faster_rcnn import FasterRCNNDetector, build_faster_rcnn
+from defeat_cli.detectors.fcos import FCOSDetector, build_fcos
+from defeat_cli.detectors.retinanet import RetinaNetDetector, build_retinanet
 from defeat_cli.recipe import Architecture
 
 Build = Callable[[Architecture, int, list[int], int], nn.Module]
@@ -42,10 +44,15 @@ def build_by_name(architecture: Architecture, num_classes: int, short_side: list
 
 DETECTORS: dict[str, tuple[type[Detector], Build]] = {
     "faster_rcnn": (FasterRCNNDetector, build_faster_rcnn),
+    "retinanet": (RetinaNetDetector, build_retinanet),
+    "fcos": (FCOSDetector, build_fcos),
     "fasterrcnn_resnet50_fpn": (FasterRCNNDetector, build_by_name),
     "fasterrcnn_resnet50_fpn_v2": (FasterRCNNDetector, build_by_name),
     "fasterrcnn_mobilenet_v3_large_fpn": (FasterRCNNDetector, build_by_name),
     "fasterrcnn_mobilenet_v3_large_320_fpn": (FasterRCNNDetector, build_by_name),
+    "retinanet_resnet50_fpn": (RetinaNetDetector, build_by_name),
+    "retinanet_resnet50_fpn_v2": (RetinaNetDetector, build_by_name),
+    "fcos_resnet50_fpn": (FCOSDetector, build_by_name),
 }
 """Detectors by the name that `student.detector` gives them: the contract's class, and what builds the model."""
 

@@ -1,0 +1,60 @@
+"""FCOS by the Detector contract."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torchvision.models.detection import FCOS
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+
+from defeat_cli.detectors.backbones import build_backbone
+from defeat_cli.detectors.base import Target
+from defeat_cli.detectors.one_stage import OneStageDetector
+from defeat_cli.errors import RecipeError
+from defeat_cli.recipe import Architecture
+
+POINT_SIZES = ((8,), (16,), (32,), (64,), (128,))
+"""torchvision describes a point by a square box of its level's stride."""
+
+NORM_GROUPS = 32
+"""Groups of the GroupNorm in torchvision's FCOS head."""
+
+
+class FCOSDetector(OneStageDetector):
+    """`torchvision.models.detection.FCOS`: points near the middle of a box are foreground, all others background."""
+
+    def _compute_loss(
+        self, owner: object, targets: list[Target], outputs: dict, anchors: list[Tensor], features: list[Tensor]
+    ) -> object:
+        points_per_level = [feature.shape[-2] * feature.shape[-1] for feature in features]
+        return FCOS.compute_loss(owner, targets, outputs, anchors, points_per_level)
+
+
+def build_fcos(architecture: Architecture, num_classes: int, short_side: list[int], long_side: int) -> FCOS:
+    """torchvision's FCOS on any backbone of the zoo. Its head is as wide as the FPN.
+
+    Args:
+        num_classes: classes of the data; one more column is built, for torchvision's labels begin at 1.
+        short_side, long_side: resizing, see `recipe.Data`.
+
+    Raises:
+        RecipeError: anchor sizes, which FCOS has not, or an FPN width that its head cannot normalise.
+    """
+    if architecture.anchor_sizes is not None:
+        raise RecipeError("anchor_sizes: fcos classifies points and has no anchors; leave it null")
+    if architecture.fpn_channels % NORM_GROUPS:
+        raise RecipeError(
+            f"fpn_channels: must be a multiple of {NORM_GROUPS} for fcos, whose head normalises "
+            f"{NORM_GROUPS} groups of channels (got {architecture.fpn_channels})"
+        )
+    return FCOS(
+        build_backbone(architecture, one_stage=True),
+        num_classes + 1,
+        min_size=tuple(short_side),
+        max_size=long_side,
+        image_mean=architecture.conventions.image_mean,
+        image_std=architecture.conventions.image_std,
+        anchor_generator=AnchorGenerator(POINT_SIZES, ((1.0,),) * len(POINT_SIZES)),
+        score_thresh=architecture.score_threshold,
+        nms_thresh=architecture.nms_threshold,
+        detections_per_img=architecture.detections_per_image,
+    )

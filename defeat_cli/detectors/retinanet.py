@@ -1,0 +1,54 @@
+"""RetinaNet by the Detector contract."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torchvision.models.detection import RetinaNet
+
+from defeat_cli.detectors.backbones import build_backbone
+from defeat_cli.detectors.base import Target
+from defeat_cli.detectors.conventions import ConventionRetinaNet, build_anchor_generator
+from defeat_cli.detectors.one_stage import OneStageDetector
+from defeat_cli.recipe import Architecture
+
+ANCHOR_SIZES = [[float(int(side * 2 ** (third / 3))) for third in range(3)] for side in (32, 64, 128, 256, 512)]
+"""Anchor sides of P3 to P7 in pixels, whole as torchvision has them."""
+
+
+class RetinaNetDetector(OneStageDetector):
+    """`torchvision.models.detection.RetinaNet`: anchors that overlap a box a little are ignored, label -1."""
+
+    def _compute_loss(
+        self, owner: object, targets: list[Target], outputs: dict, anchors: list[Tensor], features: list[Tensor]
+    ) -> object:
+        return RetinaNet.compute_loss(owner, targets, outputs, anchors)
+
+
+def build_retinanet(architecture: Architecture, num_classes: int, short_side: list[int], long_side: int) -> RetinaNet:
+    """torchvision's RetinaNet on any backbone of the zoo. Its head is as wide as the FPN.
+
+    Args:
+        num_classes: classes of the data; one more column is built, for torchvision's labels begin at 1.
+        short_side, long_side: resizing, see `recipe.Data`.
+
+    Raises:
+        RecipeError: `anchor_sizes` does not fit the five levels.
+    """
+    conventions = architecture.conventions
+    foreign = conventions.clip_after_nms or conventions.edge_cases != "torchvision"
+    kind = ConventionRetinaNet if foreign else RetinaNet
+    model = kind(
+        build_backbone(architecture, one_stage=True),
+        num_classes + 1,
+        min_size=tuple(short_side),
+        max_size=long_side,
+        image_mean=conventions.image_mean,
+        image_std=conventions.image_std,
+        anchor_generator=build_anchor_generator(architecture, ANCHOR_SIZES),
+        score_thresh=architecture.score_threshold,
+        nms_thresh=architecture.nms_threshold,
+        detections_per_img=architecture.detections_per_image,
+    )
+    if foreign:
+        model.adopt(conventions)
+    return model
