@@ -89,7 +89,8 @@ def train(
 ) -> None:
     """Distil a student from a teacher (or, without one, train a detector)."""
     if list_recipes:
-        return show_recipes()
+        show_recipes()
+        return
     if recipe is None:
         raise typer.BadParameter(
             "give a recipe: --recipe quickstart, or a file (--list-recipes shows the shipped ones)"
@@ -97,7 +98,7 @@ def train(
     from defeat_cli.recipe import load
     from defeat_cli.variants import find_variant, read_variants
 
-    changes = find_variant(variant, read_variants(variants)).overrides if variant else {}
+    changes = dict(find_variant(variant, read_variants(variants)).overrides) if variant else {}
     changes |= overrides(
         set_,
         teacher__checkpoint=teacher,

@@ -14,7 +14,7 @@ ALLOWED = {
     "recipe": {"errors"},
     "variants": {"errors", "recipe"},
     "console": set(),
-    "detectors": {"detectors", "errors", "recipe"},
+    "detectors": {"detectors", "checkpoints", "errors", "recipe"},
     "checkpoints": {"checkpoints", "errors", "recipe"},
     "data": {"data", "errors"},
     "distillation": {"distillation", "detectors", "errors"},
