@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from defeat_cli.data.annotations import Annotations, Id, parse_annotations, read_annotations
 from defeat_cli.data.transforms import horizontal_flip, image_size, read_image
-from defeat_cli.data.voc import find_image_sets, read_voc
+from defeat_cli.data.voc import find_image_sets, is_voc, read_voc
 from defeat_cli.errors import DataError
 
 LAYOUTS = (("annotations/instances_{split}2017.json", "{split}2017"), ("{split}.json", "images"))
@@ -95,6 +95,7 @@ class CocoDataset(Dataset):
             DataError: the image cannot be read, or is not of the size that the annotations give.
         """
         epoch, index = key if isinstance(key, tuple) else (0, key)
+        index = range(len(self))[index]
         image = read_image(self.images / self.file_name(index), self.sizes[index])
         mine = slice(self._first[index], self._first[index + 1])
         boxes = torch.from_numpy(self._boxes[mine].copy())
@@ -186,7 +187,8 @@ def find_split(path: Path, split: str, annotations: str | None = None, images: s
         line = f"{file}{_absent(file.is_file())} with {folder}{os.sep}{_absent(folder.is_dir())}"
         if line not in looked_for:
             looked_for.append(line)
-    raise DataError("\n  ".join([f"{path}: no {split} data in COCO's layout there. Looked for", *looked_for]))
+    voc = "For VOC's layout: JPEGImages, Annotations and ImageSets/Main"
+    raise DataError("\n  ".join([f"{path}: no {split} data there. Looked for", *looked_for, voc]))
 
 
 def open_split(
@@ -212,10 +214,9 @@ def open_split(
     Raises:
         DataError: no data there, or data that cannot be used.
     """
-    image_sets = None
-    if format != "coco":
-        image_sets = find_image_sets(path, split, annotations, required=format == "voc")
-    if image_sets is not None:
+    names_json = annotations is not None and annotations.endswith(".json")
+    if format == "voc" or (format == "auto" and not names_json and is_voc(path)):
+        image_sets = find_image_sets(path, split, annotations)
         return CocoDataset(read_voc(path, image_sets), path, train, flip, seed)
     file, folder = find_split(path, split, annotations, images)
     return CocoDataset(file, folder, train, flip, seed)

@@ -25,7 +25,7 @@ FINE = 4
 """Scenes are drawn so many times larger and averaged down: smooth edges, and boxes to a quarter of a pixel."""
 SIDES = (0.08, 0.95)
 """Smallest and largest object, as a share of the image's side."""
-MAX_OBJECTS = 8
+MAX_OBJECTS = 6
 EMPTY_CHANCE = 0.04
 VISIBLE = 0.35
 """Objects of which less than this share is seen, behind others or past the border, are not annotated."""
@@ -113,12 +113,12 @@ def draw_scene(rng: np.random.Generator, size: int) -> tuple[Image.Image, list[t
         The image, and for each annotated object its index in `CLASSES` and its box.
     """
     scene = _Scene(rng, size)
-    for _ in range(rng.integers(2, 6)):
+    for _ in range(rng.integers(1, 4)):
         scene.add_clutter()
     count = 0 if rng.random() < EMPTY_CHANCE else int(rng.integers(1, MAX_OBJECTS + 1))
     for side in np.sort(_log_uniform(rng, *SIDES, count))[::-1]:  # large ones first, or they would hide the small
         scene.add_object(float(side) * size * FINE / 2)
-        if rng.random() < 0.3:
+        if rng.random() < 0.15:
             scene.add_clutter()
     return scene.photograph(), scene.visible_objects()
 
@@ -191,7 +191,7 @@ class _Scene:
             image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 0.9)))
         pixels = np.asarray(image, dtype=np.float32)
         pixels = pixels * (1 + 0.35 * (_ramp(rng, len(pixels)) - 0.5)[..., None])
-        noise = rng.standard_normal(pixels.shape, dtype=np.float32) * rng.uniform(2, 14)
+        noise = rng.standard_normal(pixels.shape, dtype=np.float32) * rng.uniform(2, 8)
         return Image.fromarray((pixels + noise).round().clip(0, 255).astype(np.uint8))
 
     def _paint(self, rings: list[np.ndarray], owner: int) -> int:
@@ -206,12 +206,15 @@ class _Scene:
         pen = ImageDraw.Draw(mask)
         for ring, value in zip(rings, (255, 0), strict=False):
             pen.polygon((ring - (left, top)).round().ravel().tolist(), fill=value)
-        drop = int(self.rng.uniform(0, 0.02) * self.side)
         covered = np.asarray(mask)
-        self.canvas.paste((15, 15, 25), (int(left) + drop, int(top) + drop), Image.fromarray(covered // 4))
+        self._cast_shadow(covered, int(left), int(top))
         self.canvas.paste(self._fill(mask.size), (int(left), int(top)), mask)
         self.owners.paste(owner, (int(left), int(top), int(right), int(bottom)), mask)
         return int(np.count_nonzero(covered))
+
+    def _cast_shadow(self, covered: np.ndarray, left: int, top: int) -> None:
+        drop = int(self.rng.uniform(0, 0.02) * self.side)
+        self.canvas.paste((15, 15, 25), (left + drop, top + drop), Image.fromarray(covered // 4))
 
     def _fill(self, size: tuple[int, int]) -> Image.Image:
         """A plain, shaded or striped piece of colour."""
@@ -228,7 +231,7 @@ class _Scene:
     def _color(self) -> Color:
         """Often near the scene's own hue, so that colour alone gives no object away."""
         rng = self.rng
-        hue = self.hue + rng.normal(0, 0.07) if rng.random() < 0.45 else rng.random()
+        hue = self.hue + rng.normal(0, 0.07) if rng.random() < 0.25 else rng.random()
         red, green, blue = hsv_to_rgb(hue % 1, rng.uniform(0.25, 0.9), rng.uniform(0.35, 1.0))
         return round(red * 255), round(green * 255), round(blue * 255)
 

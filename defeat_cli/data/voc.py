@@ -29,32 +29,35 @@ class ImageSet(NamedTuple):
         return self.folder / IMAGE_SETS / f"{self.name}.txt"
 
 
-def find_image_sets(path: Path, split: str, named: str | None = None, *, required: bool) -> list[ImageSet] | None:
+def is_voc(path: Path) -> bool:
+    """Whether a folder is in VOC's layout, or one in it is."""
+    return _has_layout(path) or bool(_years(path))
+
+
+def find_image_sets(path: Path, split: str, named: str | None = None) -> list[ImageSet]:
     """The image sets that make up a split.
 
     Args:
         path: a folder in VOC's layout, or one that holds such folders, like `VOCdevkit`.
         split: `train` or `val`: the sets of those names, where `named` is None.
         named: one set or several, e.g. `trainval`, or `VOC2007/trainval+VOC2012/trainval`.
-        required: whether it is an error that this is no VOC folder; else None is returned then.
 
     Raises:
-        DataError: no VOC layout (where required), or no such image set; lists those that are there.
+        DataError: no VOC layout, or no such image set; lists those that are there.
     """
     image_sets = []
     for part in (named or split).split("+"):
         folder, _, name = part.strip().rpartition("/")
         image_sets.append(ImageSet(path / folder, name))
-    if not all(_has_layout(image_set.folder) for image_set in image_sets):
-        if not required:
-            return None
-        inside = sorted(child.name for child in path.iterdir() if _has_layout(child)) if path.is_dir() else []
-        hint = f"; name a set in one of its folders, e.g. {inside[0]}/{split}" if inside else ""
-        raise DataError(f"{path}: not in VOC's layout (JPEGImages, Annotations, {IMAGE_SETS}){hint}")
-    for image_set in image_sets:
-        if not image_set.file.is_file():
-            there = sorted(file.stem for file in (image_set.folder / IMAGE_SETS).glob("*.txt") if "_" not in file.stem)
-            raise DataError(f"{image_set.file}: no such image set; there are: {', '.join(there) or 'none'}")
+    for folder, name in image_sets:
+        if not _has_layout(folder):
+            years = _years(path)
+            hint = f"; name image sets in its folders, e.g. {years[0]}/{name}" if years else ""
+            raise DataError(f"{folder}: not in VOC's layout (JPEGImages, Annotations, {IMAGE_SETS}){hint}")
+        if not (folder / IMAGE_SETS / f"{name}.txt").is_file():
+            there = sorted(file.stem for file in (folder / IMAGE_SETS).glob("*.txt"))
+            listed = ", ".join(there[:10]) + (", …" if len(there) > 10 else "")
+            raise DataError(f"{folder / IMAGE_SETS}: no image set {name}; there are: {listed or 'none'}")
     return image_sets
 
 
@@ -171,6 +174,11 @@ def _iou(box: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 def _has_layout(folder: Path) -> bool:
     return all((folder / name).is_dir() for name in ("JPEGImages", "Annotations", IMAGE_SETS))
+
+
+def _years(path: Path) -> list[str]:
+    """Names of the folders in VOC's layout inside one, like VOC2007."""
+    return sorted(child.name for child in path.iterdir() if _has_layout(child)) if path.is_dir() else []
 
 
 def _listed(file: Path) -> list[str]:
