@@ -132,4 +132,4 @@ def fold_bgr(state_dict: StateDict) -> None:
 
 def unit_range(values: list[float]) -> list[float]:
     """Mean or standard deviation of pixels in 0-255, for pixels in [0, 1]."""
-    return [float(value) / 255 for value in values]
+    return [round(float(value) / 255, 12) for value in values]

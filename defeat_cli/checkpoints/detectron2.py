@@ -8,10 +8,11 @@ What differs from torchvision, and where it is kept:
 | BGR pixels in 0-255, MSRA ResNets with std 1 | first convolution takes RGB; mean and std in `conventions`, over 255 |
 | MSRA ResNets stride in a bottleneck's 1x1 convolution | `stride_in_1x1` |
 | FrozenBatchNorm with epsilon 1e-5 | `batch_norm_eps` |
-| ROIAlignV2: half a pixel shifted, adaptive sampling | `roi_align_aligned`, `roi_align_sampling_ratio`, `roi_levels` |
+| ROIAlignV2: half a pixel shifted, adaptive sampling | `roi_align_aligned`, `roi_align_sampling_ratio` |
 | anchors not rounded, sizes first, spaced by 4, 8, 16, … | `rounded_anchors`, `anchor_order`, `nominal_strides` |
 | RetinaNet's P6 from C5, a ReLU before P7 | `p6_from`, `p7_relu` |
 | RetinaNet clips boxes after suppression | `clip_after_nms` |
+| boxes without area dropped last, its own rounding between levels | `edge_cases` |
 """
 
 from __future__ import annotations
@@ -141,7 +142,7 @@ def to_weights(content: Any, origin: str, architecture: Architecture | None = No
             batch_norm_eps=1e-5,
             roi_align_aligned=True,
             roi_align_sampling_ratio=0,
-            roi_levels="detectron2",
+            edge_cases="detectron2",
             rounded_anchors=False,
             anchor_order="sizes-first",
             nominal_strides=True,

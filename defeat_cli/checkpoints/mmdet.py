@@ -7,9 +7,10 @@ What differs from torchvision, and where it is kept:
 | background is the last class; RetinaNet has no column for it | reordered, `conversion.with_background_first` |
 | pixels in 0-255, RGB or (caffe style) BGR | first convolution takes RGB; mean and std in `conventions`, over 255 |
 | caffe style: a bottleneck strides in its 1x1 convolution | `stride_in_1x1` |
-| RoIAlign: half a pixel shifted, adaptive sampling | `roi_align_aligned`, `roi_align_sampling_ratio`, `roi_levels` |
+| RoIAlign: half a pixel shifted, adaptive sampling | `roi_align_aligned`, `roi_align_sampling_ratio` |
 | anchors not rounded, spaced by 4, 8, 16, … | `rounded_anchors`, `nominal_strides` |
 | RetinaNet's P6 from C5, no ReLU before P7 | `p6_from`, `p7_relu` |
+| deltas clamped from below too, boxes without area kept, its own rounding between levels | `edge_cases` |
 
 The checkpoint's configuration text says which of these hold. Without one, the library's defaults are taken.
 """
@@ -223,7 +224,7 @@ def _conventions(
         batch_norm_eps=1e-5,
         roi_align_aligned=pooling.get("aligned", True),
         roi_align_sampling_ratio=pooling.get("sampling_ratio", pooling.get("sample_num", 0)),
-        roi_levels="mmdetection",
+        edge_cases="mmdetection",
         rounded_anchors=False,
         anchor_order="ratios-first",
         nominal_strides=True,
