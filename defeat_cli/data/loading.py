@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator
 from itertools import cycle, islice
 from typing import Any
 
@@ -131,7 +131,6 @@ class _Caught(Dataset):
         self.dataset = dataset
 
     def __len__(self) -> int:
-        assert isinstance(self.dataset, Sized)
         return len(self.dataset)
 
     def __getitem__(self, key: Any) -> Sample | DataError:
