@@ -13,8 +13,8 @@ INITIAL_STD = 1e-4
 class Adapter(nn.Module):
     """A 3x3 convolution from student to teacher channels that keeps height and width.
 
-    Weights start from N(0, 1e-4). That is the standard deviation, as in DeFeat's published code (which also wraps values
-    beyond two of them round; this does not). The bias starts as in any convolution.
+    Weights start from N(0, 1e-4). That is the standard deviation, as in DeFeat's published code (which also wraps
+    values beyond two of them round; this does not). The bias starts as in any convolution.
 
     Args:
         student_channels, teacher_channels: channels in and out.

@@ -28,8 +28,8 @@ def box_masks(
 ) -> list[Tensor]:
     """Cells inside boxes, each box on one level by its size (DeFeat, section 3).
 
-    A box of w x h pixels belongs to level floor(log2(sqrt(w h) / finest_scale + 1e-6)), clamped to those there are. On
-    it the box covers the cells floor(x1 / stride) up to floor(x2 / stride), end exclusive, within the map; likewise in y.
+    A box of w x h pixels belongs to level floor(log2(sqrt(w h) / finest_scale + 1e-6)), clamped to those there are.
+    There it covers the cells floor(x1 / stride) up to floor(x2 / stride), end exclusive, within the map; likewise in y.
     A box that meets the map covers at least one cell in each direction, one beside the map covers none.
 
     Args:
@@ -87,20 +87,15 @@ def gaussian_masks(
 
 @torch.no_grad()
 def fine_grained_masks(
-    boxes: Sequence[Tensor],
-    shapes: Sequence[Shape],
-    anchors: Sequence[Tensor],
-    ratio: float = 0.5,
-    finest_scale: float = 56.0,
+    boxes: Sequence[Tensor], shapes: Sequence[Shape], anchors: Sequence[Tensor], ratio: float = 0.5
 ) -> list[Tensor]:
     """Cells with an anchor that fits some box nearly as well as the best anchor does (FGFI, CVPR 2019).
 
-    A cell is foreground where the IoU of any of its anchors with any box exceeds `ratio` times that box's best IoU. Each
-    box is on one level, by the rule of `box_masks`, and it is compared with the anchors of that level: so the authors of
-    FGFI and of DeFeat do it on pyramids.
+    A cell is foreground where the IoU of any of its anchors with any box exceeds `ratio` times that box's best IoU over
+    the anchors of all levels: a box is on the levels whose anchors fit it.
 
     Args:
-        boxes, shapes, finest_scale: as in `box_masks`.
+        boxes, shapes: as in `box_masks`.
         anchors: [h * w * A, 4] for each level, xyxy pixels, cells row by row and the A anchors of a cell together.
         ratio: share of the best IoU that has to be exceeded, in [0, 1].
 
@@ -108,17 +103,15 @@ def fine_grained_masks(
         [N, h, w] bool for each level.
     """
     padded = _padded(boxes)
-    levels = _levels(padded, len(shapes), finest_scale)
-    masks = []
-    for level, (shape, of_level) in enumerate(zip(shapes, anchors, strict=True)):
-        fits = torch.zeros(len(padded), len(of_level), dtype=torch.bool, device=padded.device)
-        step = max(1, MAX_ELEMENTS // fits.numel())
-        for some, on_level in zip(padded.split(step, dim=1), (levels == level).split(step, dim=1), strict=True):
-            overlaps = box_iou(some.flatten(0, 1), of_level).unflatten(0, some.shape[:2])
-            best = overlaps.amax(dim=2, keepdim=True)
-            fits |= ((overlaps > ratio * best) & on_level[..., None]).any(dim=1)
-        masks.append(fits.unflatten(1, (*shape, -1)).any(dim=-1))
-    return masks
+    every_anchor = torch.cat(list(anchors))
+    fits = torch.zeros(len(padded), len(every_anchor), dtype=torch.bool, device=padded.device)
+    step = max(1, MAX_ELEMENTS // fits.numel())
+    for some in padded.split(step, dim=1):
+        overlaps = box_iou(some.flatten(0, 1), every_anchor).unflatten(0, some.shape[:2])
+        best = overlaps.amax(dim=2, keepdim=True)
+        fits |= (overlaps > ratio * best).any(dim=1)
+    by_level = fits.split([len(of_level) for of_level in anchors], dim=1)
+    return [fit.unflatten(1, (*shape, -1)).any(dim=-1) for fit, shape in zip(by_level, shapes, strict=True)]
 
 
 @torch.no_grad()
@@ -233,9 +226,7 @@ MASKS: dict[str, Callable[..., list[Tensor]]] = {
     "gaussian": lambda boxes, shapes, strides, finest_scale, anchors: gaussian_masks(
         boxes, shapes, strides, finest_scale
     ),
-    "fine-grained": lambda boxes, shapes, strides, finest_scale, anchors: fine_grained_masks(
-        boxes, shapes, anchors, finest_scale=finest_scale
-    ),
+    "fine-grained": lambda boxes, shapes, strides, finest_scale, anchors: fine_grained_masks(boxes, shapes, anchors),
     "full": lambda boxes, shapes, strides, finest_scale, anchors: full_masks(boxes, shapes),
 }
 """Mask kind -> masks from (boxes, shapes, strides, finest_scale, anchors); only `fine-grained` needs the anchors."""
