@@ -1,0 +1,53 @@
+"""Adapters have the right shape, start, and activation."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from defeat_cli.distillation.adapters import Adapter, build_adapters
+
+
+def test_one_adapter_a_level_keeps_the_map_and_changes_the_channels():
+    adapters = build_adapters([8, 16], [32, 24])
+    features = [torch.randn(2, 8, 7, 9), torch.randn(2, 16, 4, 5)]
+    shapes = [tuple(adapter(f).shape) for adapter, f in zip(adapters, features, strict=True)]
+    assert shapes == [(2, 32, 7, 9), (2, 24, 4, 5)]
+
+
+def test_it_is_a_plain_convolution():
+    # With a kernel of ones an inner cell is the sum over 3 x 3 cells and both channels: 9 * (1 + 2) + bias; at a
+    # corner 4 cells are inside: 4 * 3 + bias.
+    adapter = Adapter(2, 1)
+    torch.nn.init.ones_(adapter.conv.weight)
+    torch.nn.init.constant_(adapter.conv.bias, -20.0)
+    features = torch.ones(1, 2, 3, 3) * torch.tensor([1.0, 2.0])[:, None, None]
+    adapted = adapter(features)
+    assert adapted[0, 0, 1, 1] == 9 * 3 - 20
+    assert adapted[0, 0, 0, 0] == 4 * 3 - 20
+
+
+def test_backbone_adapters_end_with_a_relu():
+    torch.manual_seed(0)
+    (neck,) = build_adapters([4], [4])
+    (backbone,) = build_adapters([4], [4], relu=True)
+    backbone.load_state_dict(neck.state_dict())
+    features = torch.randn(1, 4, 6, 6)
+    assert neck(features).min() < 0
+    assert torch.equal(backbone(features), neck(features).clamp(min=0))
+
+
+def test_initial_weights():
+    # 128 * 256 * 9 = 294912 draws: the sample deviation is within 1% of 1e-4, the mean within 5 standard errors of 0.
+    torch.manual_seed(0)
+    conv = Adapter(128, 256).conv
+    assert abs(conv.weight.std().item() - 1e-4) < 1e-6
+    assert abs(conv.weight.mean().item()) < 5 * 1e-4 / math.sqrt(294912)
+    assert conv.weight.abs().max() > 3e-4
+    bound = 1 / math.sqrt(128 * 9)
+    assert 0.9 * bound < conv.bias.abs().max() <= bound
+
+
+def test_no_levels_no_adapters():
+    assert len(build_adapters([], [])) == 0
