@@ -14,8 +14,9 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.regnet import BlockParams, RegNet
 from torchvision.models.resnet import Bottleneck, ResNet
@@ -79,11 +80,12 @@ def finish_body(body: nn.Module, last: list[str], architecture: Architecture) ->
     names = [name for name, _ in children]
     # The stem is what comes before the first child of the first stage, that is before the first stride past 2.
     ends = [_stem_end(body, names), *(names.index(name) + 1 for name in last)]
-    for _, child in children[: ends[architecture.frozen_stages - 1] if architecture.frozen_stages else 0]:
-        child.requires_grad_(False)
-        _freeze_norms(child)
-    if architecture.norm == "frozen":
-        _freeze_norms(body)
+    frozen = ends[architecture.frozen_stages - 1] if architecture.frozen_stages else 0
+    for index, (name, child) in enumerate(children):
+        if index < frozen:
+            child.requires_grad_(False)
+        if index < frozen or architecture.norm == "frozen":
+            setattr(body, name, _with_frozen_norms(child))
     conventions = architecture.conventions
     for module in body.modules():
         if isinstance(module, nn.BatchNorm2d | FrozenBatchNorm2d) and conventions.batch_norm_eps is not None:
@@ -123,15 +125,15 @@ def _stem_end(body: nn.Module, names: list[str]) -> int:
     return next(index for index, child in enumerate(body.children()) if getattr(child, "_is_cn", False))
 
 
-def _freeze_norms(module: nn.Module) -> None:
-    """Replace each BatchNorm below `module` by one whose statistics and affine parameters are constants."""
+def _with_frozen_norms(module: nn.Module) -> nn.Module:
+    """The module with each BatchNorm replaced by one whose statistics and affine parameters are constants."""
+    if isinstance(module, nn.BatchNorm2d):
+        frozen = FrozenBatchNorm2d(module.num_features, eps=module.eps)
+        frozen.load_state_dict(module.state_dict())
+        return frozen
     for name, child in module.named_children():
-        if isinstance(child, nn.BatchNorm2d):
-            frozen = FrozenBatchNorm2d(child.num_features, eps=child.eps)
-            frozen.load_state_dict(child.state_dict())
-            setattr(module, name, frozen)
-        else:
-            _freeze_norms(child)
+        setattr(module, name, _with_frozen_norms(child))
+    return module
 
 
 def _p6_p7(architecture: Architecture, c5_channels: int) -> ExtraFPNBlock:
@@ -149,7 +151,8 @@ def load_backbone_weights(model: nn.Module, weights: str, architecture: Architec
 
     Args:
         model: a torchvision detector, changed in place.
-        weights: `imagenet` (torchvision's first set, downloaded once) or the file of a torchvision classifier.
+        weights: `imagenet` (torchvision's first set, downloaded once) or the file of a torchvision classifier, which
+            may be in half precision.
         architecture: what `model` was built from.
 
     Raises:
@@ -163,7 +166,11 @@ def load_backbone_weights(model: nn.Module, weights: str, architecture: Architec
             raise CheckpointError(
                 f"{weights}: expected the state dict of a torchvision classifier, found {described(content)}"
             )
-    state_dict = {_without_prefix(key): value for key, value in content.items() if not key.startswith(CLASSIFIERS)}
+    state_dict = {
+        _without_prefix(key): _within_range(value) if key.endswith("running_var") else value
+        for key, value in content.items()
+        if not key.startswith(CLASSIFIERS)
+    }
     load_strict(model.backbone.body, state_dict, origin)
 
 
@@ -192,3 +199,8 @@ def _without_prefix(key: str) -> str:
     for prefix in PREFIXES:
         key = key.removeprefix(prefix)
     return key
+
+
+def _within_range(variance: Tensor) -> Tensor:
+    """Variances with those that overflowed when they were saved in half precision at the largest that fits."""
+    return variance.clamp(max=torch.finfo(torch.float16).max) if variance.dtype == torch.float16 else variance

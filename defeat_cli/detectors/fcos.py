@@ -41,10 +41,11 @@ def build_fcos(architecture: Architecture, num_classes: int, short_side: list[in
     """
     if architecture.anchor_sizes is not None:
         raise RecipeError("anchor_sizes: fcos classifies points and has no anchors; leave it null")
-    if architecture.fpn_channels % NORM_GROUPS:
+    # A group of one channel on a map of one cell (P7 of a small image) has nothing to be normalised by.
+    if architecture.fpn_channels % NORM_GROUPS or architecture.fpn_channels == NORM_GROUPS:
         raise RecipeError(
-            f"fpn_channels: must be a multiple of {NORM_GROUPS} for fcos, whose head normalises "
-            f"{NORM_GROUPS} groups of channels (got {architecture.fpn_channels})"
+            f"fpn_channels: must be 64, 96, 128, … for fcos, whose head normalises {NORM_GROUPS} groups of channels "
+            f"(got {architecture.fpn_channels})"
         )
     return FCOS(
         build_backbone(architecture, one_stage=True),
