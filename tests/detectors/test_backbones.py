@@ -87,7 +87,7 @@ def test_state_dict_loads_strict_into_plain_torchvision_and_detects_the_same(nam
     for name, parameter in ours.named_parameters():
         if parameter.ndim == 1:
             nn.init.uniform_(parameter, 0.0, 0.2)
-        elif "cls" in name:
+        elif "cls" in name or "bbox" in name:
             nn.init.normal_(parameter, std=1e-3)
         else:
             nn.init.kaiming_normal_(parameter)
