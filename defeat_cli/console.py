@@ -191,7 +191,8 @@ def errors_table(report: dict[str, Any]) -> Table:
     """Error types with their counts and the AP50 that each costs."""
     false_positives = report["background_false_positives"]
     table = Table(
-        title=f"Errors (TIDE); {false_positives['count']} background false positives at score {false_positives['score']}",
+        title=f"Errors by TIDE's types; {false_positives['count']} background false positives "
+        f"at score {false_positives['score']}",
         title_justify="left",
     )
     table.add_column("error")

@@ -24,5 +24,5 @@ class RunError(DefeatError):
     """A run or study folder, or a device, that cannot be used as asked."""
 
 
-class Interrupted(Exception):
+class Interrupted(Exception):  # noqa: N818 - nothing went wrong
     """The user, or the system, asked a run to stop. The message says how to go on."""

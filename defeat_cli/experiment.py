@@ -1,4 +1,4 @@
-"""One `defeat train`: find or train the teacher, train the student, and with it the plain student where asked, and report."""
+"""One `defeat train`: find or train the teacher, train the student, and the plain student where asked, and report."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def train(
     Everything that can be wrong with the input is found before anything is written.
 
     Returns:
-        What `results.json` holds: `student`, and `teacher` and `plain` where there are such, each with the COCO figures.
+        What `results.json` holds: `student`, and `teacher` and `plain` where there are any, each with COCO figures.
 
     Raises:
         DefeatError: the recipe, data, teacher, device or folder cannot be used.
@@ -75,7 +75,7 @@ def train(
     best = native.load(run / BEST)
     native.write_atomically(run / STUDENT, best["student"])
     results: dict[str, Any] = {"student": best["metrics"], "training_seconds": round(training.seconds, 1)}
-    if teacher is not None:
+    if teacher is not None and set(teacher.classes) & set(validation_data.classes):
         results["teacher"] = _teacher_results(recipe, folder) or score(teacher, reporter)
     draw_curves(run.metrics(), run / CURVES)
     if recipe.run.compare_plain and teacher is not None:
@@ -148,8 +148,8 @@ def _check_teacher(
     reporter.note(f"teacher: AP {percent(ap)} on {images} validation images")
     if ap < NEAR_ZERO_AP:
         reporter.warn(
-            "the teacher finds next to nothing on these images. Was it trained for these classes, and for images of this "
-            "size and kind?"
+            "the teacher finds next to nothing on these images. Was it trained for these classes, and for images of "
+            "this size and kind?"
         )
 
 

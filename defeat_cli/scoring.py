@@ -15,7 +15,7 @@ from defeat_cli.console import counting, errors_table, metrics_table
 from defeat_cli.data.loading import evaluation_loader
 from defeat_cli.engine.detection_errors import error_report
 from defeat_cli.engine.evaluation import evaluate
-from defeat_cli.engine.runs import RECIPE, replacing, write_json
+from defeat_cli.engine.runs import RECIPE, write_json
 from defeat_cli.errors import DataError
 from defeat_cli.recipe import Recipe
 

@@ -29,6 +29,8 @@ MAX_OBJECTS = 6
 EMPTY_CHANCE = 0.04
 VISIBLE = 0.35
 """Objects of which less than this share is seen, behind others or past the border, are not annotated."""
+TYPICAL = 0.75
+"""How often an object has the colour of its kind, as real things often do; it makes small data enough to learn from."""
 
 Color = tuple[int, int, int]
 Box = tuple[float, float, float, float]
@@ -147,10 +149,10 @@ class _Scene:
         self.circles.append((x, y, radius))
         kind = int(rng.integers(len(CLASSES)))
         stretch = np.array([rng.uniform(0.85, 1.0), 1.0]) * radius
-        turn = _rotation(rng.uniform(0, 2 * math.pi))
+        turn = _rotation(rng.uniform(-0.4, 0.4))
         rings = [(ring * stretch) @ turn + (x, y) for ring in _outline(CLASSES[kind], rng)]
         self.kinds.append(kind)
-        self.areas.append(self._paint(rings, owner=len(self.kinds)))
+        self.areas.append(self._paint(rings, owner=len(self.kinds), hue=kind / len(CLASSES)))
 
     def add_clutter(self) -> None:
         """Draw something that is no object: a blob, a half disc, or a bent line."""
@@ -194,8 +196,11 @@ class _Scene:
         noise = rng.standard_normal(pixels.shape, dtype=np.float32) * rng.uniform(2, 8)
         return Image.fromarray((pixels + noise).round().clip(0, 255).astype(np.uint8))
 
-    def _paint(self, rings: list[np.ndarray], owner: int) -> int:
+    def _paint(self, rings: list[np.ndarray], owner: int, hue: float | None = None) -> int:
         """Fill a polygon, which a second one may be cut out of, over a soft shadow.
+
+        Args:
+            hue: the typical colour of what is painted, in [0, 1]; None for no typical one.
 
         Returns:
             Its area in fine pixels, the part beyond the border included.
@@ -208,7 +213,7 @@ class _Scene:
             pen.polygon((ring - (left, top)).round().ravel().tolist(), fill=value)
         covered = np.asarray(mask)
         self._cast_shadow(covered, int(left), int(top))
-        self.canvas.paste(self._fill(mask.size), (int(left), int(top)), mask)
+        self.canvas.paste(self._fill(mask.size, hue), (int(left), int(top)), mask)
         self.owners.paste(owner, (int(left), int(top), int(right), int(bottom)), mask)
         return int(np.count_nonzero(covered))
 
@@ -216,10 +221,10 @@ class _Scene:
         drop = int(self.rng.uniform(0, 0.02) * self.side)
         self.canvas.paste((15, 15, 25), (left + drop, top + drop), Image.fromarray(covered // 4))
 
-    def _fill(self, size: tuple[int, int]) -> Image.Image:
+    def _fill(self, size: tuple[int, int], hue: float | None) -> Image.Image:
         """A plain, shaded or striped piece of colour."""
         rng = self.rng
-        first, second = self._color(), self._color()
+        first, second = self._color(hue), self._color(hue)
         style = rng.random()
         if style < 0.55:
             return Image.new("RGB", size, first)
@@ -228,10 +233,13 @@ class _Scene:
             ramp = (ramp * rng.integers(3, 7)) % 1 > 0.5
         return _blend(first, second, ramp).resize(size, Image.Resampling.NEAREST)
 
-    def _color(self) -> Color:
-        """Often near the scene's own hue, so that colour alone gives no object away."""
+    def _color(self, typical: float | None = None) -> Color:
+        """Near a typical hue where there is one; else often near the scene's own, so that colour alone tells little."""
         rng = self.rng
-        hue = self.hue + rng.normal(0, 0.07) if rng.random() < 0.25 else rng.random()
+        if typical is not None and rng.random() < TYPICAL:
+            hue = typical + rng.normal(0, 0.05)
+        else:
+            hue = self.hue + rng.normal(0, 0.07) if rng.random() < 0.25 else rng.random()
         red, green, blue = hsv_to_rgb(hue % 1, rng.uniform(0.25, 0.9), rng.uniform(0.35, 1.0))
         return round(red * 255), round(green * 255), round(blue * 255)
 

@@ -1,4 +1,4 @@
-"""One training step's loss terms: the student's detection losses and what the teacher adds to them (DeFeat, section 3)."""
+"""One training step's loss terms: the student's detection losses, and what the teacher adds (DeFeat, section 3)."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class Terms:
 class Distiller(nn.Module):
     """A student, the teacher that supervises it, and the adapters between them.
 
-    `forward` runs both detectors on one batch. The student comes first, and its own sampling with it, so that with equal
-    seeds a distilled and a plain student draw the same training samples.
+    `forward` runs both detectors on one batch. The student comes first, and its own sampling with it, so that with
+    equal seeds a distilled and a plain student draw the same training samples.
 
     Args:
         student: the detector that is trained.
@@ -177,7 +177,8 @@ class Distiller(nn.Module):
             (self.neck_pairs, self.neck_adapters) if place == "neck" else (self.stage_pairs, self.stage_adapters)
         )
         levels = self.student.levels if place == "neck" else self.student.stage_levels
-        valid = valid_masks(batch.valid, [tuple(feature.shape[-2:]) for feature in student])
+        shapes = [tuple(feature.shape[-2:]) for feature in student]
+        valid = valid_masks(batch.valid, shapes, [level.stride for level in levels])
         losses = []
         for (s, t), adapter in zip(pairs, adapters, strict=True):
             adapted = adapter(student[s].to(next(adapter.parameters()).dtype))
