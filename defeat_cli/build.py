@@ -178,14 +178,17 @@ def head_obstacle(student: Detector, teacher: Detector, pairs: list[tuple[int, i
         return "one detector classifies proposals, the other anchors; there are no regions that both heads take"
     if not student.softmax and (type(student) is not type(teacher) or student.strides != teacher.strides):
         return "one-stage detectors of different kinds or strides classify different anchors"
-    if not student.softmax and student.anchors_per_cell != teacher.anchors_per_cell:
-        return (
-            f"the detectors have different numbers of anchors per cell ({student.anchors_per_cell} and "
-            f"{teacher.anchors_per_cell})"
-        )
+    if not student.softmax and not _same_anchors(student, teacher):
+        return "the detectors have different anchors; their heads do not classify the same boxes"
     if not pairs:
         return "teacher and student share no class; distillation.class_map can name pairs"
     return None
+
+
+def _same_anchors(student: Detector, teacher: Detector) -> bool:
+    """Whether each cell has the same anchors in the same order, to a pixel or a tenth of their side."""
+    pairs = zip(student.anchor_generator.cell_anchors, teacher.anchor_generator.cell_anchors, strict=True)
+    return all(a.shape == b.shape and torch.allclose(a, b, rtol=0.1, atol=1.0) for a, b in pairs)
 
 
 def build_optimizer(optimizer: Optimizer, distiller: Distiller) -> torch.optim.Optimizer:

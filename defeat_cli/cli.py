@@ -156,6 +156,45 @@ def evaluate(
         console.print(table)
 
 
+@app.command()
+def check(
+    recipe: RecipeOption = None,
+    teacher: TeacherOption = None,
+    data: DataOption = None,
+    variant: Annotated[str | None, typer.Option(help="Distillation variant; see `defeat ablate --list`.")] = None,
+    device: DeviceOption = None,
+    set_: SetOption = None,
+) -> None:
+    """Tell what a run would do: detectors, how levels and classes pair up, active terms, memory, the teacher's AP."""
+    from defeat_cli.recipe import load
+    from defeat_cli.variants import VARIANTS, find_variant
+
+    changes = dict(find_variant(variant, VARIANTS).overrides) if variant else {}
+    changes |= overrides(set_, teacher__checkpoint=teacher, data__path=data, run__device=device)
+    chosen = load(recipe, changes)
+    from defeat_cli import checking
+
+    for table in checking.check(chosen).tables:
+        console.print(table)
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="Checkpoint of mmdetection, detectron2, torchvision or this tool.")],
+    target: Annotated[Path, typer.Argument(help="File for the plain state dict; its recipe is written beside it.")],
+    recipe: RecipeOption = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
+) -> None:
+    """Convert a checkpoint into a plain torchvision state dict."""
+    from defeat_cli.recipe import load
+
+    architecture = load(recipe).student if recipe else None
+    from defeat_cli import converting
+
+    for line in converting.convert(source, target, architecture, overwrite):
+        console.print(escape(line), soft_wrap=True)
+
+
 def main() -> None:
     """The console script."""
     app()

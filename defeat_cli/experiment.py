@@ -17,6 +17,7 @@ from defeat_cli.console import Reporter, percent
 from defeat_cli.data.coco import CocoDataset
 from defeat_cli.data.loading import evaluation_loader, training_loader
 from defeat_cli.detectors.base import Detector
+from defeat_cli.distillation.pairing import match_classes
 from defeat_cli.engine.curves import draw_curves
 from defeat_cli.engine.evaluation import evaluate
 from defeat_cli.engine.runs import BEST, CURVES, LAST, RESULTS, STUDENT, RunFolder, write_json
@@ -63,7 +64,7 @@ def train(
     score = partial(_score, data=validation_data, recipe=recipe, device=device)
     if teacher is not None:
         teacher.to(device)
-        _check_teacher(teacher, recipe, validation_data, device, reporter)
+        check_teacher(teacher, recipe, validation_data, device, reporter)
 
     run.open(recipe, resume=resume, overwrite=overwrite)
     training = build.build_training(recipe, distiller, device)
@@ -75,7 +76,7 @@ def train(
     best = native.load(run / BEST)
     native.write_atomically(run / STUDENT, best["student"])
     results: dict[str, Any] = {"student": best["metrics"], "training_seconds": round(training.seconds, 1)}
-    if teacher is not None and set(teacher.classes) & set(validation_data.classes):
+    if teacher is not None and match_classes(validation_data.classes, teacher.classes):
         results["teacher"] = _teacher_results(recipe, folder) or score(teacher, reporter)
     draw_curves(run.metrics(), run / CURVES)
     if recipe.run.compare_plain and teacher is not None:
@@ -133,16 +134,16 @@ def _teacher(
     return loaded.detector
 
 
-def _check_teacher(
+def check_teacher(
     teacher: Detector, recipe: Recipe, data: CocoDataset, device: torch.device, reporter: Reporter
-) -> None:
-    """Print the teacher's AP on a few validation images: a teacher that was read wrongly shows here."""
+) -> float | None:
+    """Print the teacher's AP on a few validation images, and return it: a teacher that was read wrongly shows here."""
     images = min(recipe.run.teacher_check_images, len(data))
     if not images:
-        return
-    if not set(teacher.classes) & set(data.classes):
+        return None
+    if not match_classes(data.classes, teacher.classes):
         reporter.warn("teacher and data share no class name; the teacher's AP cannot be checked")
-        return
+        return None
     few = torch.utils.data.Subset(data, [i * len(data) // images for i in range(images)])
     ap = _score(teacher, reporter, data=data, subset=few, recipe=recipe, device=device)["AP"]
     reporter.note(f"teacher: AP {percent(ap)} on {images} validation images")
@@ -151,6 +152,7 @@ def _check_teacher(
             "the teacher finds next to nothing on these images. Was it trained for these classes, and for images of "
             "this size and kind?"
         )
+    return ap
 
 
 def _score(
@@ -163,7 +165,7 @@ def _score(
     subset: Any = None,
 ) -> dict[str, Any]:
     chosen = data if subset is None else subset
-    loader = evaluation_loader(chosen, recipe.data.batch_size, recipe.data.workers)
+    loader = evaluation_loader(chosen, recipe.data.batch_size, recipe.data.workers, pin_memory=device.type == "cuda")
     with reporter.evaluating(len(chosen)) as advance:
         return evaluate(detector, loader, data.coco, autocast=build.AUTOCAST[recipe.run.precision], on_batch=advance)
 
@@ -184,7 +186,10 @@ def _fit(
     reporter: Reporter,
 ) -> None:
     """Train to the last epoch, saving checkpoints in our own format."""
-    loader = training_loader(data, recipe.data.batch_size, recipe.data.workers, seed=recipe.run.seed)
+    device = next(training.distiller.parameters()).device
+    loader = training_loader(
+        data, recipe.data.batch_size, recipe.data.workers, seed=recipe.run.seed, pin_memory=device.type == "cuda"
+    )
     accumulate = recipe.optimizer.accumulate
     steps_per_epoch = math.ceil(loader.batch_sampler.batches_per_epoch / accumulate)
 

@@ -13,6 +13,7 @@ from defeat_cli import recipe as recipes
 from defeat_cli.checkpoints import native
 from defeat_cli.console import counting, errors_table, metrics_table
 from defeat_cli.data.loading import evaluation_loader
+from defeat_cli.data.voc import is_voc, voc_ap50
 from defeat_cli.engine.detection_errors import error_report
 from defeat_cli.engine.evaluation import evaluate
 from defeat_cli.engine.runs import RECIPE, write_json
@@ -82,6 +83,8 @@ def score(
             on_batch=advance,
             keep_detections=detections,
         )
+    if is_voc(Path(recipe.data.path)):
+        metrics["VOC_AP50"] = voc_ap50(detections, data.coco.dataset)["AP50"]
     if error_types:
         metrics["errors"] = error_report(detections, data.coco).to_dict()
     return Score(f"{checkpoint} on {len(data)} {split} images", metrics, detections)

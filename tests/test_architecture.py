@@ -1,4 +1,4 @@
-"""Imports point one way (design, section 3): a module may import modules of its own layer's rank or below, never above."""
+"""Imports point one way (design, section 3)."""
 
 import ast
 from pathlib import Path

@@ -33,7 +33,8 @@ def test_shipped_recipes_are_found_from_any_folder(tmp_path, monkeypatch):
 def test_all_mistakes_are_named_at_once_with_the_nearest_key(tmp_path):
     path = write(
         tmp_path,
-        "optimiser: {lr: 1}\noptimizer: {lr: fast, momentums: 0.9}\nstudent: {backbone: resnet51}\nschedule: {epochs: 0}",
+        "optimiser: {lr: 1}\noptimizer: {lr: fast, momentums: 0.9}\n"
+        "student: {backbone: resnet51}\nschedule: {epochs: 0}",
     )
     with pytest.raises(RecipeError) as caught:
         recipes.load(path)

@@ -13,6 +13,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 
 from defeat_cli.detectors.base import Detector
+from defeat_cli.distillation.pairing import match_classes
 from defeat_cli.errors import DataError
 
 FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
@@ -24,8 +25,8 @@ class CocoEvaluator:
 
     Args:
         coco: ground truth.
-        classes: the detector's class names, label `i + 1` being `classes[i]`. Classes that the ground truth has not
-            are left out of the detections.
+        classes: the detector's class names, label `i + 1` being `classes[i]`, matched to the data's as
+            `pairing.match_classes` does it. Detections of classes that the data has not are left out.
 
     Raises:
         DataError: no class name is in the ground truth.
@@ -33,12 +34,13 @@ class CocoEvaluator:
 
     def __init__(self, coco: COCO, classes: list[str]) -> None:
         self.coco = coco
-        ids = {category["name"]: category["id"] for category in coco.loadCats(coco.getCatIds())}
-        self.category_of_label = {label: ids[name] for label, name in enumerate(classes, start=1) if name in ids}
+        categories = coco.loadCats(coco.getCatIds())
+        names = [category["name"] for category in categories]
+        self.category_of_label = {d + 1: categories[c]["id"] for c, d in match_classes(names, classes)}
         if not self.category_of_label:
             raise DataError(
                 f"the detector and the data share no class: the detector knows {_listed(classes)}; "
-                f"the data has {_listed(list(ids))}"
+                f"the data has {_listed(names)}"
             )
         self.reset()
 

@@ -1,4 +1,4 @@
-"""The folder that a run leaves behind (design, section 4). Every file is written whole: to a temporary name, then renamed."""
+"""The folder that a run leaves behind (design, section 4). Files are written to a temporary name, then renamed."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ class RunFolder:
         """Find out, writing nothing, whether a run of `recipe` can be made here.
 
         Raises:
-            RunError: the folder holds a run and neither `resume` nor `overwrite` says what to do with it; or it is to be
-                resumed with a recipe that differs from its own.
+            RunError: the folder holds a run and neither `resume` nor `overwrite` says what to do with it; or it is to
+                be resumed with a recipe that differs from its own.
         """
         if self.path.exists() and not self.path.is_dir():
             raise RunError(f"{self.path}: is a file; --output must name a folder")
