@@ -19,6 +19,7 @@ from defeat_cli.data.loading import evaluation_loader, training_loader
 from defeat_cli.detectors.base import Detector
 from defeat_cli.distillation.pairing import match_classes
 from defeat_cli.engine.curves import draw_curves
+from defeat_cli.engine.detection_errors import error_report
 from defeat_cli.engine.evaluation import evaluate
 from defeat_cli.engine.runs import BEST, CURVES, LAST, RESULTS, STUDENT, RunFolder, write_json
 from defeat_cli.engine.training import Training, fit
@@ -166,8 +167,18 @@ def _score(
 ) -> dict[str, Any]:
     chosen = data if subset is None else subset
     loader = evaluation_loader(chosen, recipe.data.batch_size, recipe.data.workers, pin_memory=device.type == "cuda")
+    detections: list[dict[str, Any]] = []
     with reporter.evaluating(len(chosen)) as advance:
-        return evaluate(detector, loader, data.coco, autocast=build.AUTOCAST[recipe.run.precision], on_batch=advance)
+        metrics = evaluate(
+            detector,
+            loader,
+            data.coco,
+            autocast=build.AUTOCAST[recipe.run.precision],
+            on_batch=advance,
+            keep_detections=detections,
+        )
+    metrics["errors"] = error_report(detections, data.coco).to_dict()
+    return metrics
 
 
 def _teacher_results(recipe: Recipe, folder: Path) -> dict[str, Any] | None:
