@@ -13,6 +13,7 @@ from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.ops import MultiScaleRoIAlign, batched_nms, clip_boxes_to_image, roi_align
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
@@ -113,6 +114,21 @@ class SymmetricBoxCoder(BoxCoder):
         deltas[..., 2].clamp_(min=-self.bbox_xform_clip * width_weight)
         deltas[..., 3].clamp_(min=-self.bbox_xform_clip * height_weight)
         return super().decode_single(deltas.flatten(1), boxes)
+
+
+class LogitProposals(RegionProposalNetwork):
+    """detectron2's: proposals are ranked by their logits. torchvision and mmdetection rank them by the sigmoid, which
+    rounds the surest ones to the same score."""
+
+    def filter_proposals(
+        self,
+        proposals: Tensor,
+        objectness: Tensor,
+        image_shapes: list[tuple[int, int]],
+        num_anchors_per_level: list[int],
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        # A sixteenth of the logits has the same order, and stays clear of where a sigmoid is flat.
+        return super().filter_proposals(proposals, objectness / 16, image_shapes, num_anchors_per_level)
 
 
 class ConventionRoIHeads(RoIHeads):
@@ -234,9 +250,21 @@ def adopt_edge_cases(model: FasterRCNN, architecture: Architecture) -> None:
     library = architecture.conventions.edge_cases
     if library == "torchvision":
         return
+    rpn, heads = model.rpn, model.roi_heads
+    if library == "detectron2":
+        model.rpn = LogitProposals(
+            rpn.anchor_generator,
+            rpn.head,
+            fg_iou_thresh=rpn.proposal_matcher.high_threshold,
+            bg_iou_thresh=rpn.proposal_matcher.low_threshold,
+            batch_size_per_image=rpn.fg_bg_sampler.batch_size_per_image,
+            positive_fraction=rpn.fg_bg_sampler.positive_fraction,
+            pre_nms_top_n=rpn._pre_nms_top_n,
+            post_nms_top_n=rpn._post_nms_top_n,
+            nms_thresh=rpn.nms_thresh,
+        )
     # torchvision drops proposals thinner than 0.001 pixels, the others those without area.
     model.rpn.min_size = torch.finfo(torch.float32).tiny
-    heads = model.roi_heads
     model.roi_heads = ConventionRoIHeads(
         heads.box_roi_pool,
         heads.box_head,

@@ -186,6 +186,15 @@ def test_detections_clipped_to_nothing(library, empty_kept, count):
     )
 
 
+@pytest.mark.parametrize(("library", "first"), [("mmdetection", 0.0), ("detectron2", 40.0)])
+def test_proposals_that_are_equally_sure_as_probabilities(library, first):
+    """Logits of 30 and 31 have the same sigmoid in float32; only by logit does the second proposal come first."""
+    rpn = model_of("faster_rcnn", conventions={"edge_cases": library}).rpn
+    boxes = torch.tensor([[[0.0, 0.0, 20.0, 20.0], [40.0, 0.0, 60.0, 20.0]]])
+    (kept, _) = rpn.filter_proposals(boxes, torch.tensor([[30.0, 31.0]]), [(64, 64)], [1, 1])
+    assert kept[0][:, 0].tolist() == [first, 40.0 - first]
+
+
 @pytest.mark.parametrize(("after", "count"), [(False, 2), (True, 1)])
 def test_retinanet_clips_before_or_after_suppression(after, count):
     """Boxes of 40 x 20, 6 right of each other: IoU 34/46. The image ends at column 10, which leaves 10 and 4 columns
