@@ -91,10 +91,6 @@ def train(
     if list_recipes:
         show_recipes()
         return
-    if recipe is None:
-        raise typer.BadParameter(
-            "give a recipe: --recipe quickstart, or a file (--list-recipes shows the shipped ones)"
-        )
     from defeat_cli.recipe import load
     from defeat_cli.variants import find_variant, read_variants
 
@@ -108,7 +104,7 @@ def train(
         run__seed=seed,
         run__compare_plain=plain,
     )
-    chosen = load(recipe, changes)
+    chosen = load(required(recipe), changes)
     folder = output or Path("runs") / chosen.run.name
     from defeat_cli import experiment
     from defeat_cli.console import results_table
@@ -157,6 +153,83 @@ def evaluate(
 
 
 @app.command()
+def ablate(
+    names: Annotated[list[str] | None, typer.Argument(help="Variants: fg-only bg-only neck … (see --list).")] = None,
+    recipe: RecipeOption = None,
+    teacher: TeacherOption = None,
+    data: DataOption = None,
+    seeds: Annotated[str, typer.Option(help="Seeds, e.g. 0,1,2. Three or more give confidence intervals.")] = "0",
+    variants: VariantsOption = None,
+    output: OutputOption = None,
+    jobs: Annotated[int | None, typer.Option(help="Runs side by side; one a GPU where there are several.")] = None,
+    sort: Annotated[str, typer.Option(help="What the table is sorted by: AP, AP50, … or given.")] = "AP",
+    report_only: Annotated[bool, typer.Option("--report-only", help="Rebuild the report; train nothing.")] = False,
+    show_masks: Annotated[
+        list[str] | None, typer.Option(help="Draw every mask kind over this image instead. Repeatable.")
+    ] = None,
+    list_variants: Annotated[bool, typer.Option("--list", help="Explain every variant in one line.")] = False,
+    device: DeviceOption = None,
+    set_: SetOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Compare distillation variants over seeds. The same command goes on with a study that was stopped."""
+    from defeat_cli.recipe import load
+    from defeat_cli.variants import read_variants
+
+    known = read_variants(variants)
+    if list_variants:
+        for name, variant in known.items():
+            console.print(f"[bold]{name:16}[/] {escape(variant.summary)}", soft_wrap=True)
+        return
+    if report_only:
+        show_report(output, sort)
+        return
+    changes = overrides(set_, teacher__checkpoint=teacher, data__path=data, run__device=device)
+    chosen = load(required(recipe), changes)
+    folder = output or Path("runs") / f"ablate-{chosen.run.name}"
+    if show_masks:
+        from defeat_cli.studies.visualize import show_masks as draw
+
+        for path in draw(chosen, show_masks, folder):
+            console.print(f"written: {path}", soft_wrap=True)
+        return
+    from defeat_cli.studies import ablation
+
+    study = ablation.plan(folder, names or [], known, whole_numbers("--seeds", seeds), chosen)
+    failures = ablation.run_study(study, jobs=jobs, sort=sort, quiet=quiet)
+    show_report(folder, sort)
+    if failures:
+        raise typer.Exit(1)
+
+
+def show_report(folder: Path | None, sort: str) -> None:
+    """Write and print the report of the study in a folder."""
+    if folder is None:
+        raise DefeatError("--report-only: name the study's folder with --output")
+    from defeat_cli.studies import ablation
+
+    ablation.show(ablation.read_study(folder), sort)
+    console.print(f"written to {folder}/: study.csv, study.json, study.md, study.png", soft_wrap=True)
+
+
+def whole_numbers(option: str, text: str) -> list[int]:
+    """`0,1,2` as numbers."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise DefeatError(f"{option} {text}: expected whole numbers separated by commas, e.g. 0,1,2") from None
+
+
+def required(recipe: str | None) -> str:
+    """The recipe that a command cannot do without."""
+    if recipe is None:
+        raise DefeatError(
+            "no recipe: give --recipe quickstart, or a file (defeat train --list-recipes shows the shipped)"
+        )
+    return recipe
+
+
+@app.command()
 def check(
     recipe: RecipeOption = None,
     teacher: TeacherOption = None,
@@ -171,7 +244,7 @@ def check(
 
     changes = dict(find_variant(variant, VARIANTS).overrides) if variant else {}
     changes |= overrides(set_, teacher__checkpoint=teacher, data__path=data, run__device=device)
-    chosen = load(recipe, changes)
+    chosen = load(required(recipe), changes)
     from defeat_cli import checking
 
     for table in checking.check(chosen).tables:

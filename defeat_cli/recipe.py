@@ -88,12 +88,13 @@ class Architecture(Section):
     """What a detector is made of. A native checkpoint carries its own."""
 
     detector: Literal[DETECTOR_FAMILIES + TORCHVISION_BUILDERS] = "faster_rcnn"  # type: ignore[valid-type]
-    """A family, built from the keys below, or one of torchvision's builders, which decides everything itself."""
+    """A family, built from the keys below, or one of torchvision's builders, which leaves only `norm` and
+    `frozen_stages` open."""
     backbone: Literal[BACKBONES] = "resnet50"  # type: ignore[valid-type]
     widths: Annotated[list[Count], Field(min_length=4, max_length=4)] | None = None
     """Channels of the four stages; `regnet` only."""
     depths: Annotated[list[Count], Field(min_length=4, max_length=4)] | None = None
-    """Blocks of the four stages; `regnet` only."""
+    """Blocks of the four stages; `regnet` only, where null is one block each."""
     fpn_channels: Count = 256
     head_channels: Count = 1024
     """Width of Faster R-CNN's box head. One-stage heads are as wide as the FPN."""
@@ -138,7 +139,7 @@ class Teacher(Section):
     """The trained detector that supervises. Without one the student is trained plainly."""
 
     checkpoint: str | None = None
-    """A checkpoint file, or `torchvision:NAME` for torchvision's COCO weights; `--teacher`."""
+    """A checkpoint file, `torchvision:NAME` for torchvision's COCO weights, `shipped:NAME`; `--teacher`."""
     recipe: str | None = None
     """Recipe that trains the teacher first, where no checkpoint is given."""
     architecture: Architecture | None = None

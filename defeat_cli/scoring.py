@@ -11,6 +11,7 @@ from rich.table import Table
 from defeat_cli import build
 from defeat_cli import recipe as recipes
 from defeat_cli.checkpoints import native
+from defeat_cli.checkpoints.loading import file_of
 from defeat_cli.console import counting, errors_table, metrics_table
 from defeat_cli.data.loading import evaluation_loader
 from defeat_cli.data.voc import is_voc, voc_ap50
@@ -98,8 +99,8 @@ def recipe_of(checkpoint: str, name: str | None, changes: dict[str, Any]) -> tup
     """
     if name is not None:
         return recipes.load(name, changes), True
-    own = native.recipe_in(Path(checkpoint))
+    own = native.recipe_in(file_of(checkpoint))
     if own is not None:
         return recipes.validate(recipes.merged(own, changes), f"{checkpoint}: the recipe in it"), True
-    beside = Path(checkpoint).parent / RECIPE
+    beside = file_of(checkpoint).parent / RECIPE
     return recipes.load(str(beside) if beside.is_file() else None, changes), beside.is_file()

@@ -8,7 +8,7 @@ from defeat_cli.checkpoints import detectron2, mmdet, native, torchvision
 from defeat_cli.checkpoints.reading import described, read
 from defeat_cli.checkpoints.weights import Weights
 from defeat_cli.errors import CheckpointError
-from defeat_cli.recipe import Architecture
+from defeat_cli.recipe import Architecture, recipes_folder
 
 FORMATS = {"native": native, "mmdet": mmdet, "detectron2": detectron2, "torchvision": torchvision}
 """Formats by name, in the order they are tried.
@@ -17,6 +17,8 @@ Each is a module with `matches(content) -> bool` and `to_weights(content, origin
 """
 
 TORCHVISION_PREFIX = "torchvision:"
+SHIPPED_PREFIX = "shipped:"
+"""Before the name of a file that comes with the tool, beside its recipes."""
 
 
 def load_weights(source: str | Path, architecture: Architecture | None = None) -> Weights:
@@ -30,7 +32,7 @@ def load_weights(source: str | Path, architecture: Architecture | None = None) -
     """
     if str(source).startswith(TORCHVISION_PREFIX):
         return torchvision.download(str(source).removeprefix(TORCHVISION_PREFIX))
-    path = Path(source)
+    path = file_of(source)
     content = read(path)
     form = next((form for form in FORMATS.values() if form.matches(content)), None)
     if form is None:
@@ -38,3 +40,11 @@ def load_weights(source: str | Path, architecture: Architecture | None = None) -
             f"{path}: no detector of a known format ({', '.join(FORMATS)}) is inside. Found: {described(content)}"
         )
     return form.to_weights(content, str(path), architecture)
+
+
+def file_of(source: str | Path) -> Path:
+    """The file that a checkpoint's name means: `shipped:NAME` is one that comes with the tool."""
+    name = str(source)
+    if name.startswith(SHIPPED_PREFIX):
+        return recipes_folder() / name.removeprefix(SHIPPED_PREFIX)
+    return Path(source)

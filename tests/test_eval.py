@@ -1,0 +1,163 @@
+"""`defeat eval`, `check` and `convert` through the real command, and the student in plain torchvision."""
+
+import contextlib
+import io
+import json
+from collections import OrderedDict
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import nn
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.regnet import BlockParams, RegNet
+from torchvision.transforms.functional import pil_to_tensor
+
+from defeat_cli.engine.evaluation import FIGURES
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, defeat, tiny):
+    """A student of some skill: enough steps on few images that it finds some of them again."""
+    folder = tmp_path_factory.mktemp("runs") / "skilled"
+    defeat(
+        "train", "-r", tiny, "-o", folder, "--set", "schedule.epochs=40", "--set", "run.evaluate_every=40",
+        "--set", "optimizer.name=adamw", "--set", "optimizer.lr=5e-3", "--set", "schedule.decay=cosine",
+        "--set", "student.widths=[16, 16, 32, 32]", "--set", "data.val_annotations=train.json", "-q",
+    )  # fmt: skip
+    return folder
+
+
+def plain_torchvision(path):
+    """The student by torchvision alone, as the README shows it."""
+    net = RegNet(BlockParams([1] * 4, [16, 16, 32, 32], [16, 16, 32, 32], [1.0] * 4, [2] * 4), stem_width=16)
+    body = nn.Sequential(OrderedDict([("stem", net.stem), *net.trunk_output.named_children()]))
+    backbone = BackboneWithFPN(body, {f"block{i + 1}": str(i) for i in range(4)}, [16, 16, 32, 32], 8)
+    model = FasterRCNN(
+        backbone, min_size=64, max_size=64, box_score_thresh=0.0, rpn_pre_nms_top_n_test=32,
+        rpn_post_nms_top_n_test=32, box_head=TwoMLPHead(8 * 7 * 7, 16), box_predictor=FastRCNNPredictor(16, 7),
+        rpn_anchor_generator=AnchorGenerator(((8,), (16,), (32,), (64,), (96,)), ((0.5, 1.0, 2.0),) * 5),
+    )  # fmt: skip
+    model.load_state_dict(torch.load(path, weights_only=True), strict=True)
+    return model.eval()
+
+
+def reference_evaluation(model, data, split):
+    """torchvision's reference loop, in its shortest form: one image at a time, labels are category ids."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO(data / f"{split}.json")
+    results = []
+    for image in coco.loadImgs(coco.getImgIds()):
+        pixels = pil_to_tensor(Image.open(data / "images" / image["file_name"]).convert("RGB")).float() / 255
+        with torch.no_grad():
+            (output,) = model([pixels])
+        for (x1, y1, x2, y2), score, label in zip(
+            output["boxes"].tolist(), output["scores"].tolist(), output["labels"].tolist(), strict=True
+        ):
+            box = [x1, y1, x2 - x1, y2 - y1]
+            results.append({"image_id": image["id"], "category_id": label, "bbox": box, "score": score})
+    with contextlib.redirect_stdout(io.StringIO()):
+        scorer = COCOeval(coco, coco.loadRes(results), "bbox")
+        scorer.evaluate()
+        scorer.accumulate()
+        scorer.summarize()
+    return results, scorer.stats
+
+
+def test_eval_equals_the_reference_evaluation_of_plain_torchvision(run, defeat, shapes, tmp_path):
+    results, stats = reference_evaluation(plain_torchvision(run / "student.pth"), shapes, "train")
+    assert stats[0] > 0.05  # there is something to compare
+    for checkpoint in ("best.pt", "student.pth"):
+        figures, detections = tmp_path / f"{checkpoint}.json", tmp_path / f"{checkpoint}.detections.json"
+        defeat("eval", run / checkpoint, "--split", "train", "--json", figures, "--save-detections", detections)
+        ours = json.loads(figures.read_text())
+        assert [ours[name] for name in FIGURES] == pytest.approx(list(stats), abs=1e-4)
+        found = json.loads(detections.read_text())
+        assert len(found) == len(results)
+        for one, other in zip(found, results, strict=True):
+            assert (one["image_id"], one["category_id"]) == (other["image_id"], other["category_id"])
+            assert one["bbox"] == pytest.approx(other["bbox"], abs=1e-2)
+            assert one["score"] == pytest.approx(other["score"], abs=1e-4)
+
+
+def test_a_state_dict_far_from_its_run_needs_no_recipe_if_its_keys_tell(run, defeat, shapes, tmp_path):
+    (tmp_path / "student.pth").write_bytes((run / "student.pth").read_bytes())
+    output = defeat("eval", tmp_path / "student.pth", "-d", shapes, "-r", run / "recipe.yaml")
+    assert "AP50" in output
+
+
+def test_per_class_and_errors_are_shown(run, defeat, tmp_path):
+    output = defeat(
+        "eval", run / "best.pt", "--split", "train", "--per-class", "--errors", "--json", tmp_path / "f.json"
+    )
+    for word in ("circle", "ring", "background false positives", "localisation", "missed"):
+        assert word in output
+    errors = json.loads((tmp_path / "f.json").read_text())["errors"]
+    assert set(errors["types"]) >= {"classification", "localisation", "both", "duplicate", "background", "missed"}
+
+
+def test_category_ids_of_any_kind_go_back_at_evaluation(run, defeat, shapes, tmp_path):
+    content = json.loads((shapes / "train.json").read_text())
+    for category in content["categories"]:
+        category["id"] *= 100
+    for annotation in content["annotations"]:
+        annotation["category_id"] *= 100
+    (tmp_path / "gaps.json").write_text(json.dumps(content))
+    for name, annotations in (("plain", shapes / "train.json"), ("gaps", tmp_path / "gaps.json")):
+        defeat(
+            "eval", run / "best.pt", "--set", f"data.val_annotations={annotations}", "--json", tmp_path / f"{name}.out",
+            "--save-detections", tmp_path / f"{name}.det",
+        )  # fmt: skip
+    assert (tmp_path / "plain.out").read_text() == (tmp_path / "gaps.out").read_text()
+    ids = {d["category_id"] for d in json.loads((tmp_path / "gaps.det").read_text())}
+    assert ids <= {100, 200, 300, 400, 500, 600}
+    assert ids
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere.pt"], "nowhere.pt"),
+        (["{run}/best.pt", "--split", "test"], "no split 'test'"),
+        (["{run}/best.pt", "-d", "nowhere"], "nowhere"),
+        (["{run}/results.json"], "results.json"),
+        (["{run}/best.pt", "-d", "{other}"], "share no class"),
+    ],
+)
+def test_bad_input(run, defeat, shapes, tmp_path, arguments, message):
+    content = json.loads((shapes / "val.json").read_text())
+    for category in content["categories"]:
+        category["name"] = f"other {category['id']}"
+    (tmp_path / "val.json").write_text(json.dumps(content))
+    (tmp_path / "images").symlink_to(shapes / "images")
+    output = defeat("eval", *[a.format(run=run, other=tmp_path) for a in arguments], code=2)
+    assert message in output
+    assert "Traceback" not in output
+
+
+def test_check_tells_what_a_run_would_do(defeat, tiny, teacher):
+    output = defeat("check", "-r", tiny, "-t", teacher)
+    for part in ("parameters", "16x8x3x3", "neck_fg", "head_bg", "GiB", "Shared classes: 6", "teacher: AP"):
+        assert part in output
+    assert "neck_fg" not in defeat("check", "-r", tiny, "-t", teacher, "--variant", "head")
+
+
+def test_convert_writes_a_state_dict_and_the_recipe_that_reads_it(run, defeat, shapes, tmp_path):
+    output = defeat("convert", run / "best.pt", tmp_path / "out.pth")
+    assert "out.yaml" in output
+    converted, student = (torch.load(p, weights_only=True) for p in (tmp_path / "out.pth", run / "student.pth"))
+    assert converted.keys() == student.keys()
+    assert all(torch.equal(converted[key], student[key]) for key in student)
+    assert yaml.safe_load((tmp_path / "out.yaml").read_text())["student"]["widths"] == [16, 16, 32, 32]
+    for checkpoint, options, figures in (
+        (run / "best.pt", [], "a"), (tmp_path / "out.pth", ["-r", tmp_path / "out.yaml"], "b")
+    ):  # fmt: skip
+        defeat("eval", checkpoint, "-d", shapes, *options, "--json", tmp_path / figures)
+    assert (tmp_path / "a").read_text() == (tmp_path / "b").read_text()
+    assert "is there already" in defeat("convert", run / "best.pt", tmp_path / "out.pth", code=2)
