@@ -1,7 +1,7 @@
 """Reads what is inside a checkpoint file without ever running code that the file carries.
 
-`torch.load(weights_only=True)` refuses all but plain tensors, and so refuses many honest checkpoints too (loggers,
-numpy numbers, training arguments). What it refuses is read by our own unpickler, which leaves such objects out.
+`torch.load` either runs it or, with `weights_only=True`, refuses many honest checkpoints (loggers, numpy numbers,
+training arguments). Here all files go through an unpickler of our own, which leaves such objects out.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
 from torch import Tensor
 
 from defeat_cli.checkpoints.unpickling import Placeholder, Unpickler, resolved
@@ -113,23 +112,21 @@ def _read_zip(path: Path) -> Any:
                 raise CheckpointError(f"{path}: a TorchScript program; take the state dict that it was made from")
             if not pickles:
                 raise CheckpointError(f"{path}: not a checkpoint but a zip archive with {_listing(names)}")
-            content = _torch_load(path)
-            if content is not None:
-                return content
             root = pickles[0].removesuffix("data.pkl")
-            if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
-                raise CheckpointError(f"{path}: saved on a big-endian machine; save it again on this one")
-            unpickler = Unpickler(io.BytesIO(archive.read(pickles[0])), lambda key: archive.read(f"{root}data/{key}"))
-            return _guarded(path, lambda: resolved(unpickler.load()))
+
+            def parse() -> Any:
+                if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
+                    raise ValueError("it was saved on a big-endian machine")
+                program = io.BytesIO(archive.read(pickles[0]))
+                return resolved(Unpickler(program, lambda key: archive.read(f"{root}data/{key}")).load())
+
+            return _guarded(path, parse)
     except zipfile.BadZipFile as error:
         raise CheckpointError(f"{path}: a damaged PyTorch checkpoint: {error}") from None
 
 
 def _read_legacy(path: Path) -> Any:
     """torch.save before 1.6: pickles in a row (magic, version, system, content, storage keys), then the storages."""
-    content = _torch_load(path)
-    if content is not None:
-        return content
 
     def parse() -> Any:
         with path.open("rb") as file:
@@ -158,14 +155,6 @@ def _read_pickle(path: Path, start: bytes) -> Any:
         shown = start[:16].decode("ascii", "replace") if start[:16].isascii() else start[:8].hex(" ")
         raise CheckpointError(f"{path}: not a checkpoint: it begins with {shown!r}")
     return _guarded(path, parse)
-
-
-def _torch_load(path: Path) -> Any | None:
-    """What PyTorch itself reads of the file as plain data; None where it refuses."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # whatever it dislikes, our own reader says it better
-        return None
 
 
 def _guarded(path: Path, parse: Callable[[], Any]) -> Any:

@@ -176,19 +176,20 @@ def infer_architecture(state_dict: StateDict, origin: str) -> Architecture:
     fpn = state_dict["backbone.fpn.inner_blocks.0.0.weight"].shape[0]
     backbone = _backbone(state_dict, origin)
     counted = any(key.startswith("backbone.body.") and key.endswith("num_batches_tracked") for key in state_dict)
-    parts = {**backbone, "fpn_channels": fpn, "norm": "batch" if counted else "frozen"}
+    norm = "batch" if counted else "frozen"
+    parts = {**backbone, "fpn_channels": fpn, "norm": norm}
     if "head.regression_head.bbox_ctrness.weight" in state_dict:
         return Architecture(detector="fcos", **parts, **_p6(state_dict))
     if "head.regression_head.bbox_reg.weight" in state_dict:
         if "head.classification_head.conv.0.1.weight" in state_dict:
-            return Architecture(detector="retinanet_resnet50_fpn_v2")
+            return Architecture(detector="retinanet_resnet50_fpn_v2", norm=norm)
         _expect_anchors(len(state_dict["head.regression_head.bbox_reg.bias"]) // 4, 9, origin)
         return Architecture(detector="retinanet", **parts, **_p6(state_dict))
     anchors = len(state_dict["rpn.head.cls_logits.bias"])
     if "roi_heads.box_head.0.0.weight" in state_dict:
-        return Architecture(detector="fasterrcnn_resnet50_fpn_v2")
+        return Architecture(detector="fasterrcnn_resnet50_fpn_v2", norm=norm)
     if parts["backbone"] == "mobilenet_v3_large" and anchors == 15 and fpn == 256:
-        return Architecture(detector="fasterrcnn_mobilenet_v3_large_fpn")
+        return Architecture(detector="fasterrcnn_mobilenet_v3_large_fpn", norm=norm)
     _expect_anchors(anchors, 3, origin)
     head = state_dict["roi_heads.box_head.fc7.weight"].shape[0]
     return Architecture(detector="faster_rcnn", **parts, head_channels=head)

@@ -27,6 +27,9 @@ STORAGES = {
     "CharStorage": torch.int8,
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
+    "ComplexFloatStorage": torch.complex64,
+    "ComplexDoubleStorage": torch.complex128,
+    "UntypedStorage": torch.uint8,
 }
 """Names of `torch` in a pickle that say of what kind a tensor's numbers are."""
 
@@ -133,6 +136,19 @@ def _tensor(storage: Any, offset: int, size: tuple, stride: tuple, *_: Any) -> A
     return Deferred(lambda: storage.flat().as_strided(size, stride, offset))
 
 
+def _tensor_of_dtype(storage: Any, offset: int, size: tuple, stride: tuple, *more: Any) -> Any:
+    """A tensor whose storage is plain bytes: its dtype comes behind two arguments that do not matter here."""
+    dtype = more[2]
+    if not isinstance(storage, Storage) or not isinstance(dtype, torch.dtype):
+        return Placeholder()
+    return Deferred(lambda: storage.flat().view(dtype).as_strided(size, stride, offset))
+
+
+def _subclass(function: Any, kind: Any, args: tuple, state: Any) -> Any:
+    """A tensor with attributes, such as `nn.Buffer`: the tensor alone."""
+    return function(*args) if isinstance(function, Function) else Placeholder()
+
+
 def _array(data: Any, dtype: Any, shape: tuple, order: str) -> Any:
     """A numpy array of plain numbers, as a tensor. One of text or objects is not read."""
     if not isinstance(dtype, DType) or not re.fullmatch(r"b1|[iu][1248]|f[248]|c8|c16", dtype.code):
@@ -151,7 +167,10 @@ KNOWN: dict[str, Any] = {
     "collections.OrderedDict": PlainDict,
     "torch._utils._rebuild_tensor": Function(_tensor),
     "torch._utils._rebuild_tensor_v2": Function(_tensor),
+    "torch._utils._rebuild_tensor_v3": Function(_tensor_of_dtype),
     "torch._utils._rebuild_parameter": Function(lambda data, *_: data),
+    "torch._utils._rebuild_parameter_with_state": Function(lambda data, *_: data),
+    "torch._tensor._rebuild_from_type_v2": Function(_subclass),
     "torch.Size": tuple,
     "torch.device": Function(lambda kind, *_: kind),
     # How pickle's protocol 2 writes bytes; it never uses another encoding for them.
@@ -168,7 +187,9 @@ for _core in ("numpy.core", "numpy._core"):
     KNOWN[f"{_core}.multiarray.scalar"] = Function(lambda dtype, data: Deferred(lambda: _scalar(dtype, data)))
     KNOWN[f"{_core}.numeric._frombuffer"] = Function(lambda *args: Deferred(lambda: _array(*args)))
 for _name, _dtype in STORAGES.items():
-    KNOWN[f"torch.{_name}"] = KNOWN[str(_dtype)] = _dtype
+    KNOWN[f"torch.{_name}"] = KNOWN[f"torch.storage.{_name}"] = _dtype
+for _dtype in {value for value in vars(torch).values() if isinstance(value, torch.dtype)}:
+    KNOWN[str(_dtype)] = _dtype
 
 
 class Unpickler(pickle.Unpickler):

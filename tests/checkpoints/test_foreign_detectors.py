@@ -10,6 +10,7 @@ import pytest
 import torch
 from oracles.foreign_detectors import STYLES, ForeignDetector
 
+from defeat_cli.checkpoints import detectron2, mmdet
 from defeat_cli.checkpoints.loading import load_weights
 from defeat_cli.checkpoints.weights import load_strict
 from defeat_cli.detectors.base import image_list
@@ -19,6 +20,7 @@ from defeat_cli.recipe import Architecture, Conventions
 FORMATS = Path(__file__).resolve().parents[3] / "shared" / "formats"
 SIZE = (100, 150)  # no multiple of any stride
 CASES = [(style, two_stage) for style in STYLES for two_stage in (True, False)]
+BACKBONES = {"mmdet": "resnet18", "mmdet caffe": "resnet50", "detectron2": "resnet50"}
 
 
 def save(original: ForeignDetector, path: Path) -> Path:
@@ -45,14 +47,14 @@ test_pipeline = [dict(type='LoadImageFromFile'), dict(type='Resize', scale=(640,
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]} {'two' if case[1] else 'one'}-stage")
 def pair(request, tmp_path_factory):
-    """(original, converted, image): the same weights in the oracle and, through a file, in our detector."""
-    original = ForeignDetector(*request.param)
+    """(original, weights, detector, image): the same weights in the oracle and, through a file, in our detector."""
+    original = ForeignDetector(*request.param, backbone=BACKBONES[request.param[0]])
     weights = load_weights(save(original, tmp_path_factory.mktemp("teacher") / "teacher.pth"))
     classes = weights.classes or [str(i) for i in range(weights.num_classes)]
     detector = build_detector(weights.architecture, classes, [min(SIZE)], max(SIZE)).eval()
     load_strict(detector.model, weights.state_dict, "teacher")
     image = torch.rand(3, *SIZE, generator=torch.Generator().manual_seed(0))
-    return original, detector, image
+    return original, weights, detector, image
 
 
 def close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
@@ -63,7 +65,7 @@ def close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
 
 @torch.no_grad()
 def test_features_and_anchors(pair):
-    original, detector, image = pair
+    original, _, detector, image = pair
     batch = detector.prepare([image])
     ours, theirs = detector.features(batch), original.features(image)
     assert all(close(a, b) for a, b in zip(ours, theirs, strict=True))
@@ -73,7 +75,7 @@ def test_features_and_anchors(pair):
 
 @torch.no_grad()
 def test_heads(pair):
-    original, detector, image = pair
+    original, _, detector, image = pair
     batch = detector.prepare([image])
     ours, theirs = detector.features(batch), original.features(image)
     model = detector.model
@@ -97,7 +99,7 @@ def test_heads(pair):
 
 @torch.no_grad()
 def test_detections_are_the_same_set(pair):
-    original, detector, image = pair
+    original, _, detector, image = pair
     boxes, scores, classes = original.detections(image)
     found = detector.detect([image])[0]
     assert len(boxes) > 20
@@ -108,15 +110,14 @@ def test_detections_are_the_same_set(pair):
     assert (nearest < 1e-4).float().mean() > 0.97
 
 
-def test_what_was_read_is_said(pair, tmp_path):
-    original, _, _ = pair
-    weights = load_weights(save(original, tmp_path / "teacher.pth"))
+def test_what_was_read_is_said(pair):
+    original, weights, _, _ = pair
     assert weights.format == ("detectron2" if original.detectron2 else "mmdet")
-    assert weights.architecture.backbone == "resnet50"
+    assert weights.architecture.backbone == original.backbone
     assert weights.num_classes == 4
     said = "\n".join(weights.notes)
     assert ("BGR" in said) == original.style.bgr
-    assert "resnet50" in said
+    assert original.backbone in said
     if original.detectron2:
         assert (weights.classes, weights.short_side, weights.long_side) == (None, 800, 1333)
     else:
@@ -141,7 +142,7 @@ REAL = {
 
 @pytest.mark.skipif(not FORMATS.is_dir(), reason="the key lists of real models are not here")
 @pytest.mark.parametrize("name", REAL)
-def test_every_key_of_a_real_model_is_used(tmp_path, name):
+def test_every_key_of_a_real_model_is_used(name):
     """All keys of our detector are filled, and those left over are BatchNorm's counters."""
     style, two_stage, backbone = REAL[name]
     shapes = shapes_in(FORMATS / f"{name}.keys.txt")
@@ -153,12 +154,14 @@ def test_every_key_of_a_real_model_is_used(tmp_path, name):
     )
     assert oracle.shapes(256, 1024) == shapes  # the oracle's names are the real ones
 
-    content = {key: torch.zeros(shape) for key, shape in shapes.items()}
-    torch.save({"model" if style == "detectron2" else "state_dict": content}, tmp_path / "teacher.pth")
-    weights = load_weights(tmp_path / "teacher.pth")
+    content = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    form = detectron2 if style == "detectron2" else mmdet
+    assert form.matches(content)
+    weights = form.to_weights(content, name)
     assert weights.num_classes == 80
     assert weights.classes[0] == "person"
-    detector = build_detector(weights.architecture, weights.classes, [800], 1333)
+    with torch.device("meta"):
+        detector = build_detector(weights.architecture, weights.classes, [800], 1333)
     expected = detector.model.state_dict()
     assert {key: value.shape for key, value in weights.state_dict.items()} == {k: v.shape for k, v in expected.items()}
     counters = sum(key.endswith("num_batches_tracked") for key in shapes)

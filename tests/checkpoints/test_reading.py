@@ -255,6 +255,39 @@ def test_objects_of_other_libraries_are_left_out(tmp_path, monkeypatch, foreign,
         assert found["state_dict"]["whole"].data_ptr() == found["state_dict"]["transposed"].data_ptr()
 
 
+EVERY_KIND = [
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex128, torch.bool),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32),
+]
+
+
+@pytest.mark.parametrize("writer", ["zip", "legacy"])
+def test_tensors_of_every_kind_are_as_torch_reads_them(tmp_path, writer):
+    path = tmp_path / "x.pth"
+    base = torch.arange(24).reshape(2, 3, 4) % 5
+    kinds = EVERY_KIND if writer == "zip" else EVERY_KIND[:-2]  # the old format has no unsigned kinds but bytes
+    content = {str(dtype): base.to(dtype) for dtype in kinds}
+    content |= {
+        "view": base.float()[1:, ::2].transpose(0, 2),
+        "buffer": torch.nn.Buffer(base.float()),
+        "optimizer": torch.optim.AdamW([torch.nn.Parameter(torch.ones(3))]).state_dict(),
+        "rng": torch.get_rng_state(),
+        "size": base.size(),
+        "device": torch.device("cpu"),
+        "dtype": torch.float32,
+    }
+    WRITERS[writer](content, path)
+    found, expected = read(path), torch.load(path, weights_only=False)
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        if isinstance(value, torch.Tensor):
+            assert found[key].dtype == value.dtype
+            assert found[key].stride() == value.stride()
+            assert torch.equal(found[key], value), key
+        else:
+            assert found[key] == (str(value) if key == "device" else value)
+
+
 def test_a_list_that_holds_itself_is_read(tmp_path):
     content = {"a": [1], "f": functools.partial(print)}
     content["a"].append(content["a"])
