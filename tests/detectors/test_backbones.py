@@ -184,6 +184,24 @@ def test_imagenet_weights_from_a_file(tmp_path, backbone, first):
     assert torch.equal(loaded, next(net.parameters()).half().float())
 
 
+def test_a_variance_that_overflowed_in_half_precision_is_taken_for_the_largest(tmp_path):
+    """ResNet-50 from Keras has a stem variance past 65504; as infinity it would silence its channel."""
+    state = {
+        key: v.half() if v.is_floating_point() else v for key, v in torchvision.models.resnet18().state_dict().items()
+    }
+    state["bn1.running_var"][3] = float("inf")
+    file = tmp_path / "half.pth"
+    torch.save(state, file)
+    architecture = Architecture(backbone="resnet18", fpn_channels=16)
+    model = build_detector(architecture, CLASSES, [64], 96).model
+    load_backbone_weights(model, str(file), architecture)
+    assert model.backbone.body.bn1.running_var[3] == 65504
+    state["layer1.0.conv1.weight"][0] = float("inf")
+    torch.save(state, file)
+    with pytest.raises(CheckpointError, match=r"layer1\.0\.conv1\.weight"):
+        load_backbone_weights(model, str(file), architecture)
+
+
 def test_weights_of_another_network_are_refused_whole(tmp_path):
     file = tmp_path / "imagenet.pth"
     torch.save(torchvision.models.resnet34().state_dict(), file)
