@@ -20,6 +20,7 @@ from defeat_cli.scoring import recipe_of
 from defeat_cli.studies.gradients import neck_adapters
 from defeat_cli.studies.gradmap import GradientReport, Settings, run_gradient_maps
 from defeat_cli.studies.images import Source, find_images, images_of
+from defeat_cli.studies.mask_pictures import draw_masks
 
 
 def visualize(
@@ -86,6 +87,16 @@ def visualize(
         )
 
 
+def _known(image: str, splits: Sequence[Annotations]) -> list[Source]:
+    """An image with the boxes that one of the splits has of it; without boxes where none knows it."""
+    for known in splits:
+        try:
+            return find_images([image], known)
+        except DataError:
+            continue
+    return find_images([image])
+
+
 def _images(
     recipe: Recipe, inputs: Sequence[str], file: Path | None, data_given: bool, split: str, limit: int | None
 ) -> tuple[list[Source], Annotations | None]:
@@ -117,3 +128,29 @@ def _trained_adapters(checkpoint: str) -> dict[str, Any] | None:
     if native.recipe_in(Path(checkpoint)) is None:
         return None
     return native.load(Path(checkpoint))["training"].get("neck_adapters")
+
+
+def show_masks(recipe: Recipe, images: Sequence[str], output: Path) -> list[Path]:
+    """Draw every mask kind over images, on the levels and anchors of the recipe's student.
+
+    Boxes are the data set's where it knows an image, else the teacher's detections.
+
+    Returns:
+        The pictures.
+
+    Raises:
+        DefeatError: images, data or teacher that cannot be used, or an image that nothing knows boxes of.
+    """
+    device = build.choose_device(recipe.run.device)
+    truth: Annotations | None = None
+    if recipe.data.path is not None:
+        splits = [build.open_data(recipe.data, split, train=False).annotations for split in ("val", "train")]
+        truth = splits[0]
+    else:
+        splits = []
+    sources = [source for image in images for source in _known(image, splits)]
+    student = build.build_student(recipe, truth.classes if truth else ["object"]).to(device)
+    teacher = None
+    if recipe.teacher.checkpoint is not None:
+        teacher = _detector(recipe.teacher.checkpoint, recipe.teacher.architecture, truth, recipe.data).to(device)
+    return draw_masks(student, sources, output, finest_scale=recipe.distillation.finest_scale, teacher=teacher)
