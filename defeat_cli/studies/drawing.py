@@ -18,17 +18,16 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
-from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont
 
 from defeat_cli.engine.runs import replacing
 
-COLORS = LinearSegmentedColormap.from_list("embers", matplotlib.colormaps["inferno"](np.linspace(0.22, 1, 256)))
-"""Inferno without its black end: readable without red-green vision, and lighter throughout than a dimmed image."""
-DIMMING = 0.42
-"""Lightness of the grey image under a map; dark, so that every colour laid over it makes it lighter."""
+COLORS = matplotlib.colormaps["inferno"]
+"""From black to a light yellow, ever lighter: it needs no telling of hues, and survives a grey print."""
+DIMMING = 0.4
+"""Lightness of the grey image that maps are thrown upon."""
 BOX_COLOR = "#38d9f5"
 """Cyan: the colour map has none of it, and few photographs have."""
 INSIDE_COLOR, OUTSIDE_COLOR, TEXT_COLOR = "#ed6925", "#8a8a8a", "#444444"
@@ -68,13 +67,13 @@ class Scale:
 
     label: the unit, as the picture states it.
     root: colours follow this root of the value: 1 is linear, 2 and 4 bring out what is weak, but keep zero at zero.
-    opacity: of the brightest colour.
+    strength: how strongly the brightest colour covers the image, in [0, 1].
     """
 
     high: float
     label: str
     root: int = 1
-    opacity: float = 0.92
+    strength: float = 1.0
 
     def share(self, values: np.ndarray) -> np.ndarray:
         """Place of values on the scale, in [0, 1]."""
@@ -82,10 +81,9 @@ class Scale:
         return share ** (1 / self.root)
 
     def blend(self, values: np.ndarray, backdrop: np.ndarray) -> np.ndarray:
-        """[h, w, 3] uint8: colours of [h, w] values over a backdrop, the more opaque the larger the value."""
-        share = self.share(values)
-        opacity = np.clip(1.4 * share, 0, self.opacity)[..., None]
-        return (opacity * 255 * COLORS(share)[..., :3] + (1 - opacity) * backdrop).round().astype(np.uint8)
+        """[h, w, 3] uint8: [h, w] values as coloured light on a backdrop in [0, 255]: next to none at zero."""
+        light = self.strength * COLORS(self.share(values))[..., :3]
+        return (backdrop + (255 - backdrop) * light).round().astype(np.uint8)
 
 
 @dataclass(frozen=True)
@@ -232,7 +230,9 @@ class _Sheet:
 
     def head(self, heading: str, note: str) -> None:
         """Two lines of text, shortened where the picture is narrow. Names of files are no formulas, `$` or not."""
-        room = 72 * (self.width - 2 * GAP)
+        room = (
+            0.95 * 72 * (self.width - 2 * GAP)
+        )  # letters are set a little wider in the picture than they measure here
         heading = _shortened(heading, lambda text: _font(13, bold=True).getlength(text) <= room)
         note = _shortened(note, lambda text: _font(10).getlength(text) <= room)
         self.text(GAP, 0.28, heading, size=13, weight="bold", va="center", parse_math=False)

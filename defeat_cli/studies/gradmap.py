@@ -296,7 +296,7 @@ class _Look:
         """Detections where there is no ground truth."""
         if self.teacher_boxes and self.teacher is not None:
             return detected(self.teacher, image, self.settings.threshold, "the teacher")
-        return detected(self.student, image, self.settings.threshold, "the detector")
+        return detected(self.student, image, self.settings.threshold, "the checkpoint")
 
     def _prepared(self, image: Tensor, objects: Objects, detector: Detector) -> Batch:
         """The image as the student resizes it, with a detector's labels."""

@@ -179,7 +179,7 @@ def detected(detector: Detector, image: Tensor, threshold: float, name: str) -> 
     Args:
         image: [3, H, W] uint8.
         threshold: lowest score taken.
-        name: whose detections they are, e.g. `student`.
+        name: whose detections they are, e.g. `the teacher`.
     """
     (found,) = detector.detect([image.to(device_of(detector))])
     sure = found["scores"] >= threshold

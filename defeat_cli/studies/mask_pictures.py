@@ -56,7 +56,7 @@ def draw_masks(
         draw_panels(
             view,
             _rows(detector, batch, finest_scale),
-            Scale(1.0, "how much a cell is foreground", opacity=0.75),
+            Scale(1.0, "how much a cell is foreground", strength=0.75),
             path,
             heading=f"{source.path.name} · what each mask kind takes for foreground",
             note=f"Boxes: {objects.origin}. Each panel outlines the boxes that its mask is made of.",
