@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,11 @@ def choose_device(name: str, precision: str = "fp32") -> torch.device:
     if precision != "fp32" and device.type != "cuda":
         raise RunError(f"run.precision: {precision} needs a CUDA device; use fp32 on {device.type}")
     return device
+
+
+def loader_processes(workers: int) -> int:
+    """`data.workers`, but no more than there are CPU cores."""
+    return min(workers, os.cpu_count() or 1)
 
 
 def open_data(data: Data, split: str, *, train: bool, seed: int = 0) -> CocoDataset:

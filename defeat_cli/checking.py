@@ -145,7 +145,7 @@ def _levels(distiller: Distiller) -> list[dict[str, Any]]:
 
 
 def _detectors_table(detectors: dict[str, dict[str, Any]]) -> Table:
-    table = Table(title="Detectors, on the first training image", title_justify="left")
+    table = Table(title="Detectors, on the first training image")
     for column in ("", "kind", "classes", "parameters", "GFLOPs", "levels (stride: channels)"):
         table.add_column(column, justify="right" if column in ("classes", "parameters", "GFLOPs") else "left")
     for name, facts in detectors.items():
@@ -158,7 +158,7 @@ def _detectors_table(detectors: dict[str, dict[str, Any]]) -> Table:
 
 
 def _levels_table(levels: list[dict[str, Any]]) -> Table:
-    table = Table(title="How the levels pair up", title_justify="left")
+    table = Table(title="How the levels pair up")
     for column in ("place", "stride", "student channels", "teacher channels", "adapter"):
         table.add_column(column, justify="left" if column in ("place", "adapter") else "right")
     for row in levels:
@@ -171,7 +171,6 @@ def _classes_table(pairs: list[tuple[str, str]], student: Detector, teacher: Det
     table = Table(
         title=f"Shared classes: {len(pairs)} of the student's {len(student.classes)}, of the teacher's "
         f"{len(teacher.classes)}",
-        title_justify="left",
     )
     table.add_column("student")
     table.add_column("teacher")
@@ -183,7 +182,7 @@ def _classes_table(pairs: list[tuple[str, str]], student: Detector, teacher: Det
 
 
 def _run_table(facts: dict[str, Any], recipe: Recipe) -> Table:
-    table = Table(title="One training step", title_justify="left")
+    table = Table(title="One training step")
     table.add_column("")
     table.add_column("", justify="right")
     for name, value in facts["terms"].items():

@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 from typer.core import TyperGroup
 
-from defeat_cli.console import console, errors
+from defeat_cli.console import console, errors, results_table, show
 from defeat_cli.errors import DefeatError, Interrupted
 
 
@@ -107,10 +107,9 @@ def train(
     chosen = load(required(recipe), changes)
     folder = output or Path("runs") / chosen.run.name
     from defeat_cli import experiment
-    from defeat_cli.console import results_table
 
     results = experiment.train(chosen, folder, resume=resume, overwrite=overwrite, quiet=quiet)
-    console.print(results_table(results))
+    show(results_table(results))
     console.print(
         f"written to {folder}/: student.pth (for torchvision), best.pt, results.json, curves.png", soft_wrap=True
     )
@@ -149,7 +148,7 @@ def evaluate(
     report = scoring.score(checkpoint, recipe, changes, split=split, error_types=error_types, quiet=quiet)
     report.write(json_file, save_detections)
     for table in report.tables(per_class):
-        console.print(table)
+        show(table)
 
 
 @app.command()
@@ -272,7 +271,7 @@ def visualize_gradients(
         teacher_boxes=teacher_boxes, quiet=quiet,
     )  # fmt: skip
     for table in report.tables():
-        console.print(table)
+        show(table)
     console.print(f"written to {output}/: a picture of each image, contact_sheet.png, gradients.json", soft_wrap=True)
     for skipped in report.skipped:
         errors.print(f"[bold red]skipped:[/] {escape(skipped['reason'])}", soft_wrap=True)
@@ -303,7 +302,7 @@ def check(
     from defeat_cli import checking
 
     for table in checking.check(chosen).tables:
-        console.print(table)
+        show(table)
 
 
 @app.command()

@@ -143,12 +143,20 @@ def percent(fraction: float) -> str:
     return "-" if fraction < 0 else f"{100 * fraction:.1f}"
 
 
+def show(table: Table) -> None:
+    """Print a table below its title, which rich would fold to the table's width."""
+    if table.title:
+        console.print(f"[bold]{escape(str(table.title))}[/]", soft_wrap=True)
+        table.title = None
+    console.print(table)
+
+
 COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
 def results_table(results: dict[str, Any]) -> Table:
     """Teacher, plain and distilled student side by side, each with its Δ to the teacher."""
-    table = Table(title="COCO mAP on the validation images", title_justify="left")
+    table = Table(title="COCO mAP on the validation images")
     table.add_column("")
     for column in COLUMNS:
         table.add_column(column, justify="right")
@@ -172,7 +180,7 @@ def results_table(results: dict[str, Any]) -> Table:
 
 def metrics_table(metrics: dict[str, Any], title: str, per_class: bool = False) -> Table:
     """The twelve COCO figures, or one row per class."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title)
     if per_class:
         table.add_column("class")
         table.add_column("AP", justify="right")
@@ -193,7 +201,6 @@ def errors_table(report: dict[str, Any]) -> Table:
     table = Table(
         title=f"Errors by TIDE's types; {false_positives['count']} background false positives "
         f"at score {false_positives['score']}",
-        title_justify="left",
     )
     table.add_column("error")
     table.add_column("count", justify="right")

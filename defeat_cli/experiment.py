@@ -60,6 +60,8 @@ def train(
     for note in [*training_data.notes, *(f"validation: {note}" for note in validation_data.notes)]:
         reporter.note(note)
     student = build.build_student(recipe, training_data.classes)
+    if recipe.student.norm == "frozen" and recipe.student.backbone_weights is None and recipe.student.weights is None:
+        reporter.warn("student.norm is frozen and nothing is pretrained, so nothing is normalised; use norm: batch")
     teacher = _teacher(recipe, folder, training_data.classes, overwrite, quiet, reporter)
     distiller = build.build_distiller(recipe.distillation, student, teacher, reporter.warn)
     score = partial(_score, data=validation_data, recipe=recipe, device=device)
@@ -166,7 +168,9 @@ def _score(
     subset: Any = None,
 ) -> dict[str, Any]:
     chosen = data if subset is None else subset
-    loader = evaluation_loader(chosen, recipe.data.batch_size, recipe.data.workers, pin_memory=device.type == "cuda")
+    loader = evaluation_loader(
+        chosen, recipe.data.batch_size, build.loader_processes(recipe.data.workers), pin_memory=device.type == "cuda"
+    )
     detections: list[dict[str, Any]] = []
     with reporter.evaluating(len(chosen)) as advance:
         metrics = evaluate(
@@ -199,7 +203,11 @@ def _fit(
     """Train to the last epoch, saving checkpoints in our own format."""
     device = next(training.distiller.parameters()).device
     loader = training_loader(
-        data, recipe.data.batch_size, recipe.data.workers, seed=recipe.run.seed, pin_memory=device.type == "cuda"
+        data,
+        recipe.data.batch_size,
+        build.loader_processes(recipe.data.workers),
+        seed=recipe.run.seed,
+        pin_memory=device.type == "cuda",
     )
     accumulate = recipe.optimizer.accumulate
     steps_per_epoch = math.ceil(loader.batch_sampler.batches_per_epoch / accumulate)

@@ -11,7 +11,7 @@ from rich.table import Table
 from defeat_cli import build
 from defeat_cli import recipe as recipes
 from defeat_cli.checkpoints import native
-from defeat_cli.checkpoints.loading import file_of
+from defeat_cli.checkpoints.loading import TORCHVISION_PREFIX, file_of
 from defeat_cli.console import counting, errors_table, metrics_table
 from defeat_cli.data.loading import evaluation_loader
 from defeat_cli.data.voc import is_voc, voc_ap50
@@ -78,7 +78,7 @@ def score(
     with counting("evaluating", len(data), quiet) as advance:
         metrics = evaluate(
             detector,
-            evaluation_loader(data, recipe.data.batch_size, recipe.data.workers),
+            evaluation_loader(data, recipe.data.batch_size, build.loader_processes(recipe.data.workers)),
             data.coco,
             autocast=build.AUTOCAST[recipe.run.precision],
             on_batch=advance,
@@ -99,7 +99,7 @@ def recipe_of(checkpoint: str, name: str | None, changes: dict[str, Any]) -> tup
     """
     if name is not None:
         return recipes.load(name, changes), True
-    own = native.recipe_in(file_of(checkpoint))
+    own = None if checkpoint.startswith(TORCHVISION_PREFIX) else native.recipe_in(file_of(checkpoint))
     if own is not None:
         return recipes.validate(recipes.merged(own, changes), f"{checkpoint}: the recipe in it"), True
     beside = file_of(checkpoint).parent / RECIPE

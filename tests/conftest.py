@@ -8,6 +8,9 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
+# Read when the console is made, that is at the next import: tables are not to be folded in what tests read.
+os.environ["COLUMNS"] = "200"
+
 from defeat_cli.cli import app
 
 # One thread: tiny detectors gain nothing from more, and parallel loops crawl when the cores are busy elsewhere.
@@ -73,6 +76,3 @@ def teacher(tmp_path_factory, defeat, tiny) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "teacher"
     defeat("train", "-r", tiny, "-o", folder, "--set", "student.fpn_channels=16", "--seed", 7)
     return folder / "best.pt"
-
-
-os.environ.setdefault("COLUMNS", "200")

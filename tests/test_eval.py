@@ -27,7 +27,7 @@ def run(tmp_path_factory, defeat, tiny):
     """A student of some skill: enough steps on few images that it finds some of them again."""
     folder = tmp_path_factory.mktemp("runs") / "skilled"
     defeat(
-        "train", "-r", tiny, "-o", folder, "--set", "schedule.epochs=40", "--set", "run.evaluate_every=40",
+        "train", "-r", tiny, "-o", folder, "--set", "schedule.epochs=60", "--set", "run.evaluate_every=60",
         "--set", "optimizer.name=adamw", "--set", "optimizer.lr=5e-3", "--set", "schedule.decay=cosine",
         "--set", "student.widths=[16, 16, 32, 32]", "--set", "data.val_annotations=train.json", "-q",
     )  # fmt: skip
@@ -134,7 +134,7 @@ def test_bad_input(run, defeat, shapes, tmp_path, arguments, message):
     content = json.loads((shapes / "val.json").read_text())
     for category in content["categories"]:
         category["name"] = f"other {category['id']}"
-    (tmp_path / "val.json").write_text(json.dumps(content))
+    (tmp_path / "train.json").write_text(json.dumps(content))  # the run validates on it
     (tmp_path / "images").symlink_to(shapes / "images")
     output = defeat("eval", *[a.format(run=run, other=tmp_path) for a in arguments], code=2)
     assert message in output
@@ -155,9 +155,8 @@ def test_convert_writes_a_state_dict_and_the_recipe_that_reads_it(run, defeat, s
     assert converted.keys() == student.keys()
     assert all(torch.equal(converted[key], student[key]) for key in student)
     assert yaml.safe_load((tmp_path / "out.yaml").read_text())["student"]["widths"] == [16, 16, 32, 32]
-    for checkpoint, options, figures in (
-        (run / "best.pt", [], "a"), (tmp_path / "out.pth", ["-r", tmp_path / "out.yaml"], "b")
-    ):  # fmt: skip
+    with_recipe = ["-r", tmp_path / "out.yaml", "--set", "data.val_annotations=train.json"]
+    for checkpoint, options, figures in ((run / "best.pt", [], "a"), (tmp_path / "out.pth", with_recipe, "b")):
         defeat("eval", checkpoint, "-d", shapes, *options, "--json", tmp_path / figures)
     assert (tmp_path / "a").read_text() == (tmp_path / "b").read_text()
     assert "is there already" in defeat("convert", run / "best.pt", tmp_path / "out.pth", code=2)

@@ -106,8 +106,10 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def recipe_in(path: Path) -> dict[str, Any] | None:
-    """The recipe in a native checkpoint, None for a file of another format or none at all."""
-    if not path.is_file():
-        return None
+    """The recipe in a native checkpoint, None for a file of another format.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
     content = read(path)
     return checked(content, str(path))["recipe"] if matches(content) else None

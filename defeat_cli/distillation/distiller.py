@@ -177,6 +177,7 @@ class Distiller(nn.Module):
             (self.neck_pairs, self.neck_adapters) if place == "neck" else (self.stage_pairs, self.stage_adapters)
         )
         levels = self.student.levels if place == "neck" else self.student.stage_levels
+        names = _level_names("P" if place == "neck" else "C", [level.stride for level in levels])
         shapes = [tuple(feature.shape[-2:]) for feature in student]
         valid = valid_masks(batch.valid, shapes, [level.stride for level in levels])
         losses = []
@@ -188,7 +189,7 @@ class Distiller(nn.Module):
             loss = torch.stack(values).mean()
             terms.raw[name] = loss.detach()
             for (s, _), value in zip(pairs, values, strict=True):
-                terms.raw[f"{name}/{_level_name(place, levels[s].stride)}"] = value.detach()
+                terms.raw[f"{name}/{names[s]}"] = value.detach()
             if weight > 0:
                 terms.weighted[name] = weight * warm * loss
 
@@ -219,6 +220,7 @@ class Distiller(nn.Module):
             terms.weighted["head_all"] = self.betas[0] * warm * together
 
 
-def _level_name(place: str, stride: int) -> str:
-    """`P3` for the FPN level of stride 8, `C3` for the backbone stage."""
-    return f"{'P' if place == 'neck' else 'C'}{round(math.log2(stride))}"
+def _level_names(letter: str, strides: list[int]) -> list[str]:
+    """`P3` for the level of stride 8; `P5`, `P5b` where two levels share stride 32."""
+    names = [f"{letter}{round(math.log2(stride))}" for stride in strides]
+    return [name + ("b" if name in names[:i] else "") for i, name in enumerate(names)]
