@@ -20,6 +20,9 @@ KeyTable = list[tuple[str, str]]
 
 CLASS_SCORES = "roi_heads.box_predictor.cls_score"
 BOX_DELTAS = "roi_heads.box_predictor.bbox_pred"
+RPN_SCORES = "rpn.head.cls_logits"
+HIDDEN = "roi_heads.box_head.fc7"
+P6 = "backbone.fpn.extra_blocks.p6"
 CLASS_LOGITS = "head.classification_head.cls_logits"
 ANCHOR_DELTAS = "head.regression_head.bbox_reg"
 
@@ -67,6 +70,24 @@ def renamed(state_dict: StateDict, tables: Tables, origin: str) -> tuple[StateDi
         ]
         raise CheckpointError("\n  ".join([f"{origin}: a detector that cannot be represented here. It has", *parts]))
     return result, [f"dropped: {what} ({count})" for what, count in dropped.items()]
+
+
+def require_whole(state_dict: StateDict, two_stage: bool, origin: str) -> None:
+    """Make sure that a renamed state dict has every part of a detector; whether a part is whole is for strict loading.
+
+    Raises:
+        CheckpointError: names the parts that are missing.
+    """
+    heads = [RPN_SCORES, HIDDEN, CLASS_SCORES, BOX_DELTAS] if two_stage else [P6, CLASS_LOGITS, ANCHOR_DELTAS]
+    parts = ["backbone.fpn.layer_blocks.0.0", *heads]
+    names = ["backbone.body.conv1.weight", "backbone.body.layer1.0.conv2.weight"]
+    names += [f"{part}.{kind}" for part in parts for kind in ("weight", "bias")]
+    missing = [name for name in names if name not in state_dict]
+    if missing:
+        raise CheckpointError(
+            f"{origin}: half a detector ({'Faster R-CNN' if two_stage else 'RetinaNet'}): nothing in it can become "
+            f"{', '.join(missing)}"
+        )
 
 
 def resnet_keys(prefix: str) -> KeyTable:

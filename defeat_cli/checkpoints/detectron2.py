@@ -13,6 +13,8 @@ What differs from torchvision, and where it is kept:
 | RetinaNet's P6 from C5, a ReLU before P7 | `p6_from`, `p7_relu` |
 | RetinaNet clips boxes after suppression | `clip_after_nms` |
 | boxes without area dropped last, its own rounding between levels | `edge_cases` |
+
+Not kept: images are resized as torchvision does it, without antialias, and sides may differ by a pixel.
 """
 
 from __future__ import annotations
@@ -23,7 +25,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from defeat_cli.checkpoints.conversion import Tables, fold_bgr, renamed, unit_range, with_background_first
+from defeat_cli.checkpoints.conversion import (
+    Tables,
+    fold_bgr,
+    renamed,
+    require_whole,
+    unit_range,
+    with_background_first,
+)
 from defeat_cli.checkpoints.torchvision import coco_classes, resnet_name
 from defeat_cli.checkpoints.weights import StateDict, Weights, is_state_dict
 from defeat_cli.errors import CheckpointError
@@ -118,6 +127,7 @@ def to_weights(content: Any, origin: str, architecture: Architecture | None = No
     two_stage = any(key.startswith(("roi_heads.", "proposal_generator.")) for key in state_dict)
     keys = FASTER_RCNN_KEYS if two_stage else RETINANET_KEYS
     converted, dropped = renamed(state_dict, Tables(keys, DROPPED, REFUSED), origin)
+    require_whole(converted, two_stage, origin)
     classes = with_background_first(converted, origin)
     body = {key.removeprefix(f"{_BODY}."): value for key, value in converted.items() if key.startswith(_BODY)}
     backbone = resnet_name(body, origin)

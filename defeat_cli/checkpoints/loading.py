@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from defeat_cli.checkpoints import detectron2, mmdet, native, torchvision
 from defeat_cli.checkpoints.reading import described, read
 from defeat_cli.checkpoints.weights import Weights
@@ -39,7 +41,11 @@ def load_weights(source: str | Path, architecture: Architecture | None = None) -
         raise CheckpointError(
             f"{path}: no detector of a known format ({', '.join(FORMATS)}) is inside. Found: {described(content)}"
         )
-    return form.to_weights(content, str(path), architecture)
+    try:
+        return form.to_weights(content, str(path), architecture)
+    except ValidationError as error:  # settings in the file that no detector can have
+        problems = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
+        raise CheckpointError("\n  ".join([f"{path}: its settings cannot be used:", *problems])) from None
 
 
 def file_of(source: str | Path) -> Path:

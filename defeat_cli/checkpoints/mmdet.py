@@ -13,15 +13,25 @@ What differs from torchvision, and where it is kept:
 | deltas clamped from below too, boxes without area kept, its own rounding between levels | `edge_cases` |
 
 The checkpoint's configuration text says which of these hold. Without one, the library's defaults are taken.
+Not kept: images are resized as torchvision does it, whose sides may differ by a pixel.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from defeat_cli.checkpoints import mmdet_config
-from defeat_cli.checkpoints.conversion import Tables, fold_bgr, renamed, resnet_keys, unit_range, with_background_first
+from defeat_cli.checkpoints.conversion import (
+    Tables,
+    fold_bgr,
+    renamed,
+    require_whole,
+    resnet_keys,
+    unit_range,
+    with_background_first,
+)
 from defeat_cli.checkpoints.torchvision import coco_classes, resnet_name
 from defeat_cli.checkpoints.weights import StateDict, Weights, is_state_dict
 from defeat_cli.errors import CheckpointError
@@ -74,6 +84,41 @@ REFUSED = [
     (r"bbox_head\..+", "a one-stage head that is not RetinaNet's"),
 ]
 
+SETTINGS = {
+    "model.backbone.type": ("ResNet", "ResNeXt"),
+    "model.backbone.norm_cfg.type": ("BN", "SyncBN"),
+    "model.backbone.avg_down": (False,),
+    "model.backbone.strides": ([1, 2, 2, 2],),
+    "model.backbone.dilations": ([1, 1, 1, 1],),
+    "model.neck.type": ("FPN",),
+}
+TWO_STAGE_SETTINGS = {
+    **SETTINGS,
+    "model.type": ("FasterRCNN",),
+    "model.neck.add_extra_convs": (False,),
+    "model.rpn_head.anchor_generator.strides": ([4, 8, 16, 32, 64],),
+    "model.rpn_head.anchor_generator.center_offset": (0.0,),
+    "model.rpn_head.anchor_generator.scale_major": (True,),
+    "model.roi_head.bbox_roi_extractor.finest_scale": (56,),
+    "model.roi_head.bbox_head.type": ("Shared2FCBBoxHead", "ConvFCBBoxHead"),
+    "model.roi_head.bbox_head.loss_cls.use_sigmoid": (False,),
+    "model.roi_head.bbox_head.bbox_coder.type": ("DeltaXYWHBBoxCoder",),
+    "model.roi_head.bbox_head.bbox_coder.target_stds": ([0.1, 0.1, 0.2, 0.2],),
+}
+ONE_STAGE_SETTINGS = {
+    **SETTINGS,
+    "model.type": ("RetinaNet",),
+    "model.neck.add_extra_convs": ("on_input", "on_output", True),
+    "model.bbox_head.anchor_generator.strides": ([8, 16, 32, 64, 128],),
+    "model.bbox_head.anchor_generator.center_offset": (0.0,),
+    "model.bbox_head.anchor_generator.scale_major": (True,),
+    "model.bbox_head.type": ("RetinaHead",),
+    "model.bbox_head.loss_cls.use_sigmoid": (True,),
+    "model.bbox_head.bbox_coder.type": ("DeltaXYWHBBoxCoder",),
+    "model.bbox_head.bbox_coder.target_stds": ([1.0, 1.0, 1.0, 1.0],),
+}
+"""Settings that neither keys nor shapes show, with the values that can be represented, the library's default first."""
+
 MEAN_RGB, STD_RGB = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
 MEAN_BGR, STD_CAFFE = [103.53, 116.28, 123.675], [1.0, 1.0, 1.0]
 
@@ -102,16 +147,18 @@ def to_weights(content: Any, origin: str, architecture: Architecture | None = No
             f"{origin}: from mmdetection {version or '1.x'}, which counts pixels and classes otherwise. "
             "Those of 2.x and 3.x are read"
         )
-    config = mmdet_config.parse(str(meta.get("cfg") or meta.get("config") or ""))
+    text = str(meta.get("cfg") or meta.get("config") or "")
+    config = mmdet_config.parse(text)
     two_stage = any(key.startswith(("roi_head.", "rpn_head.")) for key in state_dict)
     _refuse_settings(config, two_stage, origin)
     keys = FASTER_RCNN_KEYS if two_stage else RETINANET_KEYS
     converted, dropped = renamed(state_dict, Tables(keys, DROPPED, REFUSED), origin)
+    require_whole(converted, two_stage, origin)
     classes = with_background_first(converted, origin)
     body = {key.removeprefix("backbone.body."): value for key, value in converted.items() if "backbone.body." in key}
     backbone = resnet_name(body, origin)
-    caffe = mmdet_config.get(config, "model.backbone.style", "pytorch") == "caffe"
-    if not config and architecture is not None:
+    caffe = re.search(r"""\bstyle['"]?\s*[=:]\s*['"]caffe['"]""", text) is not None
+    if not text and architecture is not None:
         caffe = architecture.conventions.stride_in_1x1
     mean, std, is_rgb = _normalization(config, caffe)
     if not is_rgb:
@@ -120,7 +167,7 @@ def to_weights(content: Any, origin: str, architecture: Architecture | None = No
     conventions = _conventions(config, converted, mean, std, caffe)
     built = _architecture(config, converted, two_stage, backbone, conventions, origin)
     names = _class_names(meta, classes)
-    source = "its configuration" if config else "no configuration in the file, so the library's defaults"
+    source = "its configuration" if "model" in config else "the library's defaults, for the file has no configuration"
     notes = [
         f"an mmdetection {version or '2.x or 3.x'} checkpoint: {built.detector} on {backbone}, {classes} classes",
         f"conventions from {source}: {'caffe' if caffe else 'pytorch'} style",
@@ -153,43 +200,13 @@ def _class_names(meta: Mapping[str, Any], classes: int) -> list[str] | None:
 
 def _refuse_settings(config: dict[str, Any], two_stage: bool, origin: str) -> None:
     """Refuse what the configuration asks for, keys and shapes do not show, and torchvision's detectors do not do."""
-    get, type_of = mmdet_config.get, mmdet_config.type_of
-    usual = "FasterRCNN" if two_stage else "RetinaNet"
-    head = "model.roi_head.bbox_head" if two_stage else "model.bbox_head"
-    stds = [0.1, 0.1, 0.2, 0.2] if two_stage else [1.0, 1.0, 1.0, 1.0]
-    anchors = "model.rpn_head.anchor_generator" if two_stage else "model.bbox_head.anchor_generator"
-    strides = [4, 8, 16, 32, 64] if two_stage else [8, 16, 32, 64, 128]
-    odd = {
-        "model.type": (type_of(config, "model", usual), (usual,)),
-        "model.backbone.type": (type_of(config, "model.backbone", "ResNet"), ("ResNet", "ResNeXt")),
-        "model.backbone.norm_cfg.type": (type_of(config, "model.backbone.norm_cfg", "BN"), ("BN", "SyncBN")),
-        "model.backbone.avg_down": (get(config, "model.backbone.avg_down", False), (False,)),
-        "model.backbone.dilations": (get(config, "model.backbone.dilations", [1] * 4), ([1] * 4,)),
-        "model.backbone.strides": (get(config, "model.backbone.strides", [1, 2, 2, 2]), ([1, 2, 2, 2],)),
-        "model.neck.type": (type_of(config, "model.neck", "FPN"), ("FPN",)),
-        "model.neck.add_extra_convs": (
-            get(config, "model.neck.add_extra_convs", False),
-            (False,) if two_stage else (True, False, "on_input", "on_output"),
-        ),
-        f"{head}.type": (
-            type_of(config, head, "Shared2FCBBoxHead" if two_stage else "RetinaHead"),
-            ("Shared2FCBBoxHead", "ConvFCBBoxHead", "RetinaHead"),
-        ),
-        f"{head}.loss_cls.use_sigmoid": (get(config, f"{head}.loss_cls.use_sigmoid", not two_stage), (not two_stage,)),
-        f"{head}.bbox_coder.type": (
-            type_of(config, f"{head}.bbox_coder", "DeltaXYWHBBoxCoder"),
-            ("DeltaXYWHBBoxCoder",),
-        ),
-        f"{head}.bbox_coder.target_stds": (get(config, f"{head}.bbox_coder.target_stds", stds), (stds,)),
-        f"{anchors}.strides": (get(config, f"{anchors}.strides", strides), (strides,)),
-        f"{anchors}.center_offset": (get(config, f"{anchors}.center_offset", 0.0), (0.0,)),
-        f"{anchors}.scale_major": (get(config, f"{anchors}.scale_major", True), (True,)),
-    }
-    problems = [
-        f"{key} = {value!r} (can be {' or '.join(map(repr, allowed))})"
-        for key, (value, allowed) in odd.items()
-        if value not in allowed
-    ]
+    problems = []
+    for key, allowed in (TWO_STAGE_SETTINGS if two_stage else ONE_STAGE_SETTINGS).items():
+        value = mmdet_config.get(config, key, allowed[0])
+        if key.endswith(".type"):
+            value = str(value).rpartition(".")[2]  # a class may be named with its package
+        if value not in allowed:
+            problems.append(f"{key} = {value!r} (can be {' or '.join(map(repr, allowed))})")
     if problems:
         raise CheckpointError("\n  ".join([f"{origin}: a detector that cannot be represented here:", *problems]))
 

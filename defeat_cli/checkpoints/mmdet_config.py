@@ -42,12 +42,6 @@ def find(config: Any, key: str) -> Any:
     return None
 
 
-def type_of(config: Any, path: str, default: str) -> str:
-    """The class that `path` is built with, without its module; `default` where the configuration does not say."""
-    name = get(config, f"{path}.type", default)
-    return str(name).rpartition(".")[2]
-
-
 def _value(node: ast.expr) -> Any:
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict":
         inner = _value(node.args[0]) if node.args else {}

@@ -74,7 +74,12 @@ def to_weights(content: Any, origin: str, architecture: Architecture | None = No
         notes.append("the prefix `module.` of a distributed training was taken off")
     state_dict = renamed(raw)
     if architecture is None:
-        architecture = infer_architecture(state_dict, origin)
+        try:
+            architecture = infer_architecture(state_dict, origin)
+        except KeyError as error:
+            raise CheckpointError(
+                f"{origin}: a torchvision detector, but not one of ours: it has no {error.args[0]}; {GIVE_A_RECIPE}"
+            ) from None
         notes.append(f"read from its keys and shapes: {_spoken(architecture)}")
     if Path(origin).name.startswith(WITHOUT_EPSILON):
         architecture = without_epsilon(architecture)

@@ -178,6 +178,22 @@ def test_another_one_stage_head_is_refused_by_name(tmp_path, retinanet):
         load(tmp_path, {**fcos, "bbox_head.conv_cls.weight": torch.ones(1)})
 
 
+@pytest.mark.parametrize("family", ["faster_rcnn", "retinanet"])
+@pytest.mark.parametrize("part", ["backbone.", "neck.", "rpn_head.", "roi_head.", "bbox_head."])
+def test_half_a_detector_is_refused(tmp_path, request, family, part):
+    whole = request.getfixturevalue(family)
+    half = {key: value for key, value in whole.items() if not key.startswith(part)}
+    if len(half) < len(whole):
+        with pytest.raises(CheckpointError, match=r"half a detector|no detector of a known format"):
+            load(tmp_path, half)
+
+
+def test_impossible_settings_are_refused(tmp_path, faster_rcnn):
+    config = "model = dict(type='FasterRCNN', test_cfg=dict(rcnn=dict(score_thr=7.0)))"
+    with pytest.raises(CheckpointError, match=r"settings cannot be used:\s+score_threshold"):
+        load(tmp_path, faster_rcnn, meta={"cfg": config})
+
+
 def test_mmdetection_1_is_refused(tmp_path, faster_rcnn):
     with pytest.raises(CheckpointError, match=r"mmdetection 1\.2\.0"):
         load(tmp_path, faster_rcnn, meta={"mmdet_version": "1.2.0"})

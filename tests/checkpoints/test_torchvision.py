@@ -106,6 +106,13 @@ def test_anchors_that_the_file_does_not_tell_are_asked_for():
         ours.to_weights(state_dict, "model.pth")
 
 
+def test_another_kind_of_head_is_asked_for():
+    state_dict = shapes_of(Architecture(backbone="resnet18"))
+    del state_dict["roi_heads.box_head.fc7.weight"]
+    with pytest.raises(CheckpointError, match=r"has no roi_heads\.box_head\.fc7\.weight; say what it is"):
+        ours.to_weights(state_dict, "model.pth")
+
+
 def test_an_unknown_builder_gets_the_nearest_name():
     with pytest.raises(CheckpointError, match="did you mean fasterrcnn_resnet50_fpn"):
         load_weights("torchvision:faster_rcnn_resnet50_fpn")
