@@ -20,7 +20,7 @@ from defeat_cli.detectors.zoo import build_detector
 from defeat_cli.distillation.distiller import Distiller
 from defeat_cli.distillation.pairing import match_classes
 from defeat_cli.engine.training import Training, lr_factor, make_ema
-from defeat_cli.errors import CheckpointError, DataError, RunError
+from defeat_cli.errors import CheckpointError, DataError, RecipeError, RunError
 from defeat_cli.recipe import Architecture, Data, Distillation, Optimizer, Recipe, Schedule
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -147,11 +147,17 @@ def build_distiller(
     """The step's module. Terms that this pair of detectors cannot have are switched off, and `say` is told why.
 
     Raises:
+        RecipeError: a mask that the student cannot have.
         CheckpointError: the pair has nothing at all to distil.
     """
     settings = distillation.model_dump(exclude={"warmup_steps", "class_map"})
     if teacher is None or not distillation.active:
         return Distiller(student, None)
+    if settings["neck"] and settings["mask"] == "fine-grained" and not student.has_anchors:
+        raise RecipeError(
+            "distillation.mask: fine-grained masks compare anchors with boxes, and the student's detector has no "
+            "anchors; use boxes or gaussian"
+        )
     pairs = None
     if settings["head"]:
         pairs = match_classes(student.classes, teacher.classes, distillation.class_map)

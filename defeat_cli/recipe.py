@@ -38,6 +38,7 @@ BACKBONES = (
     "resnet101",
     "resnet152",
     "resnext50_32x4d",
+    "resnext101_32x4d",
     "resnext101_32x8d",
     "resnext101_64x4d",
     "mobilenet_v2",

@@ -41,6 +41,7 @@ RESNETS = {
     ((3, 4, 23, 3), True, 1, 64): "resnet101",
     ((3, 8, 36, 3), True, 1, 64): "resnet152",
     ((3, 4, 6, 3), True, 32, 4): "resnext50_32x4d",
+    ((3, 4, 23, 3), True, 32, 4): "resnext101_32x4d",
     ((3, 4, 23, 3), True, 32, 8): "resnext101_32x8d",
     ((3, 4, 23, 3), True, 64, 4): "resnext101_64x4d",
 }

@@ -102,7 +102,10 @@ def _build_trunk(architecture: Architecture) -> Trunk:
         net = RegNet(BlockParams(depths, widths, widths, [1.0] * 4, [2] * 4), stem_width=widths[0])
         body = nn.Sequential(OrderedDict([("stem", net.stem), *net.trunk_output.named_children()]))
         return Trunk(body, [f"block{stage}" for stage in range(1, 5)], widths)
-    net = torchvision.models.get_model(name, weights=None)
+    if name == "resnext101_32x4d":  # mmdetection's most common one, for which torchvision has no builder
+        net = ResNet(Bottleneck, [3, 4, 23, 3], groups=32, width_per_group=4)
+    else:
+        net = torchvision.models.get_model(name, weights=None)
     if isinstance(net, ResNet):
         widths = [net.inplanes // 8, net.inplanes // 4, net.inplanes // 2, net.inplanes]
         return Trunk(net, [f"layer{stage}" for stage in range(1, 5)], widths)
@@ -182,8 +185,8 @@ def backbone_name(architecture: Architecture) -> str:
 
 
 def _download(name: str) -> dict:
-    if name == "regnet":
-        raise CheckpointError("backbone_weights: there are no ImageNet weights for regnet; give a file, or null")
+    if name in ("regnet", "resnext101_32x4d"):
+        raise CheckpointError(f"backbone_weights: torchvision has no ImageNet weights for {name}; give a file, or null")
     try:
         return torchvision.models.get_model_weights(name)["IMAGENET1K_V1"].get_state_dict(
             progress=False, check_hash=True

@@ -81,6 +81,9 @@ class Detector(nn.Module, ABC):
     softmax: bool
     """True where `classify` gives softmax logits with background first, False for one sigmoid per class."""
 
+    has_anchors = True
+    """False where the head classifies points, which anchors only stand for."""
+
     def __init__(self, model: nn.Module, classes: list[str]) -> None:
         super().__init__()
         self.model = model
