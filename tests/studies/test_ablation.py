@@ -194,6 +194,34 @@ def test_what_cannot_work_is_found_before_anything_is_trained(tmp_path, base, sm
     assert not folder.exists()
 
 
+def test_the_command_refuses_a_misspelt_variant_before_anything_is_written(defeat, tiny, teacher, tmp_path):
+    output = defeat("ablate", "neck", "fg-onyl", "-r", tiny, "-t", teacher, "-o", tmp_path / "s", code=2)
+    assert "did you mean fg-only" in output
+    assert not (tmp_path / "s").exists()
+
+
+def test_the_command_explains_shipped_variants_and_those_of_a_file(defeat, tmp_path):
+    (tmp_path / "mine.yaml").write_text("softer: {distillation.temperature_fg: 4.0}\n")
+    lines = defeat("ablate", "--list", "--variants", tmp_path / "mine.yaml").splitlines()
+    assert [line.split()[0] for line in lines] == [*VARIANTS, "softer"]
+    assert all(len(line.split()) > 1 for line in lines)
+
+
+def test_the_command_shows_the_table_and_ends_with_1_after_a_failure(defeat, tiny, teacher, tmp_path, small_workers):
+    folder = tmp_path / "s"
+    folder.mkdir()
+    (folder / "break-neck-seed2").touch()
+    arguments = ("ablate", "neck", "-r", tiny, "-t", teacher, "-o", folder, "--seeds", "1,2")
+    output = defeat(*arguments, code=1)
+    assert "neck-seed2: failed" in output
+    assert "1 of 2" in output
+    (folder / "break-neck-seed2").unlink()
+    assert "failed" not in defeat(*arguments)
+    shown = defeat("ablate", "--report-only", "-o", folder)
+    assert "Δ AP to none" in shown
+    assert "over seeds 1, 2" in shown
+
+
 def test_runs_of_a_seed_start_from_one_student_and_see_the_same_images(tmp_path, base):
     runs = plan(tmp_path / "s", list(VARIANTS), base, seeds=(4,)).runs()
     data = build.open_data(base.data, "train", train=True)
