@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
@@ -28,9 +30,7 @@ class Reporter:
         self.quiet = quiet
         self.live = console.is_terminal and not quiet
         self.epochs = self.steps = 0
-        self.losses = ""
-        self.last_ap = ""
-        self.speed = ""
+        self.losses = self.last_ap = self.speed = ""
         self.progress: Progress | None = None
 
     def note(self, text: str) -> None:
@@ -51,13 +51,14 @@ class Reporter:
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
+                TextColumn("left"),
                 TimeRemainingColumn(),
                 TextColumn("{task.fields[status]}"),
-                console=console,
-                transient=True,
             )
-            self.progress.start()
             self.task = self.progress.add_task(self.title, total=steps, completed=step, status="")
+            self.terms = Text(no_wrap=True, overflow="ellipsis", style="dim")
+            self.display = Live(Group(self.progress, self.terms), console=console, transient=True)
+            self.display.start()
         elif not self.quiet:
             console.print(f"{self.title}: {epochs} epochs, {steps} steps" + (f", from step {step}" if step else ""))
 
@@ -65,7 +66,7 @@ class Reporter:
         """A step is done."""
         if self.progress:
             epoch = min(self.epochs, 1 + (step - 1) * self.epochs // max(1, self.steps))
-            status = "  ".join(part for part in (self.last_ap, self.speed, self.losses) if part)
+            status = "  ".join(part for part in (self.last_ap, self.speed) if part)
             self.progress.update(
                 self.task, completed=step, description=f"{self.title} epoch {epoch}/{self.epochs}", status=status
             )
@@ -74,6 +75,8 @@ class Reporter:
         """A training line went into metrics.jsonl."""
         self.losses = " ".join(f"{short_name(name)} {value:.3f}" for name, value in entry["weighted"].items())
         self.speed = f"{entry['images_per_second']:.1f} img/s"
+        if self.progress:
+            self.terms.plain = f"loss {entry['loss']:.3f}: {self.losses}"
         if not self.live and not self.quiet:
             console.print(
                 f"{self.title} epoch {entry['epoch']}/{self.epochs} step {entry['step']}/{self.steps} "
@@ -85,8 +88,7 @@ class Reporter:
         """An epoch was evaluated."""
         self.last_ap = f"AP {percent(metrics['AP'])}"
         if not self.quiet:
-            target = self.progress.console if self.progress else console
-            target.print(
+            console.print(
                 f"{self.title} epoch {epoch}/{self.epochs}: [bold]AP {percent(metrics['AP'])}[/] "
                 f"AP50 {percent(metrics['AP50'])} AP75 {percent(metrics['AP75'])}"
             )
@@ -107,7 +109,7 @@ class Reporter:
     def end(self) -> None:
         """Training is over, however it ended."""
         if self.progress:
-            self.progress.stop()
+            self.display.stop()
             self.progress = None
 
 
