@@ -113,6 +113,9 @@ def obtain_teacher(recipe: Recipe, folder: Path, overwrite: bool = False, quiet:
     """
     if recipe.teacher.checkpoint is not None or recipe.teacher.recipe is None:
         return recipe.teacher.checkpoint
+    Reporter("teacher", quiet).note(
+        f"no --teacher: training one by the recipe {recipe.teacher.recipe}, in {folder / 'teacher'}"
+    )
     teacher_recipe = recipes.load(recipe.teacher.recipe)
     teacher_recipe.data = recipe.data.model_copy(update={"batch_size": teacher_recipe.data.batch_size})
     teacher_recipe.run.device = recipe.run.device

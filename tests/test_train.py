@@ -124,6 +124,43 @@ def test_a_run_that_died_resumes_from_its_last_checkpoint(distilled, defeat, tin
     assert metrics(tmp_path / "run") == metrics(folder)
 
 
+def test_averaging_and_accumulation_resume_bit_for_bit_too(defeat, tiny, teacher, tmp_path, monkeypatch):
+    options = ["--set", "optimizer.ema=0.5", "--set", "optimizer.accumulate=2", "--set", "run.log_every=1"]
+    arguments = ["train", "-r", tiny, "-t", teacher, *options, "-o"]
+    defeat(*arguments, tmp_path / "whole")
+    whole = metrics(tmp_path / "whole")
+    # Three batches an epoch in groups of two: two steps an epoch, the second on one batch.
+    assert [line["step"] for line in whole if line["kind"] == "train"] == [1, 2, 3, 4]
+    averaged = torch.load(tmp_path / "whole" / "last.pt", weights_only=True)
+    key = "backbone.fpn.layer_blocks.0.0.weight"
+    assert not torch.equal(averaged["student"][key], averaged["training"]["student"][key])
+
+    make_step = training.train_step
+
+    def die(state, *positional, **named):
+        if state.step == 3:
+            raise MemoryError("killed")
+        return make_step(state, *positional, **named)
+
+    monkeypatch.setattr(training, "train_step", die)
+    with pytest.raises(MemoryError):
+        defeat(*arguments, tmp_path / "parts")
+    monkeypatch.undo()
+    defeat(*arguments, tmp_path / "parts", "--resume")
+    assert metrics(tmp_path / "parts") == whole
+
+
+def test_a_recipe_can_train_its_own_teacher_first(defeat, tiny, tmp_path):
+    arguments = ["train", "-r", tiny, "-o", tmp_path / "run", "--set", f"teacher.recipe={tiny}"]
+    output = defeat(*arguments, "--set", "schedule.epochs=1")
+    assert "training one by the recipe" in output
+    results, of_teacher = (
+        json.loads((tmp_path / "run" / part / "results.json").read_text()) for part in ("", "teacher")
+    )
+    assert results["teacher"] == of_teacher["student"]
+    assert set(metrics(tmp_path / "run")[0]["weighted"]) == DISTILLED
+
+
 def test_a_finished_run_is_refused_resumed_without_work_and_overwritten_when_told(distilled, defeat, tiny, teacher):
     folder, _ = distilled
     arguments = ["train", "-r", tiny, "-t", teacher, "-o", folder, "--compare-plain"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Iterator
 from itertools import cycle, islice
 from typing import Any
@@ -82,6 +83,7 @@ class Loader(DataLoader):
             collate_fn=collate,
             persistent_workers=workers > 0,
             prefetch_factor=PREFETCH if workers > 0 else None,
+            worker_init_fn=_leave_interrupts,
             **settings,
         )
 
@@ -122,6 +124,11 @@ def collate(samples: list[Sample | DataError]) -> LoadedBatch | DataError:
             return sample
     images, targets, image_ids = zip(*samples, strict=True)
     return list(images), list(targets), list(image_ids)
+
+
+def _leave_interrupts(_: int) -> None:
+    """Ctrl-C reaches every process of a terminal; it is the main one that saves and ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class _Caught(Dataset):
