@@ -183,7 +183,7 @@ class Data(Section):
 
 
 class Distillation(Section):
-    """Which terms supervise the student, and how strongly (DeFeat, eq. 3-7)."""
+    """Which terms supervise the student, and how strongly (DeFeat, section 3)."""
 
     neck: bool = True
     """Imitate the teacher's FPN features."""

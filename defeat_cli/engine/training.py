@@ -27,7 +27,7 @@ TrainingBatch = tuple[list[Tensor], list[dict[str, Tensor]], list[int]]
 class Training:
     """All that changes during training, saved and restored as one.
 
-    step: optimizer steps done; epochs: epochs done and evaluated; best_ap: best AP so far, 0-1.
+    step: optimizer steps done; epochs: epochs done and evaluated; best_ap: best AP so far.
     seconds: time spent training, evaluation left out.
     sums: running sums of the logged values since the last log line, on the device; count: steps in them.
     """
@@ -38,7 +38,7 @@ class Training:
     ema: AveragedModel | None = None
     step: int = 0
     epochs: int = 0
-    best_ap: float = -1.0
+    best_ap: float = -math.inf
     seconds: float = 0.0
     sums: dict[str, Tensor] = field(default_factory=dict)
     count: int = 0
