@@ -121,7 +121,7 @@ def show_recipes() -> None:
 
     for name, path in shipped_recipes().items():
         summary = path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
-        console.print(f"[bold]{name}[/]\n    {escape(summary)}")
+        console.print(f"[bold]{name}[/]\n    {escape(summary)}", soft_wrap=True)
 
 
 @app.command("eval")

@@ -81,10 +81,16 @@ def test_modes_come_back_after_an_error():
     module = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout())
     module.train()
     module[0].eval()
-    with pytest.raises(RuntimeError, match="stop"), evaluating(module):
-        assert not module[1].training
-        assert not torch.is_grad_enabled()
-        raise RuntimeError("stop")
+    seen = []
+
+    def fail():
+        with evaluating(module):
+            seen.append((module[1].training, torch.is_grad_enabled()))
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fail()
+    assert seen == [(False, False)]
     assert module[1].training
     assert not module[0].training
     assert torch.is_grad_enabled()

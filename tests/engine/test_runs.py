@@ -70,8 +70,13 @@ def test_metrics_after_a_step_are_dropped_and_a_cut_line_is_passed_over(tmp_path
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "x.json"
     write_json(path, [1])
-    with pytest.raises(RuntimeError, match="disk"), replacing(path) as temporary:
-        temporary.write_text("half")
-        raise RuntimeError("disk")
+
+    def fail():
+        with replacing(path) as temporary:
+            temporary.write_text("half")
+            raise RuntimeError("disk")
+
+    with pytest.raises(RuntimeError, match="disk"):
+        fail()
     assert path.read_text() == "[\n  1\n]\n"
     assert list(tmp_path.iterdir()) == [path]
