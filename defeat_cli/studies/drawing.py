@@ -202,6 +202,14 @@ def _limits(charts: list[Means]) -> tuple[float, float]:
     return (float(drawn.min()) / 2, float(drawn.max()) * 4) if drawn.size else (0.1, 1.0)
 
 
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Powers of ten between two values; where there are fewer than two, their doubles and fives too."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    tens, finer = ([digit * 10.0**k for k in decades for digit in digits] for digits in ((1,), (1, 2, 5)))
+    inside = [tick for tick in tens if low <= tick <= high]
+    return inside if len(inside) > 1 else [tick for tick in finer if low <= tick <= high]
+
+
 class _Sheet:
     """A figure laid out in inches from the top left corner: heading, lines of equal cells, colour bar."""
 
@@ -304,8 +312,13 @@ class _Chart:
         axes.set_xticks(places, self.means.labels, size=9)
         axes.set_xlim(-1.1, len(places) - 0.1)
         axes.set_yscale("log")
+        ticks = _log_ticks(*self.limits)
+        axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks], size=8)
+        axes.set_yticks([], minor=True)
         axes.set_ylim(*self.limits)
-        axes.tick_params(axis="y", which="both", direction="in", labelsize=8, pad=-30)
+        axes.tick_params(axis="y", direction="in", pad=-8)
+        for label in axes.get_yticklabels():
+            label.set_ha("left")
         axes.tick_params(axis="x", length=0)
         axes.spines[["left", "right", "top"]].set_visible(False)
         axes.legend(fontsize=8, frameon=False, loc="upper right", ncols=2, borderaxespad=0, handletextpad=0.1)

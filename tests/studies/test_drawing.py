@@ -108,6 +108,11 @@ def test_ratios_are_written_with_the_digits_they_deserve():
     ]
 
 
+def test_a_log_axis_has_two_ticks_at_least():
+    assert drawing._log_ticks(3e-6, 2e-3) == pytest.approx([1e-5, 1e-4, 1e-3])
+    assert drawing._log_ticks(0.015, 0.3) == pytest.approx([0.02, 0.05, 0.1, 0.2])
+
+
 def panels(values: float = 1.0) -> list[Panel]:
     return [Panel(f"P{level}", np.full((4, 6), values), 16) for level in (2, 3, 4)]
 
