@@ -25,6 +25,7 @@ import yaml
 from defeat_cli import build, experiment
 from defeat_cli import recipe as recipes
 from defeat_cli.console import Reporter, console, percent
+from defeat_cli.console import show as show_table
 from defeat_cli.detectors.base import Detector
 from defeat_cli.engine.runs import RECIPE, RunFolder, replacing
 from defeat_cli.errors import DefeatError, RecipeError, RunError
@@ -286,5 +287,5 @@ def show(study: Study, sort: str = "AP") -> None:
     """Write the report and print its tables."""
     outcomes, rows = write_report(study, sort)
     for table in report.tables(rows, study.folder.name, console):
-        console.print(table)
+        show_table(table)
     console.print(report.legend(outcomes), soft_wrap=True)

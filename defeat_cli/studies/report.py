@@ -189,7 +189,7 @@ def tables(rows: list[Row], title: str, console: Console) -> list[Table]:
 
 
 def _table(header: list[str], cells: list[list[str]], title: str) -> Table:
-    table = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for i, name in enumerate(header):
         table.add_column(name, justify="left" if i == 0 else "right", no_wrap=i < 3)
     for line in cells:
