@@ -66,7 +66,7 @@ class Scale:
     """What colours mean: from 0, where the image shows through, to `high` and above, the brightest.
 
     label: the unit, as the picture states it.
-    root: colours follow this root of the value: 1 is linear, 2 and 4 bring out what is weak, but keep zero at zero.
+    root: colours follow this root of the value: 1 is linear; 2 and 4 bring out what is weak, and keep zero at zero.
     strength: how strongly the brightest colour covers the image, in [0, 1].
     """
 
@@ -146,15 +146,14 @@ def common_scale(maps: Iterable[np.ndarray], label: str, root: int) -> Scale:
 def round_ticks(scale: Scale) -> tuple[np.ndarray, int]:
     """Round values from 0 to the top of a scale, and the power of ten to write them with.
 
-    1, 2 and 5 of the last decade, as far as it goes; the 1 of as many decades before it as the scale's root spreads.
+    They are the last of 1, 2, 5, 10, 20 …; on a fourth root, which spreads more decades, the last powers of ten.
     """
     if scale.high <= 0:
         return np.array([0.0]), 0
     top = math.floor(math.log10(scale.high))
-    ticks = [10.0 ** (top - back) for back in range(scale.root - 1, 0, -1)]
-    if scale.root == 1:
-        ticks = [0.5 * 10.0**top]
-    ticks += [digit * 10.0**top for digit in (1, 2, 5) if digit * 10.0**top <= scale.high * (1 + 1e-9)]
+    digits, count = {1: ((1, 2, 5), 2), 2: ((1, 2, 5), 4), 4: ((1,), 4)}[scale.root]
+    steps = [digit * 10.0**decade for decade in range(top - 3, top + 1) for digit in digits]
+    ticks = [step for step in steps if step <= scale.high * (1 + 1e-9)][-count:]
     return np.array([0.0, *ticks]), top if not -2 <= top <= 2 else 0
 
 
@@ -303,8 +302,8 @@ class _Chart:
         places = np.arange(len(self.means.labels))
         inside, outside = (np.where(values > 0, values, np.nan) for values in (self.means.inside, self.means.outside))
         axes.vlines(places, inside, outside, color="#c8c8c8", linewidth=3, zorder=1)
-        axes.scatter(places, outside, 44, OUTSIDE_COLOR, label="outside", zorder=2)
         axes.scatter(places, inside, 44, INSIDE_COLOR, label="inside boxes", zorder=3)
+        axes.scatter(places, outside, 44, OUTSIDE_COLOR, label="outside", zorder=2)
         for place, ratio in zip(places, inside / outside, strict=True):
             if not math.isnan(ratio):
                 middle = math.sqrt(inside[place] * outside[place])

@@ -92,6 +92,8 @@ class Settings:
         ):
             if value not in known:
                 raise DefeatError(f"{option} {value}: use one of {', '.join(known)}{nearest(value, known)}")
+        if self.samples < 1 or self.seed < 0:
+            raise DefeatError(f"--samples {self.samples} --seed {self.seed}: samples are at least 1, seeds at least 0")
 
     def subjects(self, teacher: bool) -> list[Subject]:
         """The pictures of an image, with or without a teacher's maps."""
@@ -153,7 +155,8 @@ class GradientReport:
 
     def tables(self) -> list[Table]:
         """The summary, as a user sees it."""
-        return [self._table(subject, self.summary[subject.name]) for subject in self.subjects]
+        summary = self.summary
+        return [self._table(subject, summary[subject.name]) for subject in self.subjects]
 
     def _table(self, subject: Subject, rows: dict[str, dict[str, Any]]) -> Table:
         count = len(self.images)

@@ -101,6 +101,8 @@ def _images(
     recipe: Recipe, inputs: Sequence[str], file: Path | None, data_given: bool, split: str, limit: int | None
 ) -> tuple[list[Source], Annotations | None]:
     """The images, and the annotations that know them where there are such."""
+    if limit is not None and limit < 1:
+        raise DataError(f"--limit {limit}: must be at least 1")
     if split not in ("train", "val"):
         raise DataError(f"no split {split!r}; use train or val")
     if not inputs and recipe.data.path is None:

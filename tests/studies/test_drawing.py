@@ -85,7 +85,8 @@ def test_scale_is_common_and_not_ruled_by_a_single_cell():
 @pytest.mark.parametrize(
     ("scale", "ticks", "power"),
     [
-        (Scale(6.1e-4, "", root=2), [0, 1e-5, 1e-4, 2e-4, 5e-4], -4),
+        (Scale(6.1e-4, "", root=2), [0, 5e-5, 1e-4, 2e-4, 5e-4], -4),
+        (Scale(1.2e-3, "", root=2), [0, 1e-4, 2e-4, 5e-4, 1e-3], -3),
         (Scale(1.5e-3, "", root=4), [0, 1e-6, 1e-5, 1e-4, 1e-3], -3),
         (Scale(1.0, ""), [0, 0.5, 1], 0),
         (Scale(0.0, ""), [0], 0),

@@ -262,6 +262,10 @@ def test_options_that_make_no_sense_are_refused(checkpoint: Path, shapes: Path, 
         Settings(loss="regresion")
     with pytest.raises(DefeatError, match="--reduce max"):
         Settings(reduce="max")
+    with pytest.raises(DefeatError, match="seeds at least 0"):
+        Settings(seed=-1)
+    with pytest.raises(DataError, match="--limit 0"):
+        visualize(str(checkpoint), [], tmp_path, QUICK, limit=0)
     with pytest.raises(DefeatError, match="need a teacher"):
         visualize(str(checkpoint), [], tmp_path, Settings(distillation=True))
     with pytest.raises(DataError, match="no split 'test'"):
