@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,17 +74,24 @@ def find_images(
     """Images by file, folder or glob pattern, each once, in the order given and by name within a folder.
 
     Args:
-        annotations: their ground truth, found by file name; None where there is none.
+        annotations: their ground truth, found by file name; None where there is none. Of a folder or pattern the images
+            that it knows are taken: such a folder often holds other splits too.
         limit: take so many, from the front.
 
     Raises:
-        DataError: an input leads to no image, or an image is not in the annotations.
+        DataError: an input leads to no image, or to none that the annotations know.
     """
-    paths = list(dict.fromkeys(path for name in inputs for path in _expand(name)))[:limit]
     if annotations is None:
-        return [Source(path) for path in paths]
-    places = _places(paths, annotations)
-    return [_annotated(path, annotations, index) for path, index in zip(paths, places, strict=True)]
+        paths = dict.fromkeys(path for name in inputs for path in _expand(name))
+        return [Source(path) for path in paths][:limit]
+    places = _Places(annotations)
+    known: dict[Path, int] = {}
+    for name in inputs:
+        of_input = {path: place for path in _expand(name) if (place := places.of(path)) is not None}
+        if not of_input:
+            raise DataError(f"{name}: {annotations.origin} has no ground truth for it: no image of this name")
+        known |= of_input
+    return [_annotated(path, annotations, place) for path, place in list(known.items())[:limit]]
 
 
 def images_of(dataset: CocoDataset, limit: int | None = None) -> list[Source]:
@@ -110,26 +118,21 @@ def _expand(name: str) -> list[Path]:
     return sorted(found)
 
 
-def _places(paths: list[Path], annotations: Annotations) -> list[int]:
-    """Position of each image in the annotations: the entry whose file name its path ends in, the longest of them."""
-    place_of = {Path(name).parts: i for i, name in enumerate(annotations.file_names)}
-    by_last_part: dict[str, list[int]] = {}
-    for i, name in enumerate(annotations.file_names):
-        by_last_part.setdefault(Path(name).name, []).append(i)
-    places = []
-    for path in paths:
+class _Places:
+    """Where images are in annotations."""
+
+    def __init__(self, annotations: Annotations) -> None:
+        self.whole = {Path(name).parts: i for i, name in enumerate(annotations.file_names)}
+        self.alike = Counter(parts[-1] for parts in self.whole)
+        self.last = {parts[-1]: i for parts, i in self.whole.items()}
+
+    def of(self, path: Path) -> int | None:
+        """Position of the entry whose file name the path ends in, or whose last part it shares with no other entry."""
         parts = path.resolve().parts
-        exact = next((place_of[parts[k:]] for k in range(len(parts)) if parts[k:] in place_of), None)
-        named_alike = by_last_part.get(path.name, [])
-        if exact is None and len(named_alike) != 1:
-            several = (
-                f"{len(named_alike)} images have this name, in other folders"
-                if named_alike
-                else "no image of this name"
-            )
-            raise DataError(f"{path}: {annotations.origin} has no ground truth for it: {several}")
-        places.append(named_alike[0] if exact is None else exact)
-    return places
+        for start in range(len(parts)):
+            if parts[start:] in self.whole:
+                return self.whole[parts[start:]]
+        return self.last[path.name] if self.alike[path.name] == 1 else None
 
 
 def _annotated(path: Path, annotations: Annotations, index: int) -> Source:

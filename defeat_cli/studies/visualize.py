@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -88,13 +89,12 @@ def visualize(
 
 
 def _known(image: str, splits: Sequence[Annotations]) -> list[Source]:
-    """An image with the boxes that one of the splits has of it; without boxes where none knows it."""
+    """An image, or a folder's, with the boxes that the splits have of it; without boxes where none knows it."""
+    found = []
     for known in splits:
-        try:
-            return find_images([image], known)
-        except DataError:
-            continue
-    return find_images([image])
+        with suppress(DataError):
+            found += find_images([image], known)
+    return found or find_images([image])
 
 
 def _images(

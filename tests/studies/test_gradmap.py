@@ -230,6 +230,39 @@ def test_files_folders_and_patterns_lead_to_each_image_once(shapes: Path):
     assert len(find_images([str(folder)], limit=3)) == 3
 
 
+def test_annotations_choose_among_the_images_of_a_folder(shapes: Path):
+    """The folder holds both splits; the file knows one of them, and a file named by itself must be in it."""
+    known = read_annotations(shapes / "val.json")
+    assert len(list((shapes / "images").iterdir())) > len(known.file_names)
+    found = find_images([str(shapes / "images")], known)
+    assert [source.path.name for source in found] == sorted(known.file_names)
+    assert all(source.objects.origin == "ground truth" for source in found)
+    with pytest.raises(DataError, match="no image of this name"):
+        find_images(files(shapes, 1), read_annotations(shapes / "train.json"))
+
+
+def test_a_file_name_is_matched_by_its_whole_path_before_its_last_part(tmp_path: Path):
+    names = ["a/x.png", "b/x.png", "c/y.png"]
+    content = {
+        "images": [{"id": i, "file_name": name} for i, name in enumerate(names)],
+        "categories": [{"id": 1, "name": "thing"}],
+        "annotations": [
+            {"id": i, "image_id": i, "category_id": 1, "bbox": [0, 0, 2 + i, 2 + i]} for i in range(len(names))
+        ],
+    }
+    (tmp_path / "all.json").write_text(json.dumps(content))
+    known = read_annotations(tmp_path / "all.json")
+    for path in ("b/x.png", "moved/y.png", "moved/x.png"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / path)
+    found = find_images([str(tmp_path / "b" / "x.png"), str(tmp_path / "moved")], known)
+    # moved/x.png could be either of two, and is left out.
+    assert [(source.path.parent.name, source.objects.boxes[0, 2].item()) for source in found] == [
+        ("b", 3),
+        ("moved", 4),
+    ]
+
+
 def test_images_called_alike_get_files_of_their_own(tmp_path: Path):
     paths = [tmp_path / folder / name for folder, name in (("a", "x.png"), ("b", "x.png"), ("c", "x_2.png"))]
     for path in paths:
