@@ -157,16 +157,16 @@ COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
 def results_table(results: dict[str, Any]) -> Table:
-    """Teacher, plain and distilled student side by side, each with its Δ to the teacher."""
+    """Teacher, plain and distilled student side by side, with Δ AP to the others."""
     table = Table(title="COCO mAP on the validation images")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for column in COLUMNS:
         table.add_column(column, justify="right")
     teacher = results.get("teacher")
     if teacher:
-        table.add_column("Δ AP to teacher", justify="right")
+        table.add_column("Δ teacher", justify="right")
     if results.get("plain"):
-        table.add_column("Δ AP to plain", justify="right")
+        table.add_column("Δ plain", justify="right")
     names = {"teacher": "teacher", "plain": "student, plain", "student": "student, distilled" if teacher else "student"}
     for key, name in names.items():
         metrics = results.get(key)

@@ -23,6 +23,7 @@ from defeat_cli.engine.detection_errors import error_report
 from defeat_cli.engine.evaluation import evaluate
 from defeat_cli.engine.runs import BEST, CURVES, LAST, RESULTS, STUDENT, RunFolder, write_json
 from defeat_cli.engine.training import Training, fit
+from defeat_cli.errors import DataError
 from defeat_cli.recipe import Recipe, Teacher
 
 NEAR_ZERO_AP = 0.01
@@ -59,6 +60,8 @@ def train(
     validation_data = build.open_data(recipe.data, "val", train=False)
     for note in [*training_data.notes, *(f"validation: {note}" for note in validation_data.notes)]:
         reporter.note(note)
+    if not validation_data.coco.getAnnIds(iscrowd=False):
+        raise DataError("the validation images have no boxes: there is nothing to score on")
     student = build.build_student(recipe, training_data.classes)
     if recipe.student.norm == "frozen" and recipe.student.backbone_weights is None and recipe.student.weights is None:
         reporter.warn("student.norm is frozen and nothing is pretrained, so nothing is normalised; use norm: batch")

@@ -58,7 +58,9 @@ VARIANTS = {
 
 
 def read_variants(path: Path | None) -> dict[str, Variant]:
-    """The shipped variants and those of a user's YAML file: name -> dotted or nested recipe overrides.
+    """The shipped variants and those of a user's YAML file.
+
+    The file maps a name to recipe overrides, dotted or nested, or to `{summary: one line, overrides: {…}}`.
 
     Raises:
         RecipeError: the file does not parse, redefines a shipped name, or holds something other than overrides.
@@ -71,10 +73,13 @@ def read_variants(path: Path | None) -> dict[str, Variant]:
     for name, overrides in read_yaml(path).items():
         if name in VARIANTS:
             raise RecipeError(f"{path}: {name} is a shipped variant; choose another name")
+        summary = None
+        if isinstance(overrides, dict) and set(overrides) == {"summary", "overrides"}:
+            summary, overrides = overrides["summary"], overrides["overrides"]
         if not isinstance(overrides, dict) or not overrides:
             raise RecipeError(f"{path}: {name}: expected recipe overrides, e.g. {{distillation.alpha_bg: 8}}")
         flat = dict(_flattened(overrides))
-        own[str(name)] = Variant(", ".join(f"{key}={value}" for key, value in flat.items()), flat)
+        own[str(name)] = Variant(summary or ", ".join(f"{key}={value}" for key, value in flat.items()), flat)
     return {**VARIANTS, **own}
 
 

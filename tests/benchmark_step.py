@@ -51,7 +51,9 @@ def main() -> None:
 
     def step(training, batch):
         training.distiller.train()
-        train_step(training, [batch], lr=1e-4, warm=1.0, clip_norm=recipe.optimizer.clip_norm, autocast=autocast)
+        train_step(
+            training, [batch], seed=0, lr=1e-4, warm=1.0, clip_norm=recipe.optimizer.clip_norm, autocast=autocast
+        )
 
     def look(batch):
         images = [image.to(device) for image in batch[0]]

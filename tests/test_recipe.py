@@ -129,10 +129,14 @@ def test_a_misspelt_variant_gets_the_nearest_name():
 
 def test_own_variants_join_the_shipped_ones(tmp_path):
     path = tmp_path / "mine.yaml"
-    path.write_text("strong:\n  distillation: {alpha_bg: 32.0}\nslow:\n  optimizer.lr: 0.001\n")
+    path.write_text(
+        "strong:\n  distillation: {alpha_bg: 32.0}\nslow:\n  optimizer.lr: 0.001\n"
+        "told:\n  summary: half the usual\n  overrides: {distillation.alpha_bg: 8.0}\n"
+    )
     own = read_variants(path)
     assert own["strong"].overrides == {"distillation.alpha_bg": 32.0}
     assert own["slow"].overrides == {"optimizer.lr": 0.001}
+    assert (own["told"].summary, own["told"].overrides) == ("half the usual", {"distillation.alpha_bg": 8.0})
     assert set(VARIANTS) < set(own)
     path.write_text("neck: {distillation.alpha_bg: 1.0}\n")
     with pytest.raises(RecipeError, match="neck is a shipped variant"):

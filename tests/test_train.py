@@ -190,6 +190,15 @@ def test_a_loss_that_is_not_finite_stops_with_every_term(tiny, defeat, tmp_path,
     assert all(term in output for term in TERMS)
 
 
+def test_validation_images_without_boxes_are_refused_before_anything_is_trained(defeat, tiny, shapes, tmp_path):
+    content = json.loads((shapes / "val.json").read_text())
+    (tmp_path / "empty.json").write_text(json.dumps({**content, "annotations": []}))
+    setting = f"data.val_annotations={tmp_path / 'empty.json'}"
+    output = defeat("train", "-r", tiny, "-o", tmp_path / "run", "--set", setting, code=2)
+    assert "validation images have no boxes" in output
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -110,15 +110,19 @@ def distillation_warmth(step: int, warmup_steps: int) -> float:
     return min(1.0, step / warmup_steps) if warmup_steps else 1.0
 
 
-def seed_step(seed: int, step: int, rank: int = 0) -> None:
-    """Make a step's randomness depend on (seed, step, rank) alone, so that resuming needs no generator state."""
-    torch.manual_seed((seed * 1_000_003 + step) * 1_009 + rank)
+def seed_step(seed: int, step: int, part: int = 0) -> None:
+    """Make randomness depend on (seed, step, which of the step's batches) alone.
+
+    So resuming needs no generator state, and what the teacher draws for one batch changes nothing in the next.
+    """
+    torch.manual_seed((seed * 1_000_003 + step) * 1_009 + part)
 
 
 def train_step(
     training: Training,
     batches: list[TrainingBatch],
     *,
+    seed: int,
     lr: float,
     warm: float,
     clip_norm: float | None,
@@ -136,7 +140,8 @@ def train_step(
     for group in optimizer.param_groups:
         group["lr"] = lr
     device = next(training.distiller.parameters()).device
-    for images, targets, _ in batches:
+    for part, (images, targets, _) in enumerate(batches):
+        seed_step(seed, training.step, part)
         images = [image.to(device, non_blocking=True) for image in images]
         targets = [{key: value.to(device, non_blocking=True) for key, value in target.items()} for target in targets]
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
@@ -204,10 +209,11 @@ def fit(
             training.distiller.train()
             loader.batch_sampler.set_epoch(epoch, start=(training.step - epoch * steps_per_epoch) * accumulate)
             for batches in _groups(loader, accumulate):
-                seed_step(seed, training.step)
                 lr = base_lr * factor(training.step)
                 warm = distillation_warmth(training.step, warmup_steps)
-                terms = train_step(training, batches, lr=lr, warm=warm, clip_norm=clip_norm, autocast=autocast)
+                terms = train_step(
+                    training, batches, seed=seed, lr=lr, warm=warm, clip_norm=clip_norm, autocast=autocast
+                )
                 _add(training, terms)
                 clock.tick(sum(len(images) for images, _, _ in batches))
                 if training.step % log_every == 0:

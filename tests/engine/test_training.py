@@ -39,7 +39,7 @@ def test_distillation_warms_up_linearly():
     assert distillation_warmth(0, 0) == 1.0
 
 
-def test_a_steps_randomness_depends_on_seed_step_and_rank_alone():
+def test_a_steps_randomness_depends_on_seed_step_and_part_alone():
     def draw(*arguments):
         seed_step(*arguments)
         return torch.rand(3)
