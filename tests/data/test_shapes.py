@@ -54,7 +54,9 @@ def test_depends_on_the_seed_alone(tmp_path: Path) -> None:
 def test_boxes_are_tight_around_what_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawn in flat colours, one for each object, the pixels of a colour end where the object's box does."""
     monkeypatch.setattr(shapes._Scene, "_background", lambda s: Image.new("RGB", (s.side, s.side), (0, 0, 255)))
-    monkeypatch.setattr(shapes._Scene, "_fill", lambda s, size: Image.new("RGB", size, (255, 20 * len(s.kinds), 0)))
+    monkeypatch.setattr(
+        shapes._Scene, "_fill", lambda s, size, hue: Image.new("RGB", size, (255, 20 * len(s.kinds), 0))
+    )
     monkeypatch.setattr(shapes._Scene, "_cast_shadow", lambda *_: None)
     monkeypatch.setattr(shapes._Scene, "add_clutter", lambda s: None)
     monkeypatch.setattr(shapes._Scene, "photograph", lambda s: s.canvas)
