@@ -10,8 +10,8 @@ from defeat_cli.checkpoints.loading import load_weights
 from defeat_cli.checkpoints.native import write_atomically
 from defeat_cli.checkpoints.weights import load_strict
 from defeat_cli.detectors.zoo import build_detector
-from defeat_cli.engine.runs import replacing
 from defeat_cli.errors import CheckpointError
+from defeat_cli.files import replacing
 from defeat_cli.recipe import Architecture, Data
 
 

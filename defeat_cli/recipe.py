@@ -6,7 +6,6 @@ Imports neither torch nor anything slow, so that the CLI can check a recipe at o
 from __future__ import annotations
 
 import difflib
-import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -15,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from defeat_cli.errors import RecipeError
+from defeat_cli.files import replacing
 
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -440,6 +440,5 @@ def load(name: str | None, overrides: dict[str, Any] | None = None) -> Recipe:
 
 def save(recipe: Recipe, path: Path) -> None:
     """Write every value in force; loading the file gives the same recipe."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(yaml.safe_dump(recipe.model_dump(), sort_keys=False), encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text(yaml.safe_dump(recipe.model_dump(), sort_keys=False), encoding="utf-8")

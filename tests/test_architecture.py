@@ -11,15 +11,16 @@ PACKAGE = Path(defeat_cli.__file__).parent
 
 ALLOWED = {
     "errors": set(),
-    "recipe": {"errors"},
+    "files": set(),
+    "recipe": {"errors", "files"},
     "variants": {"errors", "recipe"},
     "console": set(),
     "detectors": {"detectors", "checkpoints", "errors", "recipe"},
-    "checkpoints": {"checkpoints", "errors", "recipe"},
+    "checkpoints": {"checkpoints", "errors", "recipe", "files"},
     "data": {"data", "errors"},
     "distillation": {"distillation", "detectors", "errors"},
-    "engine": {"engine", "distillation", "detectors", "data", "errors", "recipe"},
-    "build": {"engine", "distillation", "detectors", "data", "checkpoints", "errors", "recipe"},
+    "engine": {"engine", "distillation", "detectors", "data", "errors", "recipe", "files"},
+    "build": {"engine", "distillation", "detectors", "data", "checkpoints", "errors", "recipe", "files"},
 }
 """What each part may import of ours. Parts not named here stand on top and may import anything."""
 

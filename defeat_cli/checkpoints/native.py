@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from defeat_cli.checkpoints.reading import read
 from defeat_cli.checkpoints.weights import Weights, is_state_dict
 from defeat_cli.errors import CheckpointError, RecipeError
+from defeat_cli.files import replacing
 from defeat_cli.recipe import Architecture, validate
 
 FORMAT = "defeat"
@@ -38,12 +38,8 @@ def save(path: Path, content: dict[str, Any]) -> None:
 def write_atomically(path: Path, content: Any) -> None:
     """`torch.save` to a temporary name beside `path`, then rename; parent folders are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
+    with replacing(path) as temporary:
         torch.save(content, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def matches(content: Any) -> bool:

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from defeat_cli.engine.runs import replacing
+from defeat_cli.files import replacing
 
 
 def draw_curves(metrics: list[dict[str, Any]], path: Path) -> None:

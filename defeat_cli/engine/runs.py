@@ -3,30 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from defeat_cli import recipe as recipes
 from defeat_cli.errors import RunError
+from defeat_cli.files import replacing
 from defeat_cli.recipe import Recipe
 
 RECIPE, METRICS, LAST, BEST = "recipe.yaml", "metrics.jsonl", "last.pt", "best.pt"
 STUDENT, RESULTS, CURVES = "student.pth", "results.json", "curves.png"
 RUN_FILES = (RECIPE, METRICS, LAST, BEST, STUDENT, RESULTS, CURVES)
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place on success and is removed on failure."""
-    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -27,8 +27,9 @@ from defeat_cli import recipe as recipes
 from defeat_cli.console import Reporter, console, percent
 from defeat_cli.console import show as show_table
 from defeat_cli.detectors.base import Detector
-from defeat_cli.engine.runs import RECIPE, RunFolder, replacing
+from defeat_cli.engine.runs import RECIPE, RunFolder
 from defeat_cli.errors import DefeatError, RecipeError, RunError
+from defeat_cli.files import replacing
 from defeat_cli.recipe import Recipe
 from defeat_cli.studies import report
 from defeat_cli.studies.processes import LOG, Events, environments, locked, run_in_processes

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont
 
-from defeat_cli.engine.runs import replacing
+from defeat_cli.files import replacing
 
 COLORS = matplotlib.colormaps["inferno"]
 """From black to a light yellow, ever lighter: it needs no telling of hues, and survives a grey print."""

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from defeat_cli.detectors.base import Batch, Detector
 from defeat_cli.distillation.masks import valid_masks
-from defeat_cli.engine.runs import replacing, write_json
+from defeat_cli.engine.runs import write_json
 from defeat_cli.errors import CheckpointError, DataError, DefeatError
+from defeat_cli.files import replacing
 from defeat_cli.recipe import nearest
 from defeat_cli.studies.drawing import (
     ContactSheet,

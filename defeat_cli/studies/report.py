@@ -14,8 +14,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from defeat_cli.engine.detection_errors import ERROR_TYPES
-from defeat_cli.engine.runs import RunFolder, replacing, write_json
+from defeat_cli.engine.runs import RunFolder, write_json
 from defeat_cli.errors import RunError
+from defeat_cli.files import replacing
 from defeat_cli.recipe import nearest
 from defeat_cli.studies.statistics import Delta, deviation, mean, paired_delta
 

@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from defeat_cli.engine.runs import replacing
+from defeat_cli.files import replacing
 from defeat_cli.studies.report import BASELINE, Outcome, Row
 from defeat_cli.studies.statistics import mean
 
