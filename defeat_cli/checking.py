@@ -10,13 +10,19 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.ops import box_iou
 
 from defeat_cli import build, experiment
 from defeat_cli.console import Reporter
+from defeat_cli.data.coco import CocoDataset
 from defeat_cli.detectors.base import Detector
 from defeat_cli.distillation.distiller import Distiller
 from defeat_cli.distillation.pairing import match_classes
 from defeat_cli.recipe import Recipe
+
+FITTED_IMAGES = 32
+GOOD_ANCHOR_FIT = 0.55
+"""RetinaNet takes anchors from IoU 0.5 on, the RPN from 0.7 on or the best: below this most boxes have few."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,14 @@ def check(recipe: Recipe) -> Check:
         "terms": _terms(distiller, images, targets),
         "memory_gib": round(_memory(distiller, images, targets, recipe) / 2**30, 2),
     }
+    if student.has_anchors:
+        facts["anchor_fit"] = _anchor_fit(student, training_data)
+        if facts["anchor_fit"] < GOOD_ANCHOR_FIT:
+            reporter.warn(
+                f"the student's anchors fit the boxes badly: the best anchor of a box has an IoU of "
+                f"{facts['anchor_fit']:.2f} with it on average. Set student.anchor_sizes to the sizes of objects "
+                "after resizing"
+            )
     tables = [_detectors_table(facts["detectors"])]
     if teacher is not None:
         facts["levels"] = _levels(distiller)
@@ -85,6 +99,21 @@ def _describe(detector: Detector, images: list[Tensor]) -> dict[str, Any]:
         "gflops": round(counter.get_total_flops() / 1e9, 2),
         "levels": [(level.stride, level.channels) for level in detector.levels],
     }
+
+
+@torch.no_grad()
+def _anchor_fit(student: Detector, data: CocoDataset) -> float:
+    """Mean over boxes of the best IoU that any anchor has with them, on some training images spread over the data."""
+    student.eval()
+    best = []
+    for i in range(min(FITTED_IMAGES, len(data))):
+        image, target, _ = data[i * len(data) // min(FITTED_IMAGES, len(data))]
+        device = next(student.parameters()).device
+        batch = student.prepare([image.to(device)], [{key: value.to(device) for key, value in target.items()}])
+        anchors = torch.cat(student.anchors(student.features(batch), batch))
+        if len(batch.targets[0]["boxes"]):
+            best.append(box_iou(batch.targets[0]["boxes"], anchors).amax(dim=1))
+    return torch.cat(best).mean().item() if best else 1.0
 
 
 def _terms(distiller: Distiller, images: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, float]:
@@ -187,5 +216,7 @@ def _run_table(facts: dict[str, Any], recipe: Recipe) -> Table:
     table.add_column("", justify="right")
     for name, value in facts["terms"].items():
         table.add_row(f"{name}, one image at full weight", f"{value:.4g}")
+    if "anchor_fit" in facts:
+        table.add_row("mean IoU of a box's best anchor", f"{facts['anchor_fit']:.2f}")
     table.add_row(f"memory at batch size {recipe.data.batch_size}, estimated", f"{facts['memory_gib']:.2f} GiB")
     return table

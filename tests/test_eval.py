@@ -148,6 +148,12 @@ def test_check_tells_what_a_run_would_do(defeat, tiny, teacher):
     assert "neck_fg" not in defeat("check", "-r", tiny, "-t", teacher, "--variant", "head")
 
 
+def test_check_warns_of_anchors_that_fit_no_box(defeat, tiny):
+    assert "fit the boxes badly" not in defeat("check", "-r", tiny)
+    huge = "student.anchor_sizes=[[200], [300], [400], [500], [600]]"
+    assert "fit the boxes badly" in defeat("check", "-r", tiny, "--set", huge)
+
+
 def test_convert_writes_a_state_dict_and_the_recipe_that_reads_it(run, defeat, shapes, tmp_path):
     output = defeat("convert", run / "best.pt", tmp_path / "out.pth")
     assert "out.yaml" in output
