@@ -1,5 +1,5 @@
 """`python -m defeat_cli`."""
 
-from defeat_cli.cli import main
+from defeat_cli.commands.app import main
 
 main()

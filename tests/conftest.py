@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 # Read when the console is made, that is at the next import: tables are not to be folded in what tests read.
 os.environ["COLUMNS"] = "200"
 
-from defeat_cli.cli import app
+from defeat_cli.commands.app import app
 
 # One thread: tiny detectors gain nothing from more, and parallel loops crawl when the cores are busy elsewhere.
 torch.set_num_threads(1)
@@ -57,7 +57,7 @@ def defeat():
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory) -> Path:
     """Twelve training and six validation images of 64 pixels, in the simple COCO layout."""
-    from defeat_cli.data.shapes import draw_shapes
+    from defeat_cli.data.formats.shapes import draw_shapes
 
     return draw_shapes(tmp_path_factory.mktemp("data") / "shapes", train_images=12, val_images=6, size=64, seed=0)
 

@@ -7,8 +7,8 @@ import torch
 import torchvision
 
 import defeat_cli
-from defeat_cli import build
-from defeat_cli import recipe as recipes
+from defeat_cli import session
+from defeat_cli.config import schema as recipes
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -16,7 +16,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def test_the_three_lines_load_a_student_that_detects_the_same(tmp_path, monkeypatch):
     recipe = recipes.load("faster_rcnn_r18_from_r50_coco", {"student.backbone_weights": None})
-    student = build.build_student(recipe, [f"class {i}" for i in range(80)]).eval()
+    student = session.build_student(recipe, [f"class {i}" for i in range(80)]).eval()
     # A class that is almost always sure of itself, so that there are detections to compare.
     student.model.roi_heads.box_predictor.cls_score.bias.data[7] = 3.0
     folder = tmp_path / "runs" / "faster_rcnn_r18_from_r50_coco"

@@ -9,8 +9,8 @@ from pydantic import ValidationError
 from defeat_cli.checkpoints import detectron2, mmdet, native, torchvision
 from defeat_cli.checkpoints.reading import described, read
 from defeat_cli.checkpoints.weights import Weights
+from defeat_cli.config.schema import Architecture, recipes_folder
 from defeat_cli.errors import CheckpointError
-from defeat_cli.recipe import Architecture, recipes_folder
 
 FORMATS = {"native": native, "mmdet": mmdet, "detectron2": detectron2, "torchvision": torchvision}
 """Formats by name, in the order they are tried.

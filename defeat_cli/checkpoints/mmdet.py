@@ -34,8 +34,8 @@ from defeat_cli.checkpoints.conversion import (
 )
 from defeat_cli.checkpoints.torchvision import coco_classes, resnet_name
 from defeat_cli.checkpoints.weights import StateDict, Weights, is_state_dict
+from defeat_cli.config.schema import Architecture, Conventions
 from defeat_cli.errors import CheckpointError
-from defeat_cli.recipe import Architecture, Conventions
 
 FASTER_RCNN_KEYS = [
     *resnet_keys(r"backbone\."),

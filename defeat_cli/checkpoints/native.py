@@ -14,9 +14,9 @@ import torch
 
 from defeat_cli.checkpoints.reading import read
 from defeat_cli.checkpoints.weights import Weights, is_state_dict
+from defeat_cli.config.schema import Architecture, validate
 from defeat_cli.errors import CheckpointError, RecipeError
 from defeat_cli.files import replacing
-from defeat_cli.recipe import Architecture, validate
 
 FORMAT = "defeat"
 VERSION = 1

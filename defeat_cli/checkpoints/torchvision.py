@@ -12,8 +12,8 @@ from torchvision.models import get_model_weights
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from defeat_cli.checkpoints.weights import StateDict, Weights, is_state_dict
+from defeat_cli.config.schema import TORCHVISION_BUILDERS, Architecture, Conventions, nearest
 from defeat_cli.errors import CheckpointError
-from defeat_cli.recipe import TORCHVISION_BUILDERS, Architecture, Conventions, nearest
 
 WRAPPERS = ("model", "state_dict", "model_state_dict")
 """Keys under which training scripts keep the state dict; torchvision's references use `model`."""

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from defeat_cli.config.schema import Architecture
 from defeat_cli.errors import CheckpointError
-from defeat_cli.recipe import Architecture
 
 StateDict = dict[str, Tensor]
 

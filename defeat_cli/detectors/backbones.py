@@ -25,9 +25,9 @@ from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelP6P7
 
 from defeat_cli.checkpoints.reading import described, read
 from defeat_cli.checkpoints.weights import is_state_dict, load_strict
+from defeat_cli.config.schema import TORCHVISION_BUILDERS, Architecture
 from defeat_cli.detectors.conventions import PlainP6P7
 from defeat_cli.errors import CheckpointError
-from defeat_cli.recipe import TORCHVISION_BUILDERS, Architecture
 
 STEM_AND_STAGES = 5
 """What `frozen_stages` counts: the stem, then the stages of strides 4, 8, 16 and 32."""

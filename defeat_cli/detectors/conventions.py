@@ -17,8 +17,8 @@ from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.ops import MultiScaleRoIAlign, batched_nms, clip_boxes_to_image, roi_align
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
+from defeat_cli.config.schema import Architecture, Conventions
 from defeat_cli.errors import RecipeError
-from defeat_cli.recipe import Architecture, Conventions
 
 POOLED_LEVELS = ["0", "1", "2", "3"]
 """Names of the FPN levels that regions are pooled from, P2 to P5."""

@@ -6,11 +6,11 @@ from torch import Tensor
 from torchvision.models.detection import FCOS
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
+from defeat_cli.config.schema import Architecture
 from defeat_cli.detectors.backbones import build_backbone
-from defeat_cli.detectors.base import Target
+from defeat_cli.detectors.contract import Target
 from defeat_cli.detectors.one_stage import OneStageDetector
 from defeat_cli.errors import RecipeError
-from defeat_cli.recipe import Architecture
 
 POINT_SIZES = ((8,), (16,), (32,), (64,), (128,))
 """torchvision describes a point by a square box of its level's stride."""

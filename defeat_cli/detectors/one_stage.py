@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
-from defeat_cli.detectors.base import Batch, Detector, Regions, Target, at_least_float32, image_list
+from defeat_cli.detectors.contract import Batch, Detector, Regions, Target, at_least_float32, image_list
 
 
 class OneStageDetector(Detector):

@@ -5,11 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 from torchvision.models.detection import RetinaNet
 
+from defeat_cli.config.schema import Architecture
 from defeat_cli.detectors.backbones import build_backbone
-from defeat_cli.detectors.base import Target
+from defeat_cli.detectors.contract import Target
 from defeat_cli.detectors.conventions import ConventionRetinaNet, build_anchor_generator
 from defeat_cli.detectors.one_stage import OneStageDetector
-from defeat_cli.recipe import Architecture
 
 ANCHOR_SIZES = [[float(int(side * 2 ** (third / 3))) for third in range(3)] for side in (32, 64, 128, 256, 512)]
 """Anchor sides of P3 to P7 in pixels, whole as torchvision has them."""

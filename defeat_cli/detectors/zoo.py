@@ -7,12 +7,12 @@ from collections.abc import Callable
 from torch import nn
 from torchvision.models import detection
 
+from defeat_cli.config.schema import Architecture
 from defeat_cli.detectors.backbones import finish_body, mobilenet_stage_ends
-from defeat_cli.detectors.base import Detector
+from defeat_cli.detectors.contract import Detector
 from defeat_cli.detectors.faster_rcnn import FasterRCNNDetector, build_faster_rcnn
 from defeat_cli.detectors.fcos import FCOSDetector, build_fcos
 from defeat_cli.detectors.retinanet import RetinaNetDetector, build_retinanet
-from defeat_cli.recipe import Architecture
 
 Build = Callable[[Architecture, int, list[int], int], nn.Module]
 """(architecture, classes without background, short sides, long side) -> torchvision model."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from defeat_cli.detectors.base import Batch, Detector, Regions, Target
+from defeat_cli.detectors.contract import Batch, Detector, Regions, Target
 from defeat_cli.distillation.adapters import build_adapters
 from defeat_cli.distillation.losses import imitation_loss, region_kl, region_kl_sigmoid
 from defeat_cli.distillation.masks import MASKS, backbone_masks, valid_masks

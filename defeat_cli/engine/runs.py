@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from defeat_cli import recipe as recipes
+from defeat_cli.config import schema as recipes
+from defeat_cli.config.schema import Recipe
 from defeat_cli.errors import RunError
 from defeat_cli.files import replacing
-from defeat_cli.recipe import Recipe
 
 RECIPE, METRICS, LAST, BEST = "recipe.yaml", "metrics.jsonl", "last.pt", "best.pt"
 STUDENT, RESULTS, CURVES = "student.pth", "results.json", "curves.png"

@@ -8,8 +8,8 @@ from torch import nn
 
 from defeat_cli.checkpoints import native
 from defeat_cli.checkpoints.loading import load_weights
+from defeat_cli.config.schema import Data, Recipe, Student
 from defeat_cli.errors import CheckpointError
-from defeat_cli.recipe import Data, Recipe, Student
 
 
 def content(**changes):

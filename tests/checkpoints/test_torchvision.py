@@ -8,9 +8,9 @@ from torchvision.models import detection
 
 from defeat_cli.checkpoints import torchvision as ours
 from defeat_cli.checkpoints.loading import load_weights
+from defeat_cli.config.schema import Architecture, Conventions
 from defeat_cli.detectors.zoo import build_detector
 from defeat_cli.errors import CheckpointError
-from defeat_cli.recipe import Architecture, Conventions
 
 ZOO = [
     {"backbone": "resnet18", "fpn_channels": 32, "head_channels": 48},

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Subset
 
-from defeat_cli.data.coco import CocoDataset
+from defeat_cli.data.dataset import CocoDataset
 from defeat_cli.data.loading import BatchOrder, evaluation_loader, training_loader
 from defeat_cli.errors import DataError
 

@@ -17,10 +17,10 @@ from torchvision.models.regnet import BlockParams, RegNet
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
+from defeat_cli.config.schema import Architecture
 from defeat_cli.detectors.backbones import build_backbone, load_backbone_weights
 from defeat_cli.detectors.zoo import build_detector
 from defeat_cli.errors import CheckpointError, RecipeError
-from defeat_cli.recipe import Architecture
 
 WEIGHTS = Path(__file__).resolve().parents[3] / "shared" / "data" / "weights"
 WIDTHS = [8, 16, 24, 32]

@@ -11,10 +11,10 @@ from torch import nn
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import box_iou, sigmoid_focal_loss
 
-from defeat_cli.detectors.base import Batch, Detector
+from defeat_cli.config.schema import BACKBONES, DETECTOR_FAMILIES, TORCHVISION_BUILDERS, Architecture
+from defeat_cli.detectors.contract import Batch, Detector
 from defeat_cli.detectors.fcos import FCOSDetector
 from defeat_cli.detectors.zoo import DETECTORS, build_detector
-from defeat_cli.recipe import BACKBONES, DETECTOR_FAMILIES, TORCHVISION_BUILDERS, Architecture
 
 CLASSES = ["circle", "square", "star"]
 TINY = {"backbone": "regnet", "widths": [8, 16, 24, 32], "fpn_channels": 64, "head_channels": 64, "norm": "batch"}

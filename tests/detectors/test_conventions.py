@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import MultiScaleRoIAlign, roi_align
 
+from defeat_cli.config.schema import Architecture
 from defeat_cli.detectors.conventions import (
     LEVEL_OF_SIDE,
     ConventionAnchors,
@@ -19,7 +20,6 @@ from defeat_cli.detectors.conventions import (
     SymmetricBoxCoder,
 )
 from defeat_cli.detectors.zoo import build_detector
-from defeat_cli.recipe import Architecture
 
 TINY = {"backbone": "regnet", "widths": [8, 16, 24, 32], "fpn_channels": 32, "head_channels": 64, "norm": "batch"}
 MMDETECTION = {

@@ -5,14 +5,14 @@ import copy
 import pytest
 import torch
 
-from defeat_cli import build
-from defeat_cli import recipe as recipes
+from defeat_cli import session
+from defeat_cli.config import schema as recipes
+from defeat_cli.config.variants import VARIANTS
 from defeat_cli.distillation.distiller import Distiller
 from defeat_cli.distillation.losses import imitation_loss, region_kl
 from defeat_cli.distillation.masks import box_masks, valid_masks
-from defeat_cli.engine.training import seed_step
+from defeat_cli.engine.loop import seed_step
 from defeat_cli.errors import CheckpointError
-from defeat_cli.variants import VARIANTS
 
 CLASSES = ["a", "b", "c"]
 NECK, HEAD, BACKBONE = {"neck_fg", "neck_bg"}, {"head_fg", "head_bg"}, {"backbone_fg", "backbone_bg"}
@@ -41,7 +41,7 @@ def detector(seed, fpn_channels=8, classes=CLASSES, **architecture):
     }  # fmt: skip
     overrides = {f"student.{key}": value for key, value in {**content, **architecture}.items()}
     recipe = recipes.load(None, {**overrides, "data.short_side": [64], "data.long_side": 96, "run.seed": seed})
-    return build.build_student(recipe, classes)
+    return session.build_student(recipe, classes)
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def settings(variant):
 
 def terms_of(variant, pair, batch, warm=1.0):
     torch.manual_seed(0)
-    distiller = build.build_distiller(settings(variant), *pair, lambda text: None).train()
+    distiller = session.build_distiller(settings(variant), *pair, lambda text: None).train()
     seed_step(0, 0)
     return distiller(*batch, warm)
 
@@ -147,7 +147,7 @@ def test_shared_classes_only_reach_the_head(pair, batch):
     teacher = detector(1, classes=["x", "B", "a", "y"])
     said = []
     torch.manual_seed(0)
-    distiller = build.build_distiller(settings("head"), student, teacher, said.append).train()
+    distiller = session.build_distiller(settings("head"), student, teacher, said.append).train()
     assert said == ["head distillation runs over 2 shared classes (a, b)"]
     seed_step(0, 0)
     terms = distiller(*batch)
@@ -169,7 +169,7 @@ def test_no_shared_class_leaves_nothing_of_a_head_variant(pair):
     student, _ = pair
     said = []
     with pytest.raises(CheckpointError, match="nothing is left to distil"):
-        build.build_distiller(settings("head"), student, detector(1, classes=["x"]), said.append)
+        session.build_distiller(settings("head"), student, detector(1, classes=["x"]), said.append)
     assert said == [
         "head distillation is off: teacher and student share no class; distillation.class_map can name pairs"
     ]

@@ -329,7 +329,7 @@ class TestAllKinds:
             assert bool((mask[0] == (kind == "full")).all())
 
     def test_kinds_are_those_of_the_recipe(self):
-        from defeat_cli.recipe import Distillation
+        from defeat_cli.config.schema import Distillation
 
         for kind in MASKS:
             assert Distillation(mask=kind).mask == kind

@@ -2,7 +2,7 @@
 
 import pytest
 
-from defeat_cli import recipe as recipes
+from defeat_cli.config import schema as recipes
 from defeat_cli.engine.runs import METRICS, RECIPE, RESULTS, STUDENT, RunFolder, write_json
 from defeat_cli.errors import RunError
 from defeat_cli.files import replacing

@@ -1,0 +1,1 @@
+"""Studies: variants x seeds, their processes, tables and picture."""

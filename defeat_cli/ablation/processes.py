@@ -1,0 +1,151 @@
+"""The runs of a study in processes of their own, several at a time: one that breaks takes nothing down with it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from defeat_cli.engine.loop import stop_requested
+from defeat_cli.errors import Interrupted, RunError
+
+try:
+    import fcntl
+except ImportError:  # not on Windows; studies are not guarded against each other there
+    fcntl = None  # type: ignore[assignment]
+
+WORKER = (sys.executable, "-m", "defeat_cli.ablation.worker")
+LOG, LOCK = "log.txt", ".lock"
+POLL_SECONDS = 0.5
+
+
+@dataclass
+class Events:
+    """What is told of the work, by run folder; `polled` comes every half second."""
+
+    started: Callable[[Path], None]
+    ended: Callable[[Path, str | None], None]
+    """The second argument says why the run failed, None where it did not."""
+    polled: Callable[[], None]
+
+
+def environments(device: str, jobs: int | None) -> list[dict[str, str]]:
+    """What each of the processes that work side by side gets in its environment.
+
+    With several GPUs each process sees one of them, and there are as many processes as GPUs unless `jobs` says
+    otherwise. Elsewhere there is one, or `jobs`, which share the CPU cores.
+
+    Args:
+        device: the recipe's; where it names one GPU all processes use that.
+    """
+    if jobs is not None and jobs < 1:
+        raise RunError(f"--jobs {jobs}: give 1 or more")
+    gpus = _visible_gpus() if device in ("auto", "cuda") else []
+    if len(gpus) > 1:
+        return [{"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} for i in range(jobs or len(gpus))]
+    count = jobs or 1
+    if count == 1 or "OMP_NUM_THREADS" in os.environ:
+        return [{}] * count
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return [{"OMP_NUM_THREADS": str(max(1, cores // count))}] * count
+
+
+def _visible_gpus() -> list[str]:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return named[:count] if named else [str(i) for i in range(count)]
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[int | None]:
+    """Hold the folder for this process and its workers; yields what they must inherit.
+
+    The lock goes with the last of them: while a worker whose parent was killed is still saving, nobody else gets in.
+
+    Raises:
+        RunError: another process holds it.
+    """
+    if fcntl is None:
+        yield None
+        return
+    with (folder / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunError(f"{folder}: another process is working on this study; wait for it, or stop it") from None
+        yield file.fileno()
+
+
+class _Worker:
+    """A running process, its output in the run folder's log."""
+
+    def __init__(self, folder: Path, environment: dict[str, str], lock: int | None) -> None:
+        self.folder = folder
+        self.log = folder / LOG
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [*WORKER, str(folder)],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **environment},
+                pass_fds=() if lock is None else (lock,),
+                # Ctrl-C in a terminal goes to a whole group; workers are to be told once, by us.
+                start_new_session=True,
+            )
+
+    @property
+    def failure(self) -> str | None:
+        """Why an ended process failed: the last thing that it wrote, or what ended it; None where it did not."""
+        code = self.process.returncode
+        if code == 0:
+            return None
+        if code < 0:
+            return f"ended by signal {-code}"
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        # A traceback ends with the error; what follows it indented belongs to its message.
+        return next((line for line in reversed(lines) if line[:1].strip()), f"exit status {code}")
+
+
+def run_in_processes(
+    folders: Sequence[Path], slots: Sequence[dict[str, str]], lock: int | None, events: Events
+) -> None:
+    """Work through run folders, as many at a time as there are slots.
+
+    Raises:
+        Interrupted: asked to stop by SIGINT or SIGTERM; the workers have saved and ended. A second one kills them.
+    """
+    waiting = deque(folders)
+    free = list(range(len(slots)))[::-1]
+    active: dict[int, _Worker] = {}
+    with stop_requested() as stop:
+        try:
+            while (waiting or active) and not stop():
+                while waiting and free:
+                    slot, folder = free.pop(), waiting.popleft()
+                    active[slot] = _Worker(folder, slots[slot], lock)
+                    events.started(folder)
+                for slot in [slot for slot, worker in active.items() if worker.process.poll() is not None]:
+                    worker = active.pop(slot)
+                    free.append(slot)
+                    events.ended(worker.folder, worker.failure)
+                events.polled()
+                time.sleep(POLL_SECONDS)
+            for worker in active.values():
+                worker.process.terminate()
+            for worker in active.values():
+                worker.process.wait()
+        finally:
+            for worker in active.values():
+                worker.process.kill()
+                worker.process.wait()
+        if stop():
+            raise Interrupted("the study is stopped; the same command goes on with it")

@@ -1,0 +1,1 @@
+"""What a user can set: the typed recipe, its YAML, named variants."""

@@ -1,0 +1,444 @@
+"""The recipe: everything that decides a run, as typed and documented fields. Every default of the tool lives here.
+
+Imports neither torch nor anything slow, so that the CLI can check a recipe at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from defeat_cli.errors import RecipeError
+from defeat_cli.files import replacing
+
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+DETECTOR_FAMILIES = ("faster_rcnn", "retinanet", "fcos")
+TORCHVISION_BUILDERS = (
+    "fasterrcnn_resnet50_fpn",
+    "fasterrcnn_resnet50_fpn_v2",
+    "fasterrcnn_mobilenet_v3_large_fpn",
+    "fasterrcnn_mobilenet_v3_large_320_fpn",
+    "retinanet_resnet50_fpn",
+    "retinanet_resnet50_fpn_v2",
+    "fcos_resnet50_fpn",
+)
+BACKBONES = (
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "resnext50_32x4d",
+    "resnext101_32x4d",
+    "resnext101_32x8d",
+    "resnext101_64x4d",
+    "mobilenet_v2",
+    "mobilenet_v3_large",
+    "mobilenet_v3_small",
+    "regnet",
+)
+
+
+class Section(BaseModel):
+    """A group of recipe keys. Unknown keys and wrong types are refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class Conventions(Section):
+    """Where detectors of other libraries compute differently from torchvision's. Checkpoint readers set these."""
+
+    image_mean: Annotated[list[float], Field(min_length=3, max_length=3)] = [0.485, 0.456, 0.406]
+    """RGB mean of pixels in [0, 1]."""
+    image_std: Annotated[list[Positive], Field(min_length=3, max_length=3)] = [0.229, 0.224, 0.225]
+    """RGB standard deviation of pixels in [0, 1]."""
+    stride_in_1x1: bool = False
+    """A ResNet bottleneck strides in its first 1x1 convolution instead of the 3x3."""
+    batch_norm_eps: NonNegative | None = None
+    """Epsilon of the backbone's BatchNorm; null takes torchvision's own for that backbone (1e-5 in ResNets)."""
+    roi_align_aligned: bool = False
+    """RoIAlign shifts boxes by half a pixel."""
+    roi_align_sampling_ratio: Annotated[int, Field(ge=0)] = 2
+    """Samples a RoIAlign bin side; 0 adapts it to the box."""
+    rounded_anchors: bool = True
+    """Anchor sides are rounded to whole pixels, as torchvision does."""
+    anchor_order: Literal["ratios-first", "sizes-first"] = "ratios-first"
+    """Which varies slowest among the anchors of one cell: torchvision goes through ratios first."""
+    nominal_strides: bool = False
+    """Anchors are spaced by the level's nominal stride also where the padded image is no multiple of it."""
+    p6_from: Literal["c5", "p5"] = "p5"
+    """What RetinaNet's and FCOS's P6 is computed from."""
+    p7_relu: bool = True
+    """A ReLU stands between P6 and P7."""
+    clip_after_nms: bool = False
+    """RetinaNet's boxes are clipped to the image after non-maximum suppression instead of before."""
+    edge_cases: Literal["torchvision", "mmdetection", "detectron2"] = "torchvision"
+    """Whose rules hold where it seldom matters: regions on the edge of two levels, empty boxes, extreme deltas."""
+
+
+class Architecture(Section):
+    """What a detector is made of. A native checkpoint carries its own."""
+
+    detector: Literal[DETECTOR_FAMILIES + TORCHVISION_BUILDERS] = "faster_rcnn"  # type: ignore[valid-type]
+    """A family, built from the keys below, or one of torchvision's builders, which leaves only `norm` and
+    `frozen_stages` open."""
+    backbone: Literal[BACKBONES] = "resnet50"  # type: ignore[valid-type]
+    widths: Annotated[list[Count], Field(min_length=4, max_length=4)] | None = None
+    """Channels of the four stages; `regnet` only."""
+    depths: Annotated[list[Count], Field(min_length=4, max_length=4)] | None = None
+    """Blocks of the four stages; `regnet` only, where null is one block each."""
+    fpn_channels: Count = 256
+    head_channels: Count = 1024
+    """Width of Faster R-CNN's box head. One-stage heads are as wide as the FPN."""
+    norm: Literal["frozen", "batch"] = "frozen"
+    """Backbone BatchNorm: `frozen` statistics (right for pretrained weights, small batches) or trained."""
+    frozen_stages: Annotated[int, Field(ge=0, le=5)] = 0
+    """Backbone stages that are not trained, counted from the stem (torchvision's usual choice is 2)."""
+    anchor_sizes: list[list[Positive]] | None = None
+    """Anchor sides in pixels, one list per FPN level; null takes the family's defaults."""
+    anchor_ratios: Annotated[list[Positive], Field(min_length=1)] = [0.5, 1.0, 2.0]
+    proposals: Count = 1000
+    """Proposals kept per image by the RPN, before and after suppression, at inference."""
+    proposals_train: Count = 2000
+    """The same in training."""
+    regions_per_image: Count = 512
+    """Proposals sampled per image for the box head, and for head distillation from this detector as teacher."""
+    score_threshold: Fraction = 0.05
+    nms_threshold: Fraction = 0.5
+    detections_per_image: Count = 100
+    conventions: Conventions = Conventions()
+
+    @model_validator(mode="after")
+    def _regnet_has_widths(self) -> Architecture:
+        if self.backbone == "regnet" and self.detector in DETECTOR_FAMILIES:
+            if self.widths is None:
+                raise ValueError("widths is needed for backbone regnet, e.g. [32, 64, 128, 256]")
+        elif self.widths is not None or self.depths is not None:
+            raise ValueError(f"widths and depths are for backbone regnet only, not {self.backbone}")
+        return self
+
+
+class Student(Architecture):
+    """The detector that is trained."""
+
+    backbone_weights: str | None = None
+    """ImageNet weights of the backbone: `imagenet` (downloaded by torchvision) or a file; null starts from scratch."""
+    weights: str | None = None
+    """Detector checkpoint to start from; `--student-weights`."""
+
+
+class Teacher(Section):
+    """The trained detector that supervises. Without one the student is trained plainly."""
+
+    checkpoint: str | None = None
+    """A checkpoint file, `torchvision:NAME` for torchvision's COCO weights, `shipped:NAME`; `--teacher`."""
+    recipe: str | None = None
+    """Recipe that trains the teacher first, where no checkpoint is given."""
+    architecture: Architecture | None = None
+    """For a plain state dict, which does not say what it is; null reads it from the keys where it can."""
+
+
+class Shapes(Section):
+    """The data set that is drawn on the spot where `data.format` is `shapes`."""
+
+    train_images: Count = 800
+    val_images: Count = 200
+    size: Annotated[int, Field(ge=32)] = 128
+    """Side of the square images, pixels."""
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+class Data(Section):
+    """Images with boxes, and how they are fed to the network."""
+
+    path: str | None = None
+    """Folder that holds the data set; `--data`."""
+    format: Literal["auto", "coco", "voc", "shapes"] = "auto"
+    train_annotations: str | None = None
+    """Annotation file, relative to `path`; null finds it by the layout. For VOC the image set, e.g. `trainval`."""
+    val_annotations: str | None = None
+    train_images: str | None = None
+    """Image folder, relative to `path`; null finds it by the layout."""
+    val_images: str | None = None
+    short_side: Annotated[list[Count], Field(min_length=1)] = [800]
+    """Images are resized to this short side; several are drawn from in training, the last is used at evaluation."""
+    long_side: Count = 1333
+    """The long side is kept at or below this."""
+    flip: Fraction = 0.5
+    """Chance of a horizontal flip in training."""
+    batch_size: Count = 2
+    """Images per step and process."""
+    workers: Annotated[int, Field(ge=0)] = 4
+    """Loader processes; 0 reads in the main process."""
+    shapes: Shapes = Shapes()
+
+
+class Distillation(Section):
+    """Which terms supervise the student, and how strongly (DeFeat, section 3)."""
+
+    neck: bool = True
+    """Imitate the teacher's FPN features."""
+    head: bool = True
+    """Match the teacher's classification of its own proposals."""
+    backbone: bool = False
+    """Imitate backbone stages 2-4 as well."""
+    mask: Literal["boxes", "gaussian", "fine-grained", "full"] = "boxes"
+    """What counts as foreground in the neck."""
+    finest_scale: Positive = 56.0
+    """Object side, in pixels, that the first level begins at."""
+    alpha_fg: NonNegative = 4.0
+    alpha_bg: NonNegative = 16.0
+    decoupled_head: bool = True
+    """Foreground and background regions are averaged apart; false takes one average over all, with beta_fg."""
+    beta_fg: NonNegative = 2.0
+    beta_bg: NonNegative = 2.0
+    temperature_fg: Positive = 1.0
+    temperature_bg: Positive = 1.0
+    warmup_steps: Annotated[int, Field(ge=0)] = 2000
+    """Steps over which the distillation terms grow linearly from 0 to their weight."""
+    class_map: dict[str, str] = {}
+    """Teacher class name to student class name, where names differ."""
+
+    @property
+    def active(self) -> bool:
+        return self.neck or self.head or self.backbone
+
+
+class Optimizer(Section):
+    name: Literal["sgd", "adamw"] = "sgd"
+    lr: Positive = 0.02
+    """Learning rate at the recipe's batch size; it is not rescaled."""
+    momentum: Fraction = 0.9
+    """SGD momentum."""
+    betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    """AdamW betas."""
+    weight_decay: NonNegative = 1e-4
+    norm_weight_decay: NonNegative | None = None
+    """Weight decay of normalisation parameters and biases; null takes `weight_decay`."""
+    clip_norm: Positive | None = 35.0
+    """Gradients are scaled down to this norm; null leaves them."""
+    accumulate: Count = 1
+    """Batches whose gradients are summed into one step."""
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay of an exponential moving average of the student, which is then what is evaluated and exported."""
+
+
+class Schedule(Section):
+    epochs: Count = 12
+    warmup_steps: Annotated[int, Field(ge=0)] = 500
+    warmup_factor: Fraction = 0.001
+    """Share of the learning rate at step 0; grows linearly to 1."""
+    decay: Literal["steps", "cosine"] = "steps"
+    milestones: list[Count] = [8, 11]
+    """Epochs after which the learning rate is multiplied by `gamma`; for `steps`."""
+    gamma: Annotated[float, Field(gt=0, lt=1)] = 0.1
+
+
+class Run(Section):
+    name: str | None = None
+    """Folder under `runs/`; null takes the recipe's name. `--output` overrides it."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    device: str = "auto"
+    """`auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:N`."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Autocast dtype; bf16 and fp16 need CUDA. Distillation terms are always computed in fp32."""
+    evaluate_every: Count = 1
+    """Epochs between evaluations; the last epoch is always evaluated."""
+    log_every: Count = 50
+    """Steps between lines in metrics.jsonl."""
+    checkpoint_every: Count = 1000
+    """Steps between saves of last.pt; it is saved after each epoch too."""
+    compare_plain: bool = False
+    """Also train the same student without a teacher, and report it beside the distilled one."""
+    teacher_check_images: Annotated[int, Field(ge=0)] = 50
+    """Validation images on which the teacher is scored before distilling; 0 skips it."""
+
+
+class Recipe(Section):
+    """Everything that decides a run."""
+
+    student: Student = Student()
+    teacher: Teacher = Teacher()
+    data: Data = Data()
+    distillation: Distillation = Distillation()
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    run: Run = Run()
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads `1e-4` as a number, as people write it, and refuses a key given twice."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def _unique_mapping(loader: _Loader, node: yaml.MappingNode) -> dict:
+    seen = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node)
+        if key in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", key_node.start_mark)
+        seen.add(key)
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _unique_mapping)
+
+
+def recipes_folder() -> Path:
+    """Where the shipped recipes are: inside an installed package, or beside it in a checkout."""
+    package = Path(__file__).parents[1]
+    installed = package / "recipes"
+    return installed if installed.is_dir() else package.parent / "recipes"
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Shipped recipes by name."""
+    return {path.stem: path for path in sorted(recipes_folder().glob("*.yaml"))}
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a recipe given as a path or as the name of a shipped one."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = shipped_recipes()
+    if name in shipped:
+        return shipped[name]
+    raise RecipeError(
+        f"no recipe {name!r}: it is neither a file nor a shipped recipe{nearest(name, shipped)}. "
+        f"Shipped: {', '.join(shipped)}"
+    )
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file that holds one mapping.
+
+    Raises:
+        RecipeError: it does not parse (with the line), or holds something else.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read as text: {error}") from None
+    return _parsed_mapping(text, str(path))
+
+
+def _parsed_mapping(text: str, origin: str) -> dict[str, Any]:
+    try:
+        content = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f"{origin}:{mark.line + 1}" if mark else origin
+        raise RecipeError(f"{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise RecipeError(f"{origin}: expected a mapping of keys to values, found {type(content).__name__}")
+    return content
+
+
+def parse_assignments(assignments: list[str]) -> dict[str, Any]:
+    """`["optimizer.lr=1e-3"]` as dotted keys to YAML values."""
+    values = {}
+    for assignment in assignments:
+        key, separator, value = assignment.partition("=")
+        if not separator or not key:
+            raise RecipeError(f"--set {assignment}: expected dotted.key=value, e.g. optimizer.lr=0.01")
+        try:
+            values[key.strip()] = yaml.load(value, _Loader)
+        except yaml.YAMLError:
+            raise RecipeError(f"--set {assignment}: {value!r} is not a valid YAML value") from None
+    return values
+
+
+def merged(content: dict[str, Any], overrides: dict[str, Any], origin: str = "--set") -> dict[str, Any]:
+    """A copy of nested `content` with dotted overrides set in it."""
+    result = dict(content)
+    for dotted, value in overrides.items():
+        *parents, last = dotted.split(".")
+        place = result
+        for parent in parents:
+            inner = place.get(parent)
+            if inner is not None and not isinstance(inner, dict):
+                raise RecipeError(f"{origin} {dotted}: {parent} is a value, not a group of keys")
+            place[parent] = dict(inner or {})
+            place = place[parent]
+        place[last] = value
+    return result
+
+
+def validate(content: dict[str, Any], origin: str) -> Recipe:
+    """A recipe from nested content.
+
+    Raises:
+        RecipeError: lists every unknown key, wrong type and value out of range, by dotted name.
+    """
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        problems = [_problem(details) for details in error.errors()]
+    raise RecipeError("\n  ".join([f"{origin} cannot be used:", *problems]))
+
+
+def _problem(details: dict[str, Any]) -> str:
+    location = [str(part) for part in details["loc"]]
+    dotted = ".".join(location)
+    if details["type"] == "extra_forbidden":
+        model = _section_at(location[:-1])
+        keys = list(model.model_fields) if model else []
+        return f"{dotted}: unknown key{nearest(location[-1], keys)}"
+    message = details["msg"].removeprefix("Value error, ").replace("Input should", "should")
+    value = details["input"]
+    shown = "" if isinstance(value, dict | BaseModel) else f" (got {value!r})"
+    if details["type"] == "literal_error" and isinstance(value, str):
+        message += nearest(value, re.findall(r"'([^']*)'", message))
+    return f"{dotted or 'recipe'}: {message}{shown}"
+
+
+def _section_at(location: list[str]) -> type[BaseModel] | None:
+    """The section that a dotted location names."""
+    model: type[BaseModel] | None = Recipe
+    for part in location:
+        field = model.model_fields.get(part) if model else None
+        if field is None:
+            return None
+        kinds = [field.annotation, *get_args(field.annotation)]
+        model = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+    return model
+
+
+def nearest(word: str, known: Any) -> str:
+    """` (did you mean x?)` for the nearest of the known words, or nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def load(name: str | None, overrides: dict[str, Any] | None = None) -> Recipe:
+    """A recipe by file or shipped name (None: all defaults) with dotted overrides, checked."""
+    path = find_recipe(name) if name is not None else None
+    content = read_yaml(path) if path else {}
+    recipe = validate(merged(content, overrides or {}), str(path or "the recipe"))
+    if recipe.run.name is None:
+        recipe.run.name = path.stem if path else "run"
+    return recipe
+
+
+def save(recipe: Recipe, path: Path) -> None:
+    """Write every value in force; loading the file gives the same recipe."""
+    with replacing(path) as temporary:
+        temporary.write_text(yaml.safe_dump(recipe.model_dump(), sort_keys=False), encoding="utf-8")

@@ -1,0 +1,1 @@
+"""Where the detection loss pulls on the neck: maps, numbers, pictures."""

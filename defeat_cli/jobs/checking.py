@@ -1,0 +1,223 @@
+"""`defeat check`: what a run would do, told before it is started."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.ops import box_iou
+
+from defeat_cli import session
+from defeat_cli.config.schema import Recipe
+from defeat_cli.console import Reporter
+from defeat_cli.data.dataset import CocoDataset
+from defeat_cli.detectors.contract import Detector
+from defeat_cli.distillation.distiller import Distiller
+from defeat_cli.distillation.pairing import match_classes
+from defeat_cli.jobs import training
+
+FITTED_IMAGES = 32
+GOOD_ANCHOR_FIT = 0.55
+"""RetinaNet takes anchors from IoU 0.5 on, the RPN from 0.7 on or the best: below this most boxes have few."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """What was found: tables to show, and the same as plain values."""
+
+    tables: list[Table]
+    facts: dict[str, Any]
+
+
+def check(recipe: Recipe) -> Check:
+    """Build everything that a run of the recipe would use, and describe it. Nothing is written but drawn data.
+
+    Raises:
+        DefeatError: the run could not be started.
+    """
+    reporter = Reporter("check")
+    device = session.choose_device(recipe.run.device, recipe.run.precision)
+    training_data = session.open_data(recipe.data, "train", train=True)
+    validation_data = session.open_data(recipe.data, "val", train=False)
+    student = session.build_student(recipe, training_data.classes)
+    teacher = None
+    if recipe.teacher.checkpoint is not None:
+        loaded = session.load_detector(
+            recipe.teacher.checkpoint,
+            architecture=recipe.teacher.architecture,
+            classes=training_data.classes,
+            data=recipe.data,
+        )
+        teacher = loaded.detector
+        for note in loaded.weights.notes:
+            reporter.note(f"teacher: {note}")
+    distiller = session.build_distiller(recipe.distillation, student, teacher, reporter.warn).to(device)
+    image, target, _ = training_data[0]
+    images, targets = [image.to(device)], [{key: value.to(device) for key, value in target.items()}]
+
+    detectors = {"teacher": teacher, "student": student}
+    facts: dict[str, Any] = {
+        "detectors": {name: _describe(d, images) for name, d in detectors.items() if d is not None},
+        "terms": _terms(distiller, images, targets),
+        "memory_gib": round(_memory(distiller, images, targets, recipe) / 2**30, 2),
+    }
+    if student.has_anchors:
+        facts["anchor_fit"] = _anchor_fit(student, training_data)
+        if facts["anchor_fit"] < GOOD_ANCHOR_FIT:
+            reporter.warn(
+                f"the student's anchors fit the boxes badly: the best anchor of a box has an IoU of "
+                f"{facts['anchor_fit']:.2f} with it on average. Set student.anchor_sizes to the sizes of objects "
+                "after resizing"
+            )
+    tables = [_detectors_table(facts["detectors"])]
+    if teacher is not None:
+        facts["levels"] = _levels(distiller)
+        facts["classes"] = [
+            (student.classes[s], teacher.classes[t])
+            for s, t in match_classes(student.classes, teacher.classes, recipe.distillation.class_map)
+        ]
+        tables += [_levels_table(facts["levels"]), _classes_table(facts["classes"], student, teacher)]
+        facts["teacher_ap"] = training.check_teacher(teacher, recipe, validation_data, device, reporter)
+    tables.append(_run_table(facts, recipe))
+    return Check(tables, facts)
+
+
+def _describe(detector: Detector, images: list[Tensor]) -> dict[str, Any]:
+    """Parameters, and the floating-point operations of detecting on one image as the data has it."""
+    counter = FlopCounterMode(display=False)
+    detector.eval()
+    with torch.no_grad(), counter:
+        detector.detect(images)
+    return {
+        "kind": type(detector.model).__name__,
+        "classes": len(detector.classes),
+        "parameters": sum(parameter.numel() for parameter in detector.model.parameters()),
+        "gflops": round(counter.get_total_flops() / 1e9, 2),
+        "levels": [(level.stride, level.channels) for level in detector.levels],
+    }
+
+
+@torch.no_grad()
+def _anchor_fit(student: Detector, data: CocoDataset) -> float:
+    """Mean over boxes of the best IoU that any anchor has with them, on some training images spread over the data."""
+    student.eval()
+    best = []
+    for i in range(min(FITTED_IMAGES, len(data))):
+        image, target, _ = data[i * len(data) // min(FITTED_IMAGES, len(data))]
+        device = next(student.parameters()).device
+        batch = student.prepare([image.to(device)], [{key: value.to(device) for key, value in target.items()}])
+        anchors = torch.cat(student.anchors(student.features(batch), batch))
+        if len(batch.targets[0]["boxes"]):
+            best.append(box_iou(batch.targets[0]["boxes"], anchors).amax(dim=1))
+    return torch.cat(best).mean().item() if best else 1.0
+
+
+def _terms(distiller: Distiller, images: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, float]:
+    """Every loss term of one step on one image, at full weight."""
+    distiller.train()
+    terms = distiller(images, targets)
+    return {name: value.item() for name, value in terms.weighted.items()}
+
+
+def _memory(distiller: Distiller, images: list[Tensor], targets: list[dict[str, Tensor]], recipe: Recipe) -> float:
+    """Estimated bytes of a training step: weights, gradients, optimizer state, and activations kept for backward.
+
+    The activations are those that autograd keeps for one image, times the batch size; what is only in use for a
+    moment is not counted, so the peak is somewhat above this.
+    """
+    weights = {id(p): p.numel() * p.element_size() for p in distiller.parameters()}
+    trained = sum(weights[id(p)] for p in distiller.parameters() if p.requires_grad)
+    states = 1 if recipe.optimizer.name == "sgd" else 2
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        terms = distiller(images, targets)
+        activations = sum(kept.values())
+        del terms
+    halved = 0.6 if recipe.run.precision != "fp32" else 1.0  # about what autocast saves: norms and losses stay fp32
+    return sum(weights.values()) + trained * (1 + states) + activations * recipe.data.batch_size * halved
+
+
+def _levels(distiller: Distiller) -> list[dict[str, Any]]:
+    """Pairs of levels and the adapter of each; a student level without a partner has none."""
+    student, teacher = distiller.student, distiller.teacher
+    rows = []
+    places = [
+        ("neck", student.levels, teacher.levels, distiller.neck_pairs, distiller.neck_adapters),
+        ("backbone", student.stage_levels, teacher.stage_levels, distiller.stage_pairs, distiller.stage_adapters),
+    ]
+    for place, of_student, of_teacher, pairs, adapters in places:
+        if not getattr(distiller, place):
+            continue
+        partner = {s: (t, adapter) for (s, t), adapter in zip(pairs, adapters, strict=True)}
+        for s, level in enumerate(of_student):
+            t, adapter = partner.get(s, (None, None))
+            rows.append(
+                {
+                    "place": place,
+                    "stride": level.stride,
+                    "student": level.channels,
+                    "teacher": None if t is None else of_teacher[t].channels,
+                    "adapter": None if adapter is None else list(adapter.conv.weight.shape),
+                }
+            )
+    return rows
+
+
+def _detectors_table(detectors: dict[str, dict[str, Any]]) -> Table:
+    table = Table(title="Detectors, on the first training image")
+    for column in ("", "kind", "classes", "parameters", "GFLOPs", "levels (stride: channels)"):
+        table.add_column(column, justify="right" if column in ("classes", "parameters", "GFLOPs") else "left")
+    for name, facts in detectors.items():
+        levels = ", ".join(f"{stride}: {channels}" for stride, channels in facts["levels"])
+        table.add_row(
+            name, facts["kind"], str(facts["classes"]), f"{facts['parameters'] / 1e6:.2f} M",
+            f"{facts['gflops']:.2f}", levels,
+        )  # fmt: skip
+    return table
+
+
+def _levels_table(levels: list[dict[str, Any]]) -> Table:
+    table = Table(title="How the levels pair up")
+    for column in ("place", "stride", "student channels", "teacher channels", "adapter"):
+        table.add_column(column, justify="left" if column in ("place", "adapter") else "right")
+    for row in levels:
+        adapter = "no partner, left out" if row["adapter"] is None else "x".join(map(str, row["adapter"]))
+        table.add_row(row["place"], str(row["stride"]), str(row["student"]), str(row["teacher"] or "-"), adapter)
+    return table
+
+
+def _classes_table(pairs: list[tuple[str, str]], student: Detector, teacher: Detector) -> Table:
+    table = Table(
+        title=f"Shared classes: {len(pairs)} of the student's {len(student.classes)}, of the teacher's "
+        f"{len(teacher.classes)}",
+    )
+    table.add_column("student")
+    table.add_column("teacher")
+    for s, t in pairs[:12]:
+        table.add_row(escape(s), escape(t))
+    if len(pairs) > 12:
+        table.add_row("…", "…")
+    return table
+
+
+def _run_table(facts: dict[str, Any], recipe: Recipe) -> Table:
+    table = Table(title="One training step")
+    table.add_column("")
+    table.add_column("", justify="right")
+    for name, value in facts["terms"].items():
+        table.add_row(f"{name}, one image at full weight", f"{value:.4g}")
+    if "anchor_fit" in facts:
+        table.add_row("mean IoU of a box's best anchor", f"{facts['anchor_fit']:.2f}")
+    table.add_row(f"memory at batch size {recipe.data.batch_size}, estimated", f"{facts['memory_gib']:.2f} GiB")
+    return table

@@ -1,1 +1,0 @@
-"""Studies on top of single runs: ablations, gradient maps, their pictures and reports."""

@@ -1,0 +1,253 @@
+"""`defeat train` through the real command: what it leaves behind, determinism, resuming, and bad input."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from defeat_cli.engine import loop as training
+from defeat_cli.engine.evaluation import FIGURES
+
+TERMS = {"loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg"}
+DISTILLED = TERMS | {"neck_fg", "neck_bg", "head_fg", "head_bg"}
+
+
+def metrics(folder):
+    """The lines of metrics.jsonl without what depends on the clock."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("images_per_second", "memory_gib")} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def distilled(tmp_path_factory, defeat, tiny, teacher):
+    folder = tmp_path_factory.mktemp("runs") / "distilled"
+    output = defeat("train", "-r", tiny, "-t", teacher, "-o", folder, "--compare-plain")
+    return folder, output
+
+
+def test_a_run_leaves_the_files_of_the_design(distilled):
+    folder, output = distilled
+    assert {path.name for path in folder.iterdir()} == {
+        "recipe.yaml", "metrics.jsonl", "last.pt", "best.pt", "student.pth", "results.json", "curves.png", "plain"
+    }  # fmt: skip
+    results = json.loads((folder / "results.json").read_text())
+    for who in ("student", "teacher", "plain"):
+        assert set(FIGURES) <= set(results[who])
+        assert set(results[who]["per_class"]) == {"circle", "square", "triangle", "star", "ring", "cross"}
+    assert "teacher: AP" in output
+    assert re.search(r"student, distilled.*\d", output)
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_metrics_hold_every_term_raw_and_weighted(distilled):
+    folder, _ = distilled
+    lines = metrics(folder)
+    steps = [line for line in lines if line["kind"] == "train"]
+    assert [line["step"] for line in steps] == [2, 4, 6]
+    assert [line["step"] for line in lines if line["kind"] == "eval"] == [3, 6]
+    for line in steps:
+        assert set(line["weighted"]) == DISTILLED
+        assert set(line["raw"]) == DISTILLED | {f"neck_{g}/P{n}" for g in ("fg", "bg") for n in range(2, 7)}
+        assert line["loss"] == pytest.approx(sum(line["weighted"].values()))
+    # Steps 4 and 5 are past the warm-up: the weighted term is alpha times the mean over levels of the raw ones.
+    last = steps[-1]
+    per_level = [last["raw"][f"neck_bg/P{n}"] for n in range(2, 7)]
+    assert last["raw"]["neck_bg"] == pytest.approx(sum(per_level) / 5)
+    assert last["weighted"]["neck_bg"] == pytest.approx(16 * last["raw"]["neck_bg"])
+    assert last["weighted"]["head_fg"] == pytest.approx(2 * last["raw"]["head_fg"])
+
+
+def test_the_plain_student_starts_the_same_and_has_no_distillation(distilled, tiny, defeat, tmp_path):
+    folder, _ = distilled
+    plain = metrics(folder / "plain")
+    assert all(set(line["weighted"]) == TERMS for line in plain if line["kind"] == "train")
+    # During the first step the distillation terms have weight 0, and the teacher draws no random number before the
+    # student has: the detection losses of both are the same.
+    first = ["--set", "run.log_every=1", "--set", "schedule.epochs=1"]
+    defeat("train", "-r", tiny, "-o", tmp_path / "plain", *first)
+    defeat("train", "-r", tiny, "-o", tmp_path / "distilled", "-t", folder / "best.pt", *first)
+    one, other = (metrics(tmp_path / name)[0]["weighted"] for name in ("plain", "distilled"))
+    assert {name: other[name] for name in TERMS} == one
+
+
+def test_the_same_seed_gives_the_same_metrics_and_another_seed_others(distilled, defeat, tiny, teacher, tmp_path):
+    folder, _ = distilled
+    defeat("train", "-r", tiny, "-t", teacher, "-o", tmp_path / "again")
+    assert metrics(tmp_path / "again") == metrics(folder)
+    defeat("train", "-r", tiny, "-t", teacher, "-o", tmp_path / "other", "--seed", 1)
+    assert metrics(tmp_path / "other") != metrics(folder)
+
+
+@pytest.mark.parametrize("stop_after", [1, 3, 5])
+def test_a_resumed_run_equals_an_uninterrupted_one(distilled, defeat, tiny, teacher, tmp_path, monkeypatch, stop_after):
+    folder, _ = distilled
+    arguments = ["train", "-r", tiny, "-t", teacher, "-o", tmp_path / "run", "--set", "run.compare_plain=true"]
+    make_step = training.train_step
+
+    def step_then_stop(state, *positional, **named):
+        terms = make_step(state, *positional, **named)
+        if state.step == stop_after:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return terms
+
+    monkeypatch.setattr(training, "train_step", step_then_stop)
+    output = defeat(*arguments, code=130)
+    assert "--resume" in output
+    assert not (tmp_path / "run" / "results.json").exists()
+    monkeypatch.undo()
+    defeat(*arguments, "--resume")
+    assert metrics(tmp_path / "run") == metrics(folder)
+    ours, theirs = (torch.load(f / "student.pth", weights_only=True) for f in (tmp_path / "run", folder))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_a_run_that_died_resumes_from_its_last_checkpoint(distilled, defeat, tiny, teacher, tmp_path, monkeypatch):
+    folder, _ = distilled
+    arguments = ["train", "-r", tiny, "-t", teacher, "-o", tmp_path / "run", "--set", "run.checkpoint_every=2"]
+    make_step = training.train_step
+
+    def die(state, *positional, **named):
+        if state.step == 5:
+            raise MemoryError("killed")
+        return make_step(state, *positional, **named)
+
+    monkeypatch.setattr(training, "train_step", die)
+    with pytest.raises(MemoryError):
+        defeat(*arguments)
+    monkeypatch.undo()
+    defeat(*arguments, "--resume")
+    assert metrics(tmp_path / "run") == metrics(folder)
+
+
+def test_averaging_and_accumulation_resume_bit_for_bit_too(defeat, tiny, teacher, tmp_path, monkeypatch):
+    options = ["--set", "optimizer.ema=0.5", "--set", "optimizer.accumulate=2", "--set", "run.log_every=1"]
+    arguments = ["train", "-r", tiny, "-t", teacher, *options, "-o"]
+    defeat(*arguments, tmp_path / "whole")
+    whole = metrics(tmp_path / "whole")
+    # Three batches an epoch in groups of two: two steps an epoch, the second on one batch.
+    assert [line["step"] for line in whole if line["kind"] == "train"] == [1, 2, 3, 4]
+    averaged = torch.load(tmp_path / "whole" / "last.pt", weights_only=True)
+    key = "backbone.fpn.layer_blocks.0.0.weight"
+    assert not torch.equal(averaged["student"][key], averaged["training"]["student"][key])
+
+    make_step = training.train_step
+
+    def die(state, *positional, **named):
+        if state.step == 3:
+            raise MemoryError("killed")
+        return make_step(state, *positional, **named)
+
+    monkeypatch.setattr(training, "train_step", die)
+    with pytest.raises(MemoryError):
+        defeat(*arguments, tmp_path / "parts")
+    monkeypatch.undo()
+    defeat(*arguments, tmp_path / "parts", "--resume")
+    assert metrics(tmp_path / "parts") == whole
+
+
+def test_a_recipe_can_train_its_own_teacher_first(defeat, tiny, tmp_path):
+    arguments = ["train", "-r", tiny, "-o", tmp_path / "run", "--set", f"teacher.recipe={tiny}"]
+    output = defeat(*arguments, "--set", "schedule.epochs=1")
+    assert "training one by the recipe" in output
+    results, of_teacher = (
+        json.loads((tmp_path / "run" / part / "results.json").read_text()) for part in ("", "teacher")
+    )
+    assert results["teacher"] == of_teacher["student"]
+    assert set(metrics(tmp_path / "run")[0]["weighted"]) == DISTILLED
+
+
+def test_a_finished_run_is_refused_resumed_without_work_and_overwritten_when_told(distilled, defeat, tiny, teacher):
+    folder, _ = distilled
+    arguments = ["train", "-r", tiny, "-t", teacher, "-o", folder, "--compare-plain"]
+    before = (folder / "best.pt").stat().st_mtime_ns
+    assert "already holds a finished run" in defeat(*arguments, code=2)
+    assert "finished already" in defeat(*arguments, "--resume")
+    assert (folder / "best.pt").stat().st_mtime_ns == before
+
+
+def test_the_saved_recipe_repeats_the_run(distilled, defeat, tmp_path):
+    folder, _ = distilled
+    defeat("train", "-r", folder / "recipe.yaml", "-o", tmp_path / "repeat")
+    assert metrics(tmp_path / "repeat") == metrics(folder)
+
+
+def test_a_loss_that_is_not_finite_stops_with_every_term(tiny, defeat, tmp_path, monkeypatch):
+    from defeat_cli.detectors.faster_rcnn import FasterRCNNDetector
+
+    losses = FasterRCNNDetector.detection_losses
+
+    def broken(self, features, batch):
+        return {**losses(self, features, batch), "loss_box_reg": features[0].sum() * float("nan")}
+
+    monkeypatch.setattr(FasterRCNNDetector, "detection_losses", broken)
+    output = defeat("train", "-r", tiny, "-o", tmp_path / "run", code=2)
+    assert "step 0: the loss is not finite" in output
+    assert all(term in output for term in TERMS)
+
+
+def test_validation_images_without_boxes_are_refused_before_anything_is_trained(defeat, tiny, shapes, tmp_path):
+    content = json.loads((shapes / "val.json").read_text())
+    (tmp_path / "empty.json").write_text(json.dumps({**content, "annotations": []}))
+    setting = f"data.val_annotations={tmp_path / 'empty.json'}"
+    output = defeat("train", "-r", tiny, "-o", tmp_path / "run", "--set", setting, code=2)
+    assert "validation images have no boxes" in output
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-r", "quickstrat"], "did you mean quickstart"),
+        (["-r", "{tiny}", "-t", "nowhere.pt"], "nowhere.pt"),
+        (["-r", "{tiny}", "-d", "nowhere"], "nowhere"),
+        (["-r", "{tiny}", "--set", "optimizer.lrr=1"], "optimizer.lrr: unknown key (did you mean lr?)"),
+        (["-r", "{tiny}", "--set", "optimizer.lr=-1"], "optimizer.lr"),
+        (["-r", "{tiny}", "--variant", "fg-onyl"], "did you mean fg-only"),
+        (["-r", "{tiny}", "--device", "cuda:9"], "cuda:9"),
+        (["-r", "{tiny}", "--device", "gpu"], "gpu"),
+        (["-r", "{tiny}", "--set", "run.precision=bf16"], "needs a CUDA device"),
+        (["-r", "{tiny}", "--student-weights", "{tiny}"], "tiny.yaml"),
+    ],
+)
+def test_bad_input_gets_one_message_and_writes_nothing(defeat, tiny, tmp_path, arguments, message):
+    output = defeat("train", *[a.format(tiny=tiny) for a in arguments], "-o", tmp_path / "run", code=2)
+    assert message in output
+    assert "Traceback" not in output
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_of_another_architecture_lists_what_does_not_fit(defeat, tiny, teacher, tmp_path):
+    state_dict = torch.load(teacher, weights_only=True)["student"]
+    torch.save(state_dict, tmp_path / "teacher.pth")
+    output = defeat(
+        "train", "-r", tiny, "-t", tmp_path / "teacher.pth", "-o", tmp_path / "run",
+        "--set", "teacher.architecture={backbone: resnet18}", code=2,
+    )  # fmt: skip
+    assert "missing" in output
+    assert "unexpected" in output
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_without_a_shared_class_distils_the_neck_only_and_says_so(defeat, tiny, teacher, tmp_path):
+    content = torch.load(teacher, weights_only=True)
+    content["classes"] = ["one", "two", "three", "four", "five", "six"]
+    torch.save(content, tmp_path / "teacher.pt")
+    output = defeat("train", "-r", tiny, "-t", tmp_path / "teacher.pt", "-o", tmp_path / "run")
+    assert "head distillation is off: teacher and student share no class" in output
+    assert set(metrics(tmp_path / "run")[0]["weighted"]) == TERMS | {"neck_fg", "neck_bg"}
+
+
+def test_shipped_recipes_are_listed(defeat):
+    output = defeat("train", "--list-recipes")
+    assert "quickstart" in output
+    assert "faster_rcnn_r50_from_r152_coco" in output
+
+
+def test_help_does_not_import_torch():
+    code = "import sys, defeat_cli.commands.app; sys.exit('torch' in sys.modules or 'pydantic' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,326 @@
+"""From checkpoints and images to pictures and numbers, and what is said of input that cannot be used."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from defeat_cli.checkpoints import native
+from defeat_cli.config import schema as recipes
+from defeat_cli.config.schema import Recipe
+from defeat_cli.data.annotations import read_annotations
+from defeat_cli.data.transforms import read_image
+from defeat_cli.detectors.contract import Detector
+from defeat_cli.detectors.zoo import build_detector
+from defeat_cli.distillation.adapters import build_adapters
+from defeat_cli.errors import CheckpointError, DataError, DefeatError
+from defeat_cli.gradients.images import distinct_names, find_images, images_of
+from defeat_cli.gradients.maps import gradient_maps
+from defeat_cli.gradients.mask_pictures import draw_masks
+from defeat_cli.gradients.numbers import foreground_cells
+from defeat_cli.gradients.report import GradientReport, Settings
+from defeat_cli.jobs.mapping import visualize
+
+QUICK = Settings(samples=2)
+STUDENT = {
+    "backbone": "regnet",
+    "widths": [8, 8, 16, 16],
+    "fpn_channels": 8,
+    "head_channels": 16,
+    "norm": "batch",
+    "anchor_sizes": [[8], [16], [32], [64], [96]],
+    "proposals": 20,
+    "proposals_train": 20,
+    "regions_per_image": 16,
+    "score_threshold": 0.0,
+}
+
+
+def detector_of(recipe: Recipe, classes: list[str]) -> Detector:
+    torch.manual_seed(0)
+    return build_detector(recipe.student, classes, recipe.data.short_side, recipe.data.long_side)
+
+
+def checkpoint_of(folder: Path, shapes: Path, adapters: dict | None = None, **student: object) -> Path:
+    """What a run would leave: a native checkpoint, and plain weights with the recipe beside them."""
+    folder.mkdir()
+    recipe = recipes.validate(
+        {
+            "student": {**STUDENT, **student},
+            "data": {"path": str(shapes), "short_side": [64], "long_side": 96},
+            "run": {"device": "cpu"},
+        },
+        "test",
+    )
+    classes = read_annotations(shapes / "val.json").classes
+    state = detector_of(recipe, classes).model.state_dict()
+    content = {"classes": classes, "student": state, "training": {"neck_adapters": adapters or {}}, "metrics": {}}
+    native.save(folder / "best.pt", {"recipe": recipe.model_dump(), **content})
+    native.write_atomically(folder / "student.pth", state)
+    recipes.save(recipe, folder / "recipe.yaml")
+    return folder / "best.pt"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> Path:
+    return checkpoint_of(tmp_path_factory.mktemp("runs") / "student", shapes)
+
+
+def files(shapes: Path, count: int) -> list[str]:
+    """Validation images, in the order of their annotations."""
+    return [str(shapes / "images" / name) for name in read_annotations(shapes / "val.json").file_names[:count]]
+
+
+def content(output: Path) -> dict:
+    return json.loads(
+        (output / "gradients.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} in JSON")
+    )
+
+
+def shown(report: GradientReport) -> str:
+    console = Console(file=io.StringIO(), width=200)
+    for table in report.tables():
+        console.print(table)
+    return console.file.getvalue()
+
+
+def test_pictures_and_numbers_of_a_data_set(checkpoint: Path, shapes: Path, tmp_path: Path):
+    """The data set is the recipe's own; the numbers are those of the maps, and the maps those of the checkpoint."""
+    settings = Settings(samples=2, seed=3, save_arrays=True)
+    report = visualize(str(checkpoint), [], tmp_path / "out", settings, limit=2)
+    stems = [Path(name).stem for name in files(shapes, 2)]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
+        [
+            *(f"{stem}_gradients.{ending}" for stem in stems for ending in ("png", "npz")),
+            "contact_sheet.png",
+            "gradients.json",
+        ]
+    )
+    told = content(tmp_path / "out")
+    assert told == json.loads(json.dumps(report.to_dict()))
+    assert [image["file"] for image in told["images"]] == files(shapes, 2)
+    assert {image["boxes"] for image in told["images"]} == {"ground truth"}
+    assert told["skipped"] == []
+
+    (source,) = find_images(files(shapes, 1), read_annotations(shapes / "val.json"))
+    recipe = recipes.load(str(checkpoint.parent / "recipe.yaml"))
+    detector = detector_of(recipe, read_annotations(shapes / "val.json").classes).eval()
+    batch = detector.prepare([source.read()], [source.objects.target(detector)])
+    maps = gradient_maps(detector, batch, samples=2, seed=3)
+    arrays = np.load(tmp_path / "out" / f"{stems[0]}_gradients.npz")
+    masks = foreground_cells(batch.targets[0]["boxes"], [tuple(m.shape) for m in maps], detector.strides)
+    numbers = told["images"][0]["gradients"]["checkpoint"]
+    assert list(numbers) == ["P2", "P3", "P4", "P5", "P6", "overall"]
+    for level, values, mask in zip(numbers, maps, masks, strict=False):
+        # Images of 64 x 64 are not padded.
+        np.testing.assert_allclose(arrays[f"checkpoint/{level}"], values.numpy(), rtol=1e-5)
+        if mask.any():
+            assert numbers[level]["foreground"]["mean"] == pytest.approx(float(values[mask].mean()), rel=1e-5)
+    assert "checkpoint" in shown(report)
+    assert "of 2" in shown(report)
+
+
+def test_padding_is_in_no_array(checkpoint: Path, tmp_path: Path):
+    """80 x 60 is resized to 64 pixels of height and 85 of width, and padded to 96."""
+    Image.new("RGB", (80, 60), "white").save(tmp_path / "wide.png")
+    visualize(str(checkpoint), [str(tmp_path / "wide.png")], tmp_path / "out", Settings(samples=1, save_arrays=True))
+    arrays = np.load(tmp_path / "out" / "wide_gradients.npz")
+    assert [arrays[f"checkpoint/P{level}"].shape for level in (2, 3, 4, 5, 6)] == [
+        (16, 22),
+        (8, 11),
+        (4, 6),
+        (2, 3),
+        (1, 2),
+    ]
+
+
+def test_annotations_and_data_say_the_same(checkpoint: Path, shapes: Path, tmp_path: Path):
+    first = files(shapes, 1)
+    of_data = visualize(str(checkpoint), [], tmp_path / "a", QUICK, limit=1)
+    of_file = visualize(str(checkpoint), first, tmp_path / "b", QUICK, annotations=shapes / "val.json")
+    of_both = visualize(str(checkpoint), first, tmp_path / "c", QUICK, changes={"data.path": str(shapes)})
+    assert of_data.images == of_file.images == of_both.images
+
+
+def test_plain_weights_look_at_what_they_detect(checkpoint: Path, shapes: Path, tmp_path: Path):
+    settings = Settings(samples=1, threshold=0.0)
+    student = str(checkpoint.parent / "student.pth")
+    report = visualize(student, [str(shapes / "images")], tmp_path / "out", settings, limit=1)
+    assert report.images[0]["boxes"] == "the checkpoint's detections of score 0 and above"
+    assert report.images[0]["objects"] > 0
+    nothing = visualize(student, files(shapes, 1), tmp_path / "out", Settings(samples=1, threshold=1.0))
+    assert nothing.images[0]["objects"] == 0
+    assert nothing.summary["gradients"]["checkpoint"]["overall"] == {"images": 0}
+    assert " - " in shown(nothing)
+
+
+def test_a_teacher_stands_beside_and_can_say_where_the_objects_are(
+    checkpoint: Path, shapes: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+):
+    teacher = checkpoint_of(tmp_path_factory.mktemp("runs") / "teacher", shapes, fpn_channels=16)
+    settings = Settings(samples=1, threshold=0.0)
+    report = visualize(
+        str(checkpoint), files(shapes, 1), tmp_path / "out", settings, teacher=str(teacher), teacher_boxes=True
+    )
+    assert report.images[0]["boxes"] == "the teacher's detections of score 0 and above"
+    rows = report.images[0]["gradients"]
+    assert list(rows) == ["checkpoint", "teacher"]
+    assert rows["checkpoint"]["P2"] != rows["teacher"]["P2"]
+
+    with pytest.raises(CheckpointError, match="holds no adapters"):
+        visualize(
+            str(checkpoint), files(shapes, 1), tmp_path / "out", Settings(distillation=True), teacher=str(teacher)
+        )
+    adapters = build_adapters([8] * 5, [16] * 5).state_dict()
+    distilled = checkpoint_of(tmp_path_factory.mktemp("runs") / "distilled", shapes, adapters)
+    report = visualize(
+        str(distilled),
+        files(shapes, 1),
+        tmp_path / "out",
+        Settings(loss="distillation"),
+        annotations=shapes / "val.json",
+        teacher=str(teacher),
+        changes={"distillation.alpha_bg": 0.0},
+    )
+    rows = report.images[0]["distillation"]
+    assert list(rows) == ["full", "fg-only", "bg-only", "neck"]
+    assert rows["fg-only"] == rows["neck"]
+    assert rows["bg-only"]["overall"]["background"]["mean"] == 0
+    assert "gradients" not in report.images[0]
+    assert (tmp_path / "out" / f"{Path(files(shapes, 1)[0]).stem}_distillation.png").is_file()
+
+
+def test_one_bad_image_is_named_and_skipped(checkpoint: Path, shapes: Path, tmp_path: Path):
+    bad = tmp_path / "bad.jpg"
+    bad.write_bytes(b"no image")
+    good = files(shapes, 1)[0]
+    report = visualize(str(checkpoint), [str(bad), good], tmp_path / "out", QUICK)
+    assert [image["file"] for image in report.images] == [good]
+    assert report.skipped == [{"file": str(bad), "reason": f"{bad}: is not an image that can be read"}]
+    assert content(tmp_path / "out")["skipped"] == report.skipped
+    with pytest.raises(DataError, match=r"no image could be used:\n  .*bad\.jpg"):
+        visualize(str(checkpoint), [str(bad)], tmp_path / "none", QUICK)
+    assert not (tmp_path / "none" / "gradients.json").exists()
+
+
+def test_input_that_leads_nowhere(tmp_path: Path, shapes: Path):
+    with pytest.raises(DataError, match=r"missing\.jpg: no such image or folder"):
+        find_images([str(tmp_path / "missing.jpg")])
+    with pytest.raises(DataError, match="no images in this folder"):
+        find_images([str(tmp_path)])
+    with pytest.raises(DataError, match="no file matches this pattern"):
+        find_images([str(tmp_path / "*.png")])
+    Image.new("RGB", (8, 8)).save(tmp_path / "stranger.png")
+    with pytest.raises(DataError, match=r"stranger\.png: .*val\.json has no ground truth for it"):
+        find_images([str(tmp_path / "stranger.png")], read_annotations(shapes / "val.json"))
+
+
+def test_files_folders_and_patterns_lead_to_each_image_once(shapes: Path):
+    names = sorted(path.name for path in (shapes / "images").iterdir())
+    folder = shapes / "images"
+    found = find_images([str(folder / names[2]), str(folder), str(folder / "*")])
+    assert [source.path.name for source in found] == [names[2], *(name for name in names if name != names[2])]
+    assert len(find_images([str(folder)], limit=3)) == 3
+
+
+def test_annotations_choose_among_the_images_of_a_folder(shapes: Path):
+    """The folder holds both splits; the file knows one of them, and a file named by itself must be in it."""
+    known = read_annotations(shapes / "val.json")
+    assert len(list((shapes / "images").iterdir())) > len(known.file_names)
+    found = find_images([str(shapes / "images")], known)
+    assert [source.path.name for source in found] == sorted(known.file_names)
+    assert all(source.objects.origin == "ground truth" for source in found)
+    with pytest.raises(DataError, match="no image of this name"):
+        find_images(files(shapes, 1), read_annotations(shapes / "train.json"))
+
+
+def test_a_file_name_is_matched_by_its_whole_path_before_its_last_part(tmp_path: Path):
+    names = ["a/x.png", "b/x.png", "c/y.png"]
+    content = {
+        "images": [{"id": i, "file_name": name} for i, name in enumerate(names)],
+        "categories": [{"id": 1, "name": "thing"}],
+        "annotations": [
+            {"id": i, "image_id": i, "category_id": 1, "bbox": [0, 0, 2 + i, 2 + i]} for i in range(len(names))
+        ],
+    }
+    (tmp_path / "all.json").write_text(json.dumps(content))
+    known = read_annotations(tmp_path / "all.json")
+    for path in ("b/x.png", "moved/y.png", "moved/x.png"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / path)
+    found = find_images([str(tmp_path / "b" / "x.png"), str(tmp_path / "moved")], known)
+    # moved/x.png could be either of two, and is left out.
+    assert [(source.path.parent.name, source.objects.boxes[0, 2].item()) for source in found] == [
+        ("b", 3),
+        ("moved", 4),
+    ]
+
+
+def test_images_called_alike_get_files_of_their_own(tmp_path: Path):
+    paths = [tmp_path / folder / name for folder, name in (("a", "x.png"), ("b", "x.png"), ("c", "x_2.png"))]
+    for path in paths:
+        path.parent.mkdir()
+        Image.new("RGB", (8, 8)).save(path)
+    assert distinct_names(find_images([str(path) for path in paths])) == ["x", "x_2", "x_2_2"]
+
+
+def test_annotated_boxes_are_those_of_the_data_set(shapes: Path):
+    from defeat_cli.data.dataset import CocoDataset
+
+    dataset = CocoDataset(shapes / "val.json", shapes / "images", train=False)
+    for source, sample in zip(images_of(dataset), dataset, strict=False):
+        assert torch.equal(source.objects.boxes, sample.target["boxes"])
+        assert [dataset.classes.index(name) + 1 for name in source.objects.classes] == sample.target["labels"].tolist()
+        assert torch.equal(source.read(), sample.image)
+
+
+def test_a_checkpoint_without_the_annotated_classes_is_refused(checkpoint: Path, shapes: Path, tmp_path: Path):
+    foreign = json.loads((shapes / "val.json").read_text())
+    foreign["categories"][0]["name"] = "zebra"
+    (tmp_path / "foreign.json").write_text(json.dumps(foreign))
+    with pytest.raises(CheckpointError, match=r"best\.pt has no class for zebra, .*; it knows "):
+        visualize(str(checkpoint), files(shapes, 6), tmp_path / "out", QUICK, annotations=tmp_path / "foreign.json")
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_that_make_no_sense_are_refused(checkpoint: Path, shapes: Path, tmp_path: Path):
+    with pytest.raises(DefeatError, match="did you mean regression"):
+        Settings(loss="regresion")
+    with pytest.raises(DefeatError, match="--reduce max"):
+        Settings(reduce="max")
+    with pytest.raises(DefeatError, match="seeds at least 0"):
+        Settings(seed=-1)
+    with pytest.raises(DataError, match="--limit 0"):
+        visualize(str(checkpoint), [], tmp_path, QUICK, limit=0)
+    with pytest.raises(DefeatError, match="need a teacher"):
+        visualize(str(checkpoint), [], tmp_path, Settings(distillation=True))
+    with pytest.raises(DataError, match="no split 'test'"):
+        visualize(str(checkpoint), [], tmp_path, QUICK, split="test")
+
+
+def test_weights_that_diverged_are_refused(shapes: Path, tmp_path: Path):
+    path = checkpoint_of(tmp_path / "run", shapes)
+    saved = native.load(path)
+    saved["student"]["backbone.fpn.layer_blocks.0.0.bias"][0] = float("nan")
+    native.save(path, {key: saved[key] for key in native.KEYS})
+    with pytest.raises(CheckpointError, match="not finite"):
+        visualize(str(path), [], tmp_path / "out", QUICK, limit=1)
+
+
+def test_masks_are_drawn_for_each_image(checkpoint: Path, shapes: Path, tmp_path: Path):
+    recipe = recipes.load(str(checkpoint.parent / "recipe.yaml"))
+    detector = detector_of(recipe, read_annotations(shapes / "val.json").classes)
+    sources = find_images(files(shapes, 1), read_annotations(shapes / "val.json"))
+    (path,) = draw_masks(detector, sources, tmp_path)
+    assert path.name == f"{sources[0].path.stem}_masks.png"
+    assert min(Image.open(path).size) > 800
+    with pytest.raises(DataError, match="no boxes: give its ground truth, or a teacher"):
+        draw_masks(detector, find_images(files(shapes, 1)), tmp_path)
+    assert read_image(sources[0].path).shape == (3, 64, 64)
