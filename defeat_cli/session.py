@@ -12,7 +12,8 @@ from torch import nn
 
 from defeat_cli.checkpoints.loading import load_weights
 from defeat_cli.checkpoints.weights import Weights, load_strict
-from defeat_cli.config.schema import Architecture, Data, Distillation, Optimizer, Recipe, Schedule
+from defeat_cli.config.architecture import Architecture
+from defeat_cli.config.schema import Data, Distillation, Optimizer, Recipe, Schedule
 from defeat_cli.data.dataset import CocoDataset, open_split
 from defeat_cli.data.formats.shapes import draw_shapes
 from defeat_cli.detectors.backbones import load_backbone_weights

@@ -9,7 +9,8 @@ from pydantic import ValidationError
 from defeat_cli.checkpoints import detectron2, mmdet, native, torchvision
 from defeat_cli.checkpoints.reading import described, read
 from defeat_cli.checkpoints.weights import Weights
-from defeat_cli.config.schema import Architecture, recipes_folder
+from defeat_cli.config.architecture import Architecture
+from defeat_cli.config.schema import recipes_folder
 from defeat_cli.errors import CheckpointError
 
 FORMATS = {"native": native, "mmdet": mmdet, "detectron2": detectron2, "torchvision": torchvision}

@@ -14,7 +14,8 @@ import torch
 
 from defeat_cli.checkpoints.reading import read
 from defeat_cli.checkpoints.weights import Weights, is_state_dict
-from defeat_cli.config.schema import Architecture, validate
+from defeat_cli.config.architecture import Architecture
+from defeat_cli.config.schema import validate
 from defeat_cli.errors import CheckpointError, RecipeError
 from defeat_cli.files import replacing
 
@@ -75,7 +76,7 @@ def to_weights(content: Mapping[str, Any], origin: str, architecture: Architectu
         recipe = validate(content["recipe"], f"{origin}: the recipe in it")
     except RecipeError as error:
         raise CheckpointError(str(error)) from None
-    shared = {name: getattr(recipe.student, name) for name in Architecture.model_fields}
+    shared = {name: getattr(recipe.student, name) for name in Architecture.__dataclass_fields__}
     classes = content["classes"]
     return Weights(
         format="native",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -12,7 +13,8 @@ from torchvision.models import get_model_weights
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from defeat_cli.checkpoints.weights import StateDict, Weights, is_state_dict
-from defeat_cli.config.schema import TORCHVISION_BUILDERS, Architecture, Conventions, nearest
+from defeat_cli.config.architecture import TORCHVISION_BUILDERS, Architecture, Conventions
+from defeat_cli.config.schema import nearest
 from defeat_cli.errors import CheckpointError
 
 WRAPPERS = ("model", "state_dict", "model_state_dict")
@@ -131,8 +133,7 @@ def download(name: str) -> Weights:
 
 def without_epsilon(architecture: Architecture) -> Architecture:
     """The same, with the BatchNorm epsilon of 0 that torchvision sets for its oldest weights."""
-    conventions = Conventions(**{**architecture.conventions.model_dump(), "batch_norm_eps": 0.0})
-    return architecture.model_copy(update={"conventions": conventions})
+    return replace(architecture, conventions=replace(architecture.conventions, batch_norm_eps=0.0))
 
 
 def _unwrapped(content: Any) -> StateDict | None:

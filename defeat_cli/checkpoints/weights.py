@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from defeat_cli.config.schema import Architecture
+from defeat_cli.config.architecture import Architecture
 from defeat_cli.errors import CheckpointError
 
 StateDict = dict[str, Tensor]

@@ -11,41 +11,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass
 
+from defeat_cli.config.architecture import STRICT, Architecture
+from defeat_cli.config.types import Count, Fraction, NonNegative, Positive
 from defeat_cli.errors import RecipeError
 from defeat_cli.files import replacing
-
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Count = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-
-DETECTOR_FAMILIES = ("faster_rcnn", "retinanet", "fcos")
-TORCHVISION_BUILDERS = (
-    "fasterrcnn_resnet50_fpn",
-    "fasterrcnn_resnet50_fpn_v2",
-    "fasterrcnn_mobilenet_v3_large_fpn",
-    "fasterrcnn_mobilenet_v3_large_320_fpn",
-    "retinanet_resnet50_fpn",
-    "retinanet_resnet50_fpn_v2",
-    "fcos_resnet50_fpn",
-)
-BACKBONES = (
-    "resnet18",
-    "resnet34",
-    "resnet50",
-    "resnet101",
-    "resnet152",
-    "resnext50_32x4d",
-    "resnext101_32x4d",
-    "resnext101_32x8d",
-    "resnext101_64x4d",
-    "mobilenet_v2",
-    "mobilenet_v3_large",
-    "mobilenet_v3_small",
-    "regnet",
-)
 
 
 class Section(BaseModel):
@@ -54,79 +26,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
-class Conventions(Section):
-    """Where detectors of other libraries compute differently from torchvision's. Checkpoint readers set these."""
-
-    image_mean: Annotated[list[float], Field(min_length=3, max_length=3)] = [0.485, 0.456, 0.406]
-    """RGB mean of pixels in [0, 1]."""
-    image_std: Annotated[list[Positive], Field(min_length=3, max_length=3)] = [0.229, 0.224, 0.225]
-    """RGB standard deviation of pixels in [0, 1]."""
-    stride_in_1x1: bool = False
-    """A ResNet bottleneck strides in its first 1x1 convolution instead of the 3x3."""
-    batch_norm_eps: NonNegative | None = None
-    """Epsilon of the backbone's BatchNorm; null takes torchvision's own for that backbone (1e-5 in ResNets)."""
-    roi_align_aligned: bool = False
-    """RoIAlign shifts boxes by half a pixel."""
-    roi_align_sampling_ratio: Annotated[int, Field(ge=0)] = 2
-    """Samples a RoIAlign bin side; 0 adapts it to the box."""
-    rounded_anchors: bool = True
-    """Anchor sides are rounded to whole pixels, as torchvision does."""
-    anchor_order: Literal["ratios-first", "sizes-first"] = "ratios-first"
-    """Which varies slowest among the anchors of one cell: torchvision goes through ratios first."""
-    nominal_strides: bool = False
-    """Anchors are spaced by the level's nominal stride also where the padded image is no multiple of it."""
-    p6_from: Literal["c5", "p5"] = "p5"
-    """What RetinaNet's and FCOS's P6 is computed from."""
-    p7_relu: bool = True
-    """A ReLU stands between P6 and P7."""
-    clip_after_nms: bool = False
-    """RetinaNet's boxes are clipped to the image after non-maximum suppression instead of before."""
-    edge_cases: Literal["torchvision", "mmdetection", "detectron2"] = "torchvision"
-    """Whose rules hold where it seldom matters: regions on the edge of two levels, empty boxes, extreme deltas."""
-
-
-class Architecture(Section):
-    """What a detector is made of. A native checkpoint carries its own."""
-
-    detector: Literal[DETECTOR_FAMILIES + TORCHVISION_BUILDERS] = "faster_rcnn"  # type: ignore[valid-type]
-    """A family, built from the keys below, or one of torchvision's builders, which leaves only `norm` and
-    `frozen_stages` open."""
-    backbone: Literal[BACKBONES] = "resnet50"  # type: ignore[valid-type]
-    widths: Annotated[list[Count], Field(min_length=4, max_length=4)] | None = None
-    """Channels of the four stages; `regnet` only."""
-    depths: Annotated[list[Count], Field(min_length=4, max_length=4)] | None = None
-    """Blocks of the four stages; `regnet` only, where null is one block each."""
-    fpn_channels: Count = 256
-    head_channels: Count = 1024
-    """Width of Faster R-CNN's box head. One-stage heads are as wide as the FPN."""
-    norm: Literal["frozen", "batch"] = "frozen"
-    """Backbone BatchNorm: `frozen` statistics (right for pretrained weights, small batches) or trained."""
-    frozen_stages: Annotated[int, Field(ge=0, le=5)] = 0
-    """Backbone stages that are not trained, counted from the stem (torchvision's usual choice is 2)."""
-    anchor_sizes: list[list[Positive]] | None = None
-    """Anchor sides in pixels, one list per FPN level; null takes the family's defaults."""
-    anchor_ratios: Annotated[list[Positive], Field(min_length=1)] = [0.5, 1.0, 2.0]
-    proposals: Count = 1000
-    """Proposals kept per image by the RPN, before and after suppression, at inference."""
-    proposals_train: Count = 2000
-    """The same in training."""
-    regions_per_image: Count = 512
-    """Proposals sampled per image for the box head, and for head distillation from this detector as teacher."""
-    score_threshold: Fraction = 0.05
-    nms_threshold: Fraction = 0.5
-    detections_per_image: Count = 100
-    conventions: Conventions = Conventions()
-
-    @model_validator(mode="after")
-    def _regnet_has_widths(self) -> Architecture:
-        if self.backbone == "regnet" and self.detector in DETECTOR_FAMILIES:
-            if self.widths is None:
-                raise ValueError("widths is needed for backbone regnet, e.g. [32, 64, 128, 256]")
-        elif self.widths is not None or self.depths is not None:
-            raise ValueError(f"widths and depths are for backbone regnet only, not {self.backbone}")
-        return self
-
-
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Student(Architecture):
     """The detector that is trained."""
 
@@ -398,9 +298,8 @@ def validate(content: dict[str, Any], origin: str) -> Recipe:
 def _problem(details: dict[str, Any]) -> str:
     location = [str(part) for part in details["loc"]]
     dotted = ".".join(location)
-    if details["type"] == "extra_forbidden":
-        model = _section_at(location[:-1])
-        keys = list(model.model_fields) if model else []
+    if details["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        keys = _fields(_section_at(location[:-1]))
         return f"{dotted}: unknown key{nearest(location[-1], keys)}"
     message = details["msg"].removeprefix("Value error, ").replace("Input should", "should")
     value = details["input"]
@@ -410,16 +309,20 @@ def _problem(details: dict[str, Any]) -> str:
     return f"{dotted or 'recipe'}: {message}{shown}"
 
 
-def _section_at(location: list[str]) -> type[BaseModel] | None:
+def _fields(section: type | None) -> dict[str, Any]:
+    """Keys of a section and their types; none where there is no such section."""
+    if section is None or not hasattr(section, "__pydantic_fields__"):
+        return {}
+    return {name: info.annotation for name, info in section.__pydantic_fields__.items()}
+
+
+def _section_at(location: list[str]) -> type | None:
     """The section that a dotted location names."""
-    model: type[BaseModel] | None = Recipe
+    section: type | None = Recipe
     for part in location:
-        field = model.model_fields.get(part) if model else None
-        if field is None:
-            return None
-        kinds = [field.annotation, *get_args(field.annotation)]
-        model = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
-    return model
+        annotation = _fields(section).get(part)
+        section = next((kind for kind in (annotation, *get_args(annotation)) if _fields(kind)), None)
+    return section
 
 
 def nearest(word: str, known: Any) -> str:

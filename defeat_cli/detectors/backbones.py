@@ -25,7 +25,7 @@ from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelP6P7
 
 from defeat_cli.checkpoints.reading import described, read
 from defeat_cli.checkpoints.weights import is_state_dict, load_strict
-from defeat_cli.config.schema import TORCHVISION_BUILDERS, Architecture
+from defeat_cli.config.architecture import TORCHVISION_BUILDERS, Architecture
 from defeat_cli.detectors.conventions import PlainP6P7
 from defeat_cli.errors import CheckpointError
 

@@ -17,7 +17,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.ops import MultiScaleRoIAlign, batched_nms, clip_boxes_to_image, roi_align
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-from defeat_cli.config.schema import Architecture, Conventions
+from defeat_cli.config.architecture import Architecture, Conventions
 from defeat_cli.errors import RecipeError
 
 POOLED_LEVELS = ["0", "1", "2", "3"]

@@ -10,7 +10,7 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 
-from defeat_cli.config.schema import Architecture
+from defeat_cli.config.architecture import Architecture
 from defeat_cli.detectors.backbones import build_backbone
 from defeat_cli.detectors.contract import Batch, Detector, Regions, at_least_float32, image_list
 from defeat_cli.detectors.conventions import adopt_edge_cases, build_anchor_generator, build_roi_pool

@@ -6,7 +6,7 @@ from torch import Tensor
 from torchvision.models.detection import FCOS
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
-from defeat_cli.config.schema import Architecture
+from defeat_cli.config.architecture import Architecture
 from defeat_cli.detectors.backbones import build_backbone
 from defeat_cli.detectors.contract import Target
 from defeat_cli.detectors.one_stage import OneStageDetector

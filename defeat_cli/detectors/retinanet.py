@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torchvision.models.detection import RetinaNet
 
-from defeat_cli.config.schema import Architecture
+from defeat_cli.config.architecture import Architecture
 from defeat_cli.detectors.backbones import build_backbone
 from defeat_cli.detectors.contract import Target
 from defeat_cli.detectors.conventions import ConventionRetinaNet, build_anchor_generator

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import nn
 from torchvision.models import detection
 
-from defeat_cli.config.schema import Architecture
+from defeat_cli.config.architecture import Architecture
 from defeat_cli.detectors.backbones import finish_body, mobilenet_stage_ends
 from defeat_cli.detectors.contract import Detector
 from defeat_cli.detectors.faster_rcnn import FasterRCNNDetector, build_faster_rcnn

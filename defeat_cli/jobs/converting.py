@@ -9,7 +9,8 @@ import yaml
 from defeat_cli.checkpoints.loading import load_weights
 from defeat_cli.checkpoints.native import write_atomically
 from defeat_cli.checkpoints.weights import load_strict
-from defeat_cli.config.schema import Architecture, Data
+from defeat_cli.config.architecture import Architecture, changed_settings
+from defeat_cli.config.schema import Data
 from defeat_cli.detectors.zoo import build_detector
 from defeat_cli.errors import CheckpointError
 from defeat_cli.files import replacing
@@ -41,7 +42,7 @@ def convert(source: str, target: Path, architecture: Architecture | None = None,
     load_strict(detector.model, weights.state_dict, source)
     write_atomically(target, detector.model.state_dict())
     content = {
-        "student": weights.architecture.model_dump(exclude_defaults=True),
+        "student": changed_settings(weights.architecture),
         "data": {"short_side": [short_side], "long_side": long_side},
     }
     with replacing(recipe) as temporary:

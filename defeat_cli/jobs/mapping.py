@@ -11,7 +11,8 @@ from typing import Any
 from defeat_cli import session
 from defeat_cli.checkpoints import native
 from defeat_cli.checkpoints.loading import load_weights
-from defeat_cli.config.schema import Architecture, Data, Recipe
+from defeat_cli.config.architecture import Architecture
+from defeat_cli.config.schema import Data, Recipe
 from defeat_cli.console import counting
 from defeat_cli.data.annotations import Annotations, read_annotations
 from defeat_cli.data.dataset import CocoDataset

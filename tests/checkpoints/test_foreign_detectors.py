@@ -13,7 +13,7 @@ from oracles.foreign_detectors import STYLES, ForeignDetector
 from defeat_cli.checkpoints import detectron2, mmdet
 from defeat_cli.checkpoints.loading import load_weights
 from defeat_cli.checkpoints.weights import load_strict
-from defeat_cli.config.schema import Architecture, Conventions
+from defeat_cli.config.architecture import Architecture, Conventions
 from defeat_cli.detectors.contract import image_list
 from defeat_cli.detectors.zoo import build_detector
 

@@ -8,7 +8,7 @@ from torchvision.models import detection
 
 from defeat_cli.checkpoints import torchvision as ours
 from defeat_cli.checkpoints.loading import load_weights
-from defeat_cli.config.schema import Architecture, Conventions
+from defeat_cli.config.architecture import Architecture, Conventions
 from defeat_cli.detectors.zoo import build_detector
 from defeat_cli.errors import CheckpointError
 

@@ -17,7 +17,7 @@ from torchvision.models.regnet import BlockParams, RegNet
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-from defeat_cli.config.schema import Architecture
+from defeat_cli.config.architecture import Architecture
 from defeat_cli.detectors.backbones import build_backbone, load_backbone_weights
 from defeat_cli.detectors.zoo import build_detector
 from defeat_cli.errors import CheckpointError, RecipeError

@@ -11,7 +11,7 @@ from torch import nn
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import box_iou, sigmoid_focal_loss
 
-from defeat_cli.config.schema import BACKBONES, DETECTOR_FAMILIES, TORCHVISION_BUILDERS, Architecture
+from defeat_cli.config.architecture import BACKBONES, DETECTOR_FAMILIES, TORCHVISION_BUILDERS, Architecture
 from defeat_cli.detectors.contract import Batch, Detector
 from defeat_cli.detectors.fcos import FCOSDetector
 from defeat_cli.detectors.zoo import DETECTORS, build_detector

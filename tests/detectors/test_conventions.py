@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import MultiScaleRoIAlign, roi_align
 
-from defeat_cli.config.schema import Architecture
+from defeat_cli.config.architecture import Architecture
 from defeat_cli.detectors.conventions import (
     LEVEL_OF_SIDE,
     ConventionAnchors,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from defeat_cli.config.schema import Architecture
+from defeat_cli.config.architecture import Architecture
 from defeat_cli.detectors.contract import Batch, Detector, image_list
 from defeat_cli.detectors.zoo import build_detector
 from defeat_cli.distillation.adapters import build_adapters
