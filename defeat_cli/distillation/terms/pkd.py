@@ -16,7 +16,6 @@ class Pkd(PyramidTerm):
 
     def forward(self, student: View, teacher: View) -> dict[str, Loss]:
         values = {
-            level.name: pkd_loss(level.student, level.teacher, level.valid)
-            for level in self.compared(student, teacher)
+            level.name: pkd_loss(level.student, level.teacher, level.valid) for level in self.compared(student, teacher)
         }
         return {"": summed(values, self.settings.weight)}
