@@ -129,7 +129,7 @@ def relation(features, parameters, valid=None):
     for n in range(images):
         cells = [(i, j) for m, i, j in _cells(features, valid) if m == n]
         x = features[n]
-        logits = [sum(context[0][0][c] * x[c][i][j] for c in range(channels)) + context[1][0] for i, j in cells]
+        logits = [sum(context[0][c] * x[c][i][j] for c in range(channels)) + context[1] for i, j in cells]
         shares = softmax(logits)
         ctx = [sum(share * x[c][i][j] for share, (i, j) in zip(shares, cells, strict=True)) for c in range(channels)]
         hidden = [sum(w * v for w, v in zip(row, ctx, strict=True)) + b for row, b in zip(*down, strict=True)]
