@@ -32,14 +32,15 @@ class Frs(PyramidTerm):
         self, student: Detector, teacher: Detector, *, class_map: Mapping[str, str] | None = None, **settings: Any
     ) -> None:
         super().__init__(student, teacher, class_map=class_map, **settings)
-        reason = "the student scores no cells"
+        reason, pairs = "the student scores no cells", []
         if isinstance(student, CellClassifier):
             reason = student.cell_obstacle(teacher)
-        self.columns: tuple[list[int], list[int]] | None = None
         if reason is None and not student.softmax:
-            classes = match_classes(student.classes, teacher.classes, class_map)
-            self.columns = [s for s, _ in classes], [t for _, t in classes]
-            reason = None if classes else "teacher and student share no class; distillation.class_map can name pairs"
+            pairs = match_classes(student.classes, teacher.classes, class_map)
+            reason = None if pairs else "teacher and student share no class; distillation.class_map can name pairs"
+        of_student, of_teacher = (torch.tensor(side) for side in zip(*pairs, strict=True)) if pairs else (None, None)
+        self.register_buffer("student_columns", of_student, persistent=False)
+        self.register_buffer("teacher_columns", of_teacher, persistent=False)
         self.scores_alike = reason is None
         if reason is not None and self.settings.class_weight > 0:
             self.notes.append(f"frs compares features only, not class scores: {reason}")
@@ -71,9 +72,8 @@ class Frs(PyramidTerm):
     def _logits(self, student: View, teacher: View, s: int, t: int) -> tuple[Tensor, Tensor]:
         """Both detectors' logits of one level on the student's cells, in the classes that both know: [N, A, h, w]."""
         ours, theirs = student.cell_logits[s], teacher.cell_logits[t]
-        if self.columns is not None:
-            of_student, of_teacher = (torch.tensor(columns, device=ours.device) for columns in self.columns)
-            ours, theirs = ours.index_select(2, of_student), theirs.index_select(2, of_teacher)
+        if self.student_columns is not None:
+            ours, theirs = ours.index_select(2, self.student_columns), theirs.index_select(2, self.teacher_columns)
         strides = teacher.detector.strides[t], student.detector.strides[s]
         shape = tuple(ours.shape[-2:])
         return ours.flatten(1, 2), teacher.on_grid_of(student, theirs.flatten(1, 2), strides[0], shape, strides[1])
