@@ -119,7 +119,10 @@ class _Distillation(Section):
                 if kind is None:
                     problems.append(f"distillation.{name}: unknown key{nearest(name, cls.model_fields)}")
                 elif value is not None:
-                    sections[name] = TypeAdapter(kind).validate_python(value)
+                    try:
+                        sections[name] = TypeAdapter(kind).validate_python(value)
+                    except ValidationError as error:
+                        problems += [_problem(d, ("distillation", name)) for d in error.errors()]
         if problems:
             raise PydanticCustomError("sections", "\n  ".join(problems))
         return sections
@@ -289,8 +292,9 @@ def validate(content: dict[str, Any], origin: str) -> Recipe:
     raise RecipeError("\n  ".join([f"{origin} cannot be used:", *problems]))
 
 
-def _problem(details: dict[str, Any]) -> str:
-    location = [str(part) for part in details["loc"]]
+def _problem(details: dict[str, Any], within: tuple[str, ...] = ()) -> str:
+    """One mistake in the user's dotted names; `within` is where the mistake's own location begins."""
+    location = [*within, *(str(part) for part in details["loc"])]
     dotted = ".".join(location)
     if details["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         keys = _fields(_section_at(location[:-1]))
@@ -316,7 +320,7 @@ def _section_at(location: list[str]) -> type | None:
     """The section that a dotted location names."""
     section: type | None = Recipe
     for part in location:
-        annotation = _fields(section).get(part)
+        annotation = _fields(section).get(part) or (_own_settings(part) if section is Distillation else None)
         section = next((kind for kind in (annotation, *get_args(annotation)) if _fields(kind)), None)
     return section
 

@@ -14,7 +14,14 @@ from defeat_cli.files import replacing
 
 
 def draw_curves(metrics: list[dict[str, Any]], path: Path, terms: Sequence[str] = ()) -> None:
-    """Draw what metrics.jsonl holds: detection losses, the terms' losses with and without their weights, and AP.
+    """Write the picture of `curves` to a file."""
+    figure = curves(metrics, terms)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+
+
+def curves(metrics: list[dict[str, Any]], terms: Sequence[str] = ()) -> Figure:
+    """A picture of what metrics.jsonl holds: detection losses, the terms' with and without their weights, and AP.
 
     Args:
         terms: names of the distillation terms.
@@ -46,8 +53,7 @@ def draw_curves(metrics: list[dict[str, Any]], path: Path, terms: Sequence[str] 
             axes[-1].plot(*zip(*points, strict=True), marker="o", markersize=3, label=figure_name)
     _label(axes[-1], "COCO AP on the validation images, %")
     axes[-1].set_ylim(bottom=0)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=120)
+    return figure
 
 
 def _names(entries: list[dict[str, Any]], kind: str, wanted: Any) -> list[str]:

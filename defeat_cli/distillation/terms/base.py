@@ -34,6 +34,13 @@ class View:
     frozen: bool = False
     _logits: list[tuple[Regions, Tensor]] = field(default_factory=list)
 
+    @classmethod
+    def of_features(cls, detector: Detector, batch: Batch, features: list[Tensor], frozen: bool = False) -> View:
+        """A view whose features are given, e.g. cut loose from the backbone to ask for gradients at them."""
+        view = cls(detector, batch, frozen)
+        view.__dict__["features"] = features
+        return view
+
     @cached_property
     def stages(self) -> list[Tensor]:
         """Backbone stages, finest first; for detectors that are `Stages`."""
