@@ -156,13 +156,27 @@ def test_frs_says_when_it_compares_features_only():
     assert not any("frs" in note for note in TERMS["frs"](student, teacher, class_weight=0.0).notes)
 
 
-def test_published_weights_go_by_the_students_kind():
+PUBLISHED = {
+    "pkd": ({"weight": 6.0}, {"weight": 10.0}),
+    "cwd": ({"weight": 10.0, "temperature": 1.0}, {"weight": 10.0, "temperature": 1.0}),
+    "fgd": (
+        {"temperature": 0.5, "alpha_fg": 5e-5, "alpha_bg": 2.5e-5, "attention": 5e-5, "relation": 5e-7},
+        {"temperature": 0.5, "alpha_fg": 1e-3, "alpha_bg": 5e-4, "attention": 5e-4, "relation": 5e-6},
+    ),
+    "mgd": ({"weight": 5e-7, "hidden": 0.45}, {"weight": 2e-5, "hidden": 0.65}),
+    "frs": ({"weight": 0.002, "class_weight": 0.1}, {"weight": 0.005, "class_weight": 0.02}),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_settings_go_by_the_students_kind(name):
     two, one = build("faster_rcnn"), build("retinanet")
-    assert TERMS["pkd"](two, two).settings.weight == 6
-    assert TERMS["pkd"](one, two).settings.weight == 10
-    assert TERMS["pkd"](one, two, weight=3.0).settings.weight == 3
-    fgd = TERMS["fgd"](two, one).settings
-    assert (fgd.alpha_fg, fgd.alpha_bg, fgd.attention, fgd.relation) == (5e-5, 2.5e-5, 5e-5, 5e-7)
+    for student, teacher, published in ((two, one, PUBLISHED[name][0]), (one, two, PUBLISHED[name][1])):
+        settings = TERMS[name](student, teacher).settings
+        assert {key: getattr(settings, key) for key in published} == published
+        # What is said comes first.
+        given = TERMS[name](student, teacher, **dict.fromkeys(published, 0.25)).settings
+        assert {key: getattr(given, key) for key in published} == dict.fromkeys(published, 0.25)
 
 
 def test_levels_are_those_of_the_publications():
