@@ -8,7 +8,10 @@ from tiny_pairs import batch as make_batch
 from tiny_pairs import build, distil
 
 from defeat_cli.detectors.contract import FeatureDetector
+from defeat_cli.distillation.losses import frs_class_loss
+from defeat_cli.distillation.masks import valid_masks
 from defeat_cli.distillation.terms import TERMS
+from defeat_cli.distillation.terms.scores import teacher_scores
 from defeat_cli.errors import TermError
 
 batch = pytest.fixture(make_batch)
@@ -137,6 +140,19 @@ def test_dist_and_frs_compare_the_classes_that_both_know(batch):
     distiller = distil(student, teacher, ["dist", "frs"])
     assert distiller.terms["dist"].notes == ["head distillation runs over 2 shared classes (a, b)"]
     losses = distiller(*batch).raw
+    ours, theirs = distiller.views(*batch)
+    shapes = [feature.shape[-2:] for feature in ours.features]
+    expected = 0.0
+    for s, t, score, valid in zip(
+        ours.cell_logits,
+        theirs.cell_logits,
+        teacher_scores(ours, theirs, distiller.terms["frs"].pairs),
+        valid_masks(ours.batch.valid, shapes, student.strides),
+        strict=True,
+    ):
+        shared = s[:, :, [0, 1]].flatten(1, 2), t[:, :, [2, 1]].flatten(1, 2)
+        expected += frs_class_loss(*shared, score * valid).item()
+    assert distiller.terms["frs"](ours, theirs)["classes"].value.item() == pytest.approx(expected, rel=1e-5)
     # With the shared classes in the same places the losses are the same: only they are compared.
     head = teacher.model.head.classification_head
     logits = torch.nn.Conv2d(head.cls_logits.in_channels, 6 * 3, 3, padding=1)
