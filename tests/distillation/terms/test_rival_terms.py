@@ -8,6 +8,7 @@ from tiny_pairs import batch as make_batch
 from tiny_pairs import build, distil
 
 from defeat_cli.detectors.contract import FeatureDetector
+from defeat_cli.distillation.distiller import Distiller
 from defeat_cli.distillation.losses import frs_class_loss
 from defeat_cli.distillation.masks import valid_masks
 from defeat_cli.distillation.terms import TERMS
@@ -81,9 +82,22 @@ def test_a_state_dict_brings_terms_back(batch):
 
 def test_the_teacher_may_see_images_at_its_own_size(batch):
     student, teacher = build("retinanet"), build("retinanet", seed=1, short_side=96)
-    losses = distil(student, teacher, [*NECK, "crosskd"], own_size=True)(*batch).weighted
+    torch.manual_seed(0)
+    terms = {name: TERMS[name](student, teacher) for name in [*NECK, "crosskd"] if name != "frs"}
+    terms["frs"] = TERMS["frs"](student, teacher, class_weight=0.0)
+    losses = Distiller(student, teacher, terms, own_size=True).train()(*batch).weighted
+    assert "frs_classes" not in losses
     assert all(loss.isfinite() for loss in losses.values())
     sum(losses.values()).backward()
+
+
+@pytest.mark.parametrize("name", ["head", "dist", "frs"])
+def test_anchors_of_images_of_other_sizes_are_not_compared(name):
+    student, teacher = build("retinanet"), build("retinanet", seed=1, short_side=96)
+    with pytest.raises(
+        TermError, match=f"teacher.size: own: distillation.{name} cannot have it: .* use teacher.size: s"
+    ):
+        distil(student, teacher, [name], own_size=True)
 
 
 def test_terms_are_computed_in_full_precision_under_autocast(batch):
