@@ -12,6 +12,7 @@ PACKAGE = Path(defeat_cli.__file__).parent
 ALLOWED = {
     "errors": set(),
     "files": set(),
+    "text": set(),
     "console": set(),
     "config": {"config", "errors", "files"},
     "checkpoints": {"checkpoints", "config", "errors", "files"},
@@ -19,6 +20,7 @@ ALLOWED = {
     "data": {"data", "errors"},
     "distillation": {"distillation", "detectors", "errors"},
     "engine": {"engine", "distillation", "detectors", "data", "config", "errors", "files"},
+    "ablation": {"ablation", "engine", "config", "console", "errors", "files", "text"},
     "session": {"engine", "distillation", "detectors", "data", "checkpoints", "config", "errors", "files"},
 }
 """What each part may import of ours. Parts not named here stand on top and may import anything."""

@@ -56,6 +56,12 @@ VARIANTS = {
     ),
 }
 
+GROUPS = {
+    "all-masks": ("full", "fg-only", "bg-only", "neck", "gaussian", "fine-grained"),
+    "all-methods": ("neck", "head", "defeat", "defeat+backbone"),
+}
+"""Variants that are compared together: `defeat ablate --all-masks`."""
+
 
 def read_variants(path: Path | None) -> dict[str, Variant]:
     """The shipped variants and those of a user's YAML file.

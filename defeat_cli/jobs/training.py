@@ -24,7 +24,7 @@ from defeat_cli.engine.detection_errors import error_report
 from defeat_cli.engine.evaluation import evaluate
 from defeat_cli.engine.loop import Training, fit
 from defeat_cli.engine.runs import BEST, CURVES, LAST, RESULTS, STUDENT, RunFolder, write_json
-from defeat_cli.errors import DataError
+from defeat_cli.errors import DataError, Interrupted
 
 NEAR_ZERO_AP = 0.01
 
@@ -37,17 +37,23 @@ def train(
     overwrite: bool = False,
     quiet: bool = False,
     title: str = "student",
+    until: int | None = None,
+    known_teacher: Callable[[], dict[str, Any] | None] = lambda: None,
 ) -> dict[str, Any]:
     """Run a recipe in a folder, to the end.
 
     Everything that can be wrong with the input is found before anything is written.
+
+    Args:
+        until: epoch after whose evaluation the run stops, saved; None goes on to the last.
+        known_teacher: gives the teacher's figures on the validation images where somebody has them already.
 
     Returns:
         What `results.json` holds: `student`, and `teacher` and `plain` where there are any, each with COCO figures.
 
     Raises:
         DefeatError: the recipe, data, teacher, device or folder cannot be used.
-        Interrupted: asked to stop; `resume` goes on.
+        Interrupted: asked to stop, or at `until`; `resume` goes on.
     """
     reporter = Reporter(title, quiet)
     run = RunFolder(folder)
@@ -77,13 +83,16 @@ def train(
     if resume and (run / LAST).is_file():
         training.load_state_dict(native.load(run / LAST)["training"])
     run.forget_after(training.step)
-    _fit(recipe, run, training, training_data, score, reporter)
+    epochs = min(until or recipe.schedule.epochs, recipe.schedule.epochs)
+    _fit(recipe, run, training, training_data, score, reporter, epochs)
+    if epochs < recipe.schedule.epochs:
+        raise Interrupted(f"{folder}: epoch {epochs} of {recipe.schedule.epochs} is saved; --resume goes on from there")
 
     best = native.load(run / BEST)
     native.write_atomically(run / STUDENT, best["student"])
     results: dict[str, Any] = {"student": best["metrics"], "training_seconds": round(training.seconds, 1)}
     if teacher is not None and match_classes(validation_data.classes, teacher.classes):
-        results["teacher"] = _teacher_results(recipe, folder) or score(teacher, reporter)
+        results["teacher"] = known_teacher() or _teacher_results(recipe, folder) or score(teacher, reporter)
     draw_curves(run.metrics(), run / CURVES)
     if recipe.run.compare_plain and teacher is not None:
         results["plain"] = _sub_run(plain_recipe(recipe), folder / "plain", overwrite, quiet, "plain student")[
@@ -205,8 +214,9 @@ def _fit(
     data: CocoDataset,
     score: Callable[[Detector, Reporter], dict[str, Any]],
     reporter: Reporter,
+    epochs: int,
 ) -> None:
-    """Train to the last epoch, saving checkpoints in our own format."""
+    """Train to the end of an epoch, saving checkpoints in our own format."""
     device = next(training.distiller.parameters()).device
     loader = training_loader(
         data,
@@ -233,7 +243,7 @@ def _fit(
             training,
             loader,
             run,
-            epochs=recipe.schedule.epochs,
+            epochs=epochs,
             factor=session.build_lr_factor(recipe.schedule, steps_per_epoch),
             base_lr=recipe.optimizer.lr,
             warmup_steps=recipe.distillation.warmup_steps,
