@@ -1,4 +1,4 @@
-"""Lists as people write them, for messages and tables."""
+"""Small pieces of messages."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 
 def listed(names: Iterable[object], most: int = 8) -> str:
-    """`a, b, c and 5 more`: the first `most` names, and how many others there are."""
-    words = [str(name) for name in names]
-    rest = len(words) - most
-    return ", ".join(words[:most]) + (f" and {rest} more" if rest > 0 else "")
+    """The first names of many: `a, b, c and 5 more`."""
+    names = [str(name) for name in names]
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")

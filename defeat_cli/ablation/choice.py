@@ -13,6 +13,7 @@ from typing import Any
 from defeat_cli.config import schema as recipes
 from defeat_cli.config.schema import Recipe, nearest
 from defeat_cli.config.variants import Variant, find_variant
+from defeat_cli.config.yaml import parse_assignments
 from defeat_cli.errors import RecipeError
 from defeat_cli.text import listed
 
@@ -106,7 +107,7 @@ def _values(text: str, base: str, assignment: str, settings: list[str]) -> tuple
     """Full key and values of `alpha_bg=1,4,16`."""
     key, _, values = assignment.partition("=")
     try:
-        parsed = recipes.parse_assignments([f"{key}=[{values}]"])[key]
+        parsed = parse_assignments([f"{key}=[{values}]"])[key]
     except RecipeError:
         raise RecipeError(f"{text}: {values!r} are no YAML values separated by commas, e.g. {key}=1,4,16") from None
     if not parsed:

@@ -29,7 +29,7 @@ class Calls:
 
     check: builds what a run of a recipe is made of, writes nothing; gives its training steps and what is to be said of
         it. Raises DefeatError where the run could not work.
-    obtain_teacher: recipe, folder of the study -> the checkpoint that all runs use, trained where it has to be.
+    obtain_teacher: recipe, folder of the study -> the teacher that the recipe trains; None where it trains none.
     command: run folder, epoch -> what trains the folder's recipe up to that epoch, from wherever it stands. The process
         must stop, saved, when its stdin is closed.
     """
@@ -54,7 +54,7 @@ class Task:
 
     def done(self, outcome: Outcome) -> bool:
         """Whether the run is there."""
-        return outcome.results is not None if self.whole else self.epoch in outcome.curve
+        return self.epoch in outcome.curve and (outcome.results is not None or not self.whole)
 
 
 def run_study(
@@ -81,12 +81,9 @@ def run_study(
     with locked(study.folder) as lock:
         study.save()
         # Resolved, for the path becomes part of the runs' recipes, which a later call must find unchanged.
-        teacher = calls.obtain_teacher(study.recipe, study.folder.resolve())
-        runs = study.runs(teacher)
+        runs = study.runs(calls.obtain_teacher(study.recipe, study.folder.resolve()))
         for run in runs:
             RunFolder(run.folder).check(run.recipe, resume=True)
-        if teacher != study.recipe.teacher.checkpoint:
-            steps = _check(runs, calls, reporter)
         failures: dict[str, str] = {}
         said = ""
         while True:

@@ -27,6 +27,7 @@ from defeat_cli.ablation.rows import Outcome, read_outcome
 from defeat_cli.config import schema as recipes
 from defeat_cli.config.schema import Recipe
 from defeat_cli.config.variants import Variant
+from defeat_cli.config.yaml import read_yaml
 from defeat_cli.engine.runs import RECIPE, RunFolder
 from defeat_cli.errors import RecipeError, RunError
 from defeat_cli.files import replacing
@@ -182,7 +183,7 @@ def plan(
     study.halvings()
     for run in study.runs():
         teacher = run.recipe.teacher
-        if run.recipe.distillation.active and teacher.checkpoint is None and teacher.recipe is None:
+        if run.recipe.distillation.terms and teacher.checkpoint is None and teacher.recipe is None:
             raise RecipeError("a study needs a teacher: give one with --teacher, or as teacher.recipe in the recipe")
     return study
 
@@ -195,7 +196,7 @@ def read_study(folder: Path) -> Study:
     """
     if not (folder / STUDY).is_file():
         raise RunError(f"{folder}: holds no study ({STUDY} is not there)")
-    content = recipes.read_yaml(folder / STUDY)
+    content = read_yaml(folder / STUDY)
     variants = {
         name: (SweepPoint if "base" in entry else Variant)(**entry) for name, entry in content["variants"].items()
     }

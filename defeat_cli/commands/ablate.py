@@ -85,7 +85,7 @@ def ablate(
     from defeat_cli.ablation.study import plan
     from defeat_cli.jobs.ablating import ablate as run
 
-    groups = [name for name, wanted in (("all-masks", all_masks), ("all-methods", all_methods)) if wanted]
+    groups = [name for name, wanted in (("--all-masks", all_masks), ("--all-methods", all_methods)) if wanted]
     compared = choose([*(names or []), *groups], known, GROUPS, chosen)
     study = plan(folder, compared, whole_numbers("--seeds", seeds), chosen, budget)
     failures = run(study, jobs=jobs, sort=sort, quiet=quiet)

@@ -59,7 +59,7 @@ QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress; w
 
 def overrides(assignments: list[str] | None, **options: Any) -> dict[str, Any]:
     """Dotted recipe overrides from `--set` and from options of their own (`data__path` is data.path)."""
-    from defeat_cli.config.schema import parse_assignments
+    from defeat_cli.config.yaml import parse_assignments
 
     given = {key.replace("__", "."): value for key, value in options.items() if value is not None}
     return {**parse_assignments(assignments or []), **given}

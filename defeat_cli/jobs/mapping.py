@@ -13,6 +13,7 @@ from defeat_cli.checkpoints import native
 from defeat_cli.checkpoints.loading import load_weights
 from defeat_cli.config.architecture import Architecture
 from defeat_cli.config.schema import Data, Recipe
+from defeat_cli.config.terms import NeckSettings
 from defeat_cli.console import counting
 from defeat_cli.data.annotations import Annotations, read_annotations
 from defeat_cli.data.dataset import CocoDataset
@@ -69,11 +70,12 @@ def visualize(
         supervisor = _detector(teacher, architecture, truth, recipe.data).to(device)
         if settings.loss == "distillation" or settings.distillation:
             adapters = neck_adapters(student, supervisor, _trained_adapters(checkpoint), checkpoint)
+    neck = recipe.distillation.neck or NeckSettings()
     settings = replace(
         settings,
-        alpha_fg=recipe.distillation.alpha_fg,
-        alpha_bg=recipe.distillation.alpha_bg,
-        finest_scale=recipe.distillation.finest_scale,
+        alpha_fg=neck.alpha_fg,
+        alpha_bg=neck.alpha_bg,
+        finest_scale=neck.finest_scale,
     )
     with counting("images", len(sources), quiet) as advance:
         return run_gradient_maps(
@@ -130,7 +132,9 @@ def _trained_adapters(checkpoint: str) -> dict[str, Any] | None:
     """The neck's adapters in a checkpoint of ours; plain weights hold none."""
     if native.recipe_in(Path(checkpoint)) is None:
         return None
-    return native.load(Path(checkpoint))["training"].get("neck_adapters")
+    prefix = "neck.adapters."
+    terms = native.load(Path(checkpoint)).get("terms", {})
+    return {key.removeprefix(prefix): value for key, value in terms.items() if key.startswith(prefix)}
 
 
 def show_masks(recipe: Recipe, images: Sequence[str], output: Path) -> list[Path]:
@@ -153,7 +157,8 @@ def show_masks(recipe: Recipe, images: Sequence[str], output: Path) -> list[Path
         splits = []
     sources = [source for image in images for source in _known(image, splits)]
     student = session.build_student(recipe, truth.classes if truth else ["object"]).to(device)
+    neck = recipe.distillation.neck or NeckSettings()
     teacher = None
     if recipe.teacher.checkpoint is not None:
         teacher = _detector(recipe.teacher.checkpoint, recipe.teacher.architecture, truth, recipe.data).to(device)
-    return draw_masks(student, sources, output, finest_scale=recipe.distillation.finest_scale, teacher=teacher)
+    return draw_masks(student, sources, output, finest_scale=neck.finest_scale, teacher=teacher)

@@ -15,7 +15,7 @@ from defeat_cli.ablation.study import plan, read_study
 from defeat_cli.config import schema as recipes
 from defeat_cli.config.variants import VARIANTS
 from defeat_cli.engine.runs import RunFolder
-from defeat_cli.errors import CheckpointError, DataError
+from defeat_cli.errors import DataError
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +35,7 @@ def planned(folder, names, base, seeds=(0,), budget=None):
     return plan(folder, choose(names, VARIANTS, {}, base), seeds, base, budget)
 
 
-def run(study, check=lambda recipe: (12, []), obtain_teacher=lambda recipe, folder: "teacher.pt", **options):
+def run(study, check=lambda recipe: (12, []), obtain_teacher=lambda recipe, folder: None, **options):
     """Why runs failed."""
     return run_study(study, Calls(check, obtain_teacher, small_worker.command), **{"quiet": True, **options})
 
@@ -86,6 +86,16 @@ def test_a_study_trains_what_it_has_grown_by(tmp_path, base):
     trained(folder)
     run(planned(folder, ["full"], base, seeds=(1,)))
     assert trained(folder) == ["full-seed0@4", "none-seed1@4", "neck-seed1@4", "full-seed1@4"]
+
+
+def test_a_study_can_be_given_more_epochs(tmp_path, base):
+    folder = tmp_path / "s"
+    run(planned(folder, ["neck"], base))
+    trained(folder)
+    base.schedule.epochs = 6
+    run(planned(folder, ["neck"], base))
+    assert trained(folder) == ["none-seed0@6", "neck-seed0@6"]
+    assert read_study(folder).recipe.schedule.epochs == 6
 
 
 def test_within_a_budget_the_worse_half_of_a_sweep_stops(tmp_path, base, capsys):
@@ -151,7 +161,7 @@ def test_the_report_is_made_again_from_the_run_folders(tmp_path, base):
 
 def test_what_cannot_work_is_found_before_anything_is_written(tmp_path, base):
     def check(recipe):
-        if recipe.distillation.active:
+        if recipe.distillation.terms:
             raise DataError("no images")
         return 12, []
 
@@ -160,18 +170,12 @@ def test_what_cannot_work_is_found_before_anything_is_written(tmp_path, base):
     assert not (tmp_path / "s").exists()
 
 
-def test_runs_are_checked_again_with_a_teacher_that_was_trained_first(tmp_path, base):
+def test_a_teacher_that_the_recipe_trains_is_that_of_all_runs(tmp_path, base):
     base.teacher.checkpoint, base.teacher.recipe = None, "quickstart_teacher"
-
-    def check(recipe):
-        if recipe.teacher.checkpoint is not None and recipe.distillation.active:
-            raise CheckpointError(f"{recipe.teacher.checkpoint} has no neck")
-        return 12, []
-
     study = planned(tmp_path / "s", ["neck"], base)
-    with pytest.raises(CheckpointError, match=r"variant neck: new\.pt has no neck"):
-        run(study, check, obtain_teacher=lambda recipe, folder: "new.pt")
-    assert trained(tmp_path / "s") == []
+    run(study, obtain_teacher=lambda recipe, folder: str(folder / "teacher" / "best.pt"))
+    found = [recipes.load(str(run.folder / "recipe.yaml")).teacher.checkpoint for run in study.runs()]
+    assert found == [str(tmp_path / "s" / "teacher" / "best.pt")] * 2
 
 
 def test_what_is_to_be_said_of_runs_is_said_once_with_their_variants(tmp_path, base, capsys):

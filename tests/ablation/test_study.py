@@ -34,7 +34,7 @@ def test_runs_differ_in_their_variant_and_seed_only(tmp_path, base):
     none, head = planned(tmp_path / "s", ["head"], base, seeds=(2,)).runs()
     assert none.recipe.run.seed == head.recipe.run.seed == 2
     assert not head.recipe.run.compare_plain
-    assert (none.recipe.distillation.active, head.recipe.distillation.active) == (False, True)
+    assert (list(none.recipe.distillation.terms), list(head.recipe.distillation.terms)) == ([], ["head"])
     for part in ("student", "teacher", "data", "optimizer", "schedule"):
         assert getattr(none.recipe, part) == getattr(head.recipe, part)
 

@@ -53,5 +53,5 @@ def test_variants_are_explained_those_of_a_file_too(defeat, tmp_path):
 
 
 def test_groups_hold_known_variants():
-    assert set(GROUPS) == {"all-masks", "all-methods"}
+    assert set(GROUPS) == {"--all-masks", "--all-methods"}
     assert all(name in VARIANTS for names in GROUPS.values() for name in names)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import time
 
 import pytest
 import torch
 
-from defeat_cli import session
 from defeat_cli.ablation.choice import choose
 from defeat_cli.ablation.processes import locked
 from defeat_cli.ablation.study import plan
@@ -18,6 +18,7 @@ from defeat_cli.data.loading import training_loader
 from defeat_cli.engine.runs import RunFolder
 from defeat_cli.errors import CheckpointError, DataError, RunError
 from defeat_cli.jobs import ablating, training, worker
+from defeat_cli.session import assemble
 
 
 @pytest.fixture
@@ -44,27 +45,18 @@ def test_what_cannot_work_is_found_before_anything_is_trained(tmp_path, base):
     assert not folder.exists()
 
 
-def test_steps_are_those_that_a_run_takes(base):
-    base.data.batch_size, base.optimizer.accumulate = 5, 2  # 12 images: 3 batches, 2 steps in each of 2 epochs
-    assert ablating.check(base, {}) == (4, [])
-
-
 def test_runs_of_a_seed_start_from_one_student_and_see_the_same_images(tmp_path, base):
     runs = planned(tmp_path / "s", [name for name in VARIANTS if name != "none"], base, seeds=(4,)).runs()
-    data = session.open_data(base.data, "train", train=True)
-    teacher = session.load_detector(base.teacher.checkpoint).detector
     states, losses, orders = [], [], []
+    session = None
     for run in runs:
-        student = session.build_student(run.recipe, data.classes)
-        distiller = session.build_distiller(run.recipe.distillation, student, teacher, print).train()
-        states.append({name: value.clone() for name, value in student.state_dict().items()})
-        loader = training_loader(
-            session.open_data(base.data, "train", train=True, seed=4), 4, 0, seed=run.recipe.run.seed
-        )
+        session = assemble(run.recipe, like=session)
+        states.append({name: value.clone() for name, value in session.student.state_dict().items()})
+        loader = training_loader(session.training_data, 4, 0, seed=run.recipe.run.seed)
         orders.append([image_ids for _, _, image_ids in loader])
         torch.manual_seed(9)  # the engine seeds every step
         images, targets, _ = next(iter(loader))
-        terms = distiller(images, targets, warm=1.0).raw
+        terms = session.distiller.train()(images, targets, 1.0).raw
         losses.append({name: value.item() for name, value in terms.items() if not losses or name in losses[0]})
     assert len(runs) == len(VARIANTS)
     for state, order, loss in zip(states, orders, losses, strict=True):
@@ -89,13 +81,13 @@ def test_a_study_that_was_killed_and_halved_goes_on_to_the_same_end(tmp_path, ba
     for run in straight.runs():
         training.train(run.recipe, run.folder, quiet=True)
 
-    # A study's process is killed when its first run has begun. All that the run's own process can see of that is that
+    # A study's process is killed when its second run has begun. All that the run's own process can see of that is that
     # its stdin is closed: it saves and stops, and holds the study until then.
     study = planned(tmp_path / "killed", names, base, budget=1.5)
-    first = RunFolder(study.runs()[0].folder)
-    study.folder.mkdir()
+    shutil.copytree(straight.runs()[0].folder, study.runs()[0].folder)
     study.save()
-    first.open(study.runs()[0].recipe)
+    first = RunFolder(study.runs()[1].folder)
+    first.open(study.runs()[1].recipe)
     with locked(study.folder) as lock:
         process = subprocess.Popen(ablating.command(first.path, 4), stdin=subprocess.PIPE, pass_fds=(lock,))
     while not first.metrics() and process.poll() is None:
@@ -106,14 +98,11 @@ def test_a_study_that_was_killed_and_halved_goes_on_to_the_same_end(tmp_path, ba
     assert process.wait() == worker.STOPPED
     assert 0 < first.metrics()[-1]["step"] < 12
 
-    scored = []
     assert ablating.ablate(study, jobs=2, quiet=True) == {}
     for run in straight.runs():
         assert metrics(study.folder / run.name) == metrics(run.folder)
         ours, theirs = RunFolder(study.folder / run.name).results(), RunFolder(run.folder).results()
         assert (ours["student"], ours.get("teacher")) == (theirs["student"], theirs.get("teacher"))
-        scored.append("teacher" in ours)
-    assert scored == [False, True]
     slow = RunFolder(study.runs()[2].folder)
     assert [line["epoch"] for line in slow.metrics() if line["kind"] == "eval"] == [2]
     assert not slow.finished
