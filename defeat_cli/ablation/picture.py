@@ -62,22 +62,16 @@ def _draw_averages(axes: Axes, rows: Sequence[Row]) -> None:
 
 
 def _draw_differences(axes: Axes, rows: Sequence[Row]) -> None:
-    """Mean difference to `none`; filled where the interval leaves out 0, or where there is none."""
-    intervals = False
+    """Mean difference to `none` with its interval, where there is one; filled where that leaves out 0."""
     for place, row in enumerate(rows):
-        entry = row.measured.get("AP")
-        delta = entry.delta if entry else None
-        if delta is None:
-            continue
-        middle, bar, hollow = 100 * delta.mean, None, False
-        if delta.low is not None and delta.high is not None:
-            bar, hollow, intervals = 100 * (delta.high - delta.mean), not delta.clear, True
-        axes.errorbar(
-            middle, place, xerr=bar, fmt="o", ms=7, color=BLUE, mfc="white" if hollow else BLUE, elinewidth=2.5
-        )
+        delta = row.measured["AP"].delta if "AP" in row.measured else None
+        if delta is not None:
+            bar = None if delta.high is None else 100 * (delta.high - delta.mean)
+            fill = BLUE if delta.clear else "white"
+            axes.errorbar(100 * delta.mean, place, xerr=bar, fmt="o", ms=7, color=BLUE, mfc=fill, elinewidth=2.5)
     axes.axvline(0, color=GREY, lw=1, ls="--", zorder=0)
     axes.tick_params(left=False)
-    finish(axes, "Δ AP to none, 95% interval (filled: leaves out 0)" if intervals else "Δ AP to none")
+    finish(axes, "Δ AP to none, 95% interval (filled: leaves out 0)")
 
 
 def _draw_curves(figure: Figure, outcomes: Sequence[Outcome], variants: list[str], lines: int, columns: int) -> None:

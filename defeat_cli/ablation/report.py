@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
+from rich.markup import escape
 
 from defeat_cli.ablation.choice import short, shown
 from defeat_cli.ablation.rows import (
@@ -26,7 +26,7 @@ from defeat_cli.ablation.rows import (
 )
 from defeat_cli.ablation.statistics import Measured
 from defeat_cli.config.variants import Variant
-from defeat_cli.console import new_table
+from defeat_cli.console import console, new_table, show
 from defeat_cli.engine.runs import write_json
 from defeat_cli.files import replacing
 from defeat_cli.text import listed
@@ -56,9 +56,11 @@ class Report:
         found = [_main_sheet(rows), _figures_sheet(rows), _background_sheet(rows), _errors_sheet(rows)]
         return [sheet for sheet in [*found, *map(_sweep_sheet, self.sweeps)] if sheet.cells]
 
-    def tables(self) -> list[Table]:
-        """The tables for the terminal."""
-        return [new_table(sheet.title, sheet.header, sheet.cells) for sheet in self.sheets()]
+    def show(self) -> None:
+        """Print the tables and how to read them."""
+        for sheet in self.sheets():
+            show(new_table(sheet.title, sheet.header, sheet.cells))
+        console.print(escape(self.legend()), soft_wrap=True)
 
     def legend(self) -> str:
         """How to read the tables."""
@@ -174,10 +176,10 @@ def _background_sheet(rows: Sequence[Row]) -> Sheet:
 
 
 def _errors_sheet(rows: Sequence[Row]) -> Sheet:
-    title = "AP50 that each type of error costs (TIDE: class, location, both, duplicate, background, missed)"
+    header = ["variant", "class", "location", "both", "duplicate", "background", "missed"]
     measured = [row for row in rows if COSTS[0] in row.measured]
     cells = [[row.variant, *(f"{100 * row.measured[name].mean:.1f}" for name in COSTS)] for row in measured]
-    return Sheet(title, ["variant", "cls", "loc", "both", "dup", "bg", "miss"], cells)
+    return Sheet("AP50 that each type of error costs (TIDE)", header, cells)
 
 
 def _sweep_sheet(sweep: Sweep) -> Sheet:

@@ -53,8 +53,7 @@ def _draw_sweep(axes: Axes, sweep: Sweep, baseline: Measured | None) -> None:
         _draw_line(axes, points, name, BLUE if len(lines) == 1 else f"C{i}", *STYLES[i % len(STYLES)])
     if len(lines) > 1:
         axes.legend(fontsize=7)
-    best = "" if sweep.best is None else f": best is {sweep.best.variant}"
-    axes.set_title(sweep.base + best, fontsize=9, color=INK)
+    axes.set_title(sweep.base if sweep.best is None else f"best: {sweep.best.variant}", fontsize=9, color=INK)
     finish(axes, sweep.keys[-1], grid="y")
 
 

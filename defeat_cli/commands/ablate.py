@@ -21,7 +21,7 @@ from defeat_cli.commands.app import (
     required,
     whole_numbers,
 )  # fmt: skip
-from defeat_cli.console import console, show
+from defeat_cli.console import console
 from defeat_cli.errors import DefeatError
 from defeat_cli.text import listed
 
@@ -110,8 +110,5 @@ def show_report(folder: Path | None, sort: str) -> None:
     from defeat_cli.ablation.running import write_report
     from defeat_cli.ablation.study import read_study
 
-    report = write_report(read_study(folder), sort)
-    for table in report.tables():
-        show(table)
-    console.print(report.legend(), soft_wrap=True)
+    write_report(read_study(folder), sort).show()
     console.print(f"written to {folder}/: study.csv, study.json, study.md, study.png", soft_wrap=True)

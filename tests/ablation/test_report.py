@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from defeat_cli import console
 from defeat_cli.ablation.choice import SweepPoint
 from defeat_cli.ablation.picture import draw_study
 from defeat_cli.ablation.report import Report
@@ -135,8 +136,8 @@ def test_cells():
     assert sheet(report(), "number")["neck"] == {
         "variant": "neck", "number": "91 ± 1", "Δ to none": "-109 [-111, -107]*"
     }  # fmt: skip
-    assert sheet(report(), "cls")["neck"] == {"variant": "neck"} | dict.fromkeys(
-        ("cls", "loc", "both", "dup", "bg", "miss"), "1.0"
+    assert sheet(report(), "missed")["neck"] == {"variant": "neck"} | dict.fromkeys(
+        ("class", "location", "both", "duplicate", "background", "missed"), "1.0"
     )
 
 
@@ -171,20 +172,20 @@ def test_a_value_with_an_unfinished_run_is_not_best():
 
 
 @pytest.mark.parametrize("name", ["neck", "a/very:long=name,of=27,chars"])
-def test_tables_are_whole_at_80_columns(name):
+def test_tables_are_whole_at_80_columns(name, monkeypatch):
     # The widest figures that there are: AP of 100 with wide intervals, thousands of false positives.
     outcomes = [finished("none", s, 0.9 * (s % 2), 1000 * s, 40000.0) for s in range(3)]
     outcomes += [finished(name, s, 1.0 - 0.9 * (s % 2), 5000, 40000.0) for s in range(3)]
     outcomes += [Outcome(name, 3)]
-    console = Console(file=io.StringIO(), width=80, color_system=None)
+    output = io.StringIO()
+    monkeypatch.setattr(console, "console", Console(file=output, width=80, color_system=None))
     found = Report("t", {"none": Variant(""), name: Variant("")}, outcomes, summarize(outcomes))
-    for table in found.tables():
-        console.print(table)
-    lines = console.file.getvalue().splitlines()
+    found.show()
+    lines = output.getvalue().splitlines()
     assert max(map(len, lines)) <= 80
     for cell in [cell for table in found.sheets() for line in [table.header, *table.cells] for cell in line[1:]]:
         assert any(cell in line for line in lines), cell
-    assert "…" not in console.file.getvalue()
+    assert "…" not in output.getvalue()
 
 
 def test_the_legend_says_what_the_figures_are():
