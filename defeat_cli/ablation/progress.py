@@ -42,7 +42,7 @@ class StudyProgress:
         self.bars.start()
         taken = sum(self.taken.values())
         self.whole = self.bars.add_task("[bold]study", total=sum(self.steps.values()), completed=taken, status="")
-        self._say(f"study: {self.runs} runs" + (f", {self.ended} of them finished" if self.ended else ""))
+        self._say(f"study: {len(self.steps)} of {self.runs} runs to train")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:

@@ -83,7 +83,7 @@ class Report:
         teacher = teacher_ap(self.outcomes)
         if teacher is not None:
             parts.append(f"the teacher has AP {100 * teacher:.1f}")
-        return " ".join(["; ".join(parts) + ".", *self.notes])
+        return "; ".join([*parts, *self.notes]) + "."
 
     def write(self, folder: Path) -> None:
         """Write study.csv, study.json and study.md."""

@@ -184,14 +184,14 @@ def stopped_text(now: Standing) -> str:
         if name in now.stopped:
             by_epoch.setdefault(epoch, []).append(name)
     parts = [f"at epoch {epoch} {listed(names, len(names))}" for epoch, names in sorted(by_epoch.items())]
-    return f"stopped early, as not in the better half: {'; '.join(parts)}." if parts else ""
+    return f"stopped early, as not in the better half: {'; '.join(parts)}" if parts else ""
 
 
 def write_report(study: Study, sort: str = "AP") -> Report:
     """Write study.csv, .json, .md and .png, and sweeps.png where there are sweeps, from what the run folders hold."""
     outcomes = study.outcomes()
-    notes = [f"Each sweep may cost {study.budget:g} whole trainings with each seed"] if study.budget is not None else []
-    notes += [text] if (text := stopped_text(study.standing(outcomes))) else []
+    budget = "" if study.budget is None else f"each sweep may cost {study.budget:g} whole trainings with each seed"
+    notes = [text for text in (budget, stopped_text(study.standing(outcomes))) if text]
     title = f"{study.folder.name}: {study.recipe.run.name}, {study.recipe.schedule.epochs} epochs"
     report = Report(title, study.variants, outcomes, summarize(outcomes, sort), notes)
     report.write(study.folder)

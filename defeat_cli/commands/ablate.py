@@ -19,7 +19,6 @@ from defeat_cli.commands.app import (
     VariantsOption,
     overrides,
     required,
-    whole_numbers,
 )  # fmt: skip
 from defeat_cli.console import console
 from defeat_cli.errors import DefeatError
@@ -101,6 +100,14 @@ def refuse_idle(ctx: typer.Context) -> None:
         idle = said.keys() - takes - {name, "quiet"}
         if name in said and idle:
             raise DefeatError(f"{said[name]}: has no use for {listed(sorted(said[key] for key in idle))}; leave it out")
+
+
+def whole_numbers(option: str, text: str) -> list[int]:
+    """`0,1,2` as numbers."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise DefeatError(f"{option} {text}: expected whole numbers separated by commas, e.g. 0,1,2") from None
 
 
 def show_report(folder: Path | None, sort: str) -> None:

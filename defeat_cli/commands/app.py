@@ -151,14 +151,6 @@ def evaluate(
         show(table)
 
 
-def whole_numbers(option: str, text: str) -> list[int]:
-    """`0,1,2` as numbers."""
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise DefeatError(f"{option} {text}: expected whole numbers separated by commas, e.g. 0,1,2") from None
-
-
 def required(recipe: str | None) -> str:
     """The recipe that a command cannot do without."""
     if recipe is None:

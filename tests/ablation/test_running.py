@@ -109,10 +109,10 @@ def test_within_a_budget_the_worse_half_of_a_sweep_stops(tmp_path, base, capsys)
     assert log[:12] == [run.name + ("@1" if "=" in run.name else "@4") for run in study.runs()]
     assert log[12:] == [f"{points[v][s]}@2" for s in (0, 1) for v in (100, 1000)] + [f"{p}@4" for p in points[1000]]
     said = "stopped early, as not in the better half: at epoch 1 neck:alpha_bg=1, neck:alpha_bg=10"
-    assert f"{said}; at epoch 2 neck:alpha_bg=100." in capsys.readouterr().out
+    assert f"{said}; at epoch 2 neck:alpha_bg=100\n" in capsys.readouterr().out
 
     text = (folder / "study.md").read_text()
-    assert f"{said}; at epoch 2 neck:alpha_bg=100." in text
+    assert f"each sweep may cost 2 whole trainings with each seed; {said}; at epoch 2 neck:alpha_bg=100." in text
     assert "| neck:alpha_bg=1000 | 24.0 ± 0.0 |" in text
     assert "| 100 | 23.0 ± 0.0 | - | - | 2 |  |" in text
     assert json.loads((folder / "study.json").read_text())["sweeps"][0]["best"] == "neck:alpha_bg=1000"

@@ -16,7 +16,14 @@ def test_a_study_is_run_and_shown_again(defeat, tiny, teacher, tmp_path, monkeyp
     assert {"study.csv", "study.json", "study.md", "study.png", "sweeps.png"} <= {
         path.name for path in folder.iterdir()
     }
-    for text in ("Δ AP to none", "neck over distillation", "best", "3 runs", "the teacher has AP 50.0", "written to"):
+    for text in (
+        "Δ AP to none",
+        "neck over distillation",
+        "best",
+        "3 of 3 runs to train",
+        "the teacher has AP 50.0",
+        "written to",
+    ):
         assert text in shown
     assert defeat("ablate", "--report-only", "-o", folder) in shown
 
