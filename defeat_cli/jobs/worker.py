@@ -38,12 +38,16 @@ def main(folder: Path, epoch: int) -> int:
 
 def known_teacher(recipe: Recipe, folder: Path) -> dict[str, Any] | None:
     """The teacher's figures from a finished run beside this one, with the same teacher on the same data."""
-    for path in folder.parent.glob(f"*/{RECIPE}"):
-        run, other = RunFolder(path.parent), recipes.load(str(path))
-        same = (other.teacher, other.data, other.run.precision) == (recipe.teacher, recipe.data, recipe.run.precision)
-        if same and run.finished and "teacher" in run.results():
-            return run.results()["teacher"]
+    for run in map(RunFolder, folder.parent.iterdir()):
+        figures = run.results().get("teacher") if run.finished else None
+        if figures and _scored_on(recipes.load(str(run / RECIPE))) == _scored_on(recipe):
+            return figures
     return None
+
+
+def _scored_on(recipe: Recipe) -> tuple[object, ...]:
+    """All that a teacher's figures depend on."""
+    return recipe.teacher, recipe.data, recipe.run.precision
 
 
 def _stop_when_alone() -> None:
