@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from defeat_cli.commands.app import (
+from defeat_cli.commands.options import (
     DataOption,
     DeviceOption,
     OutputOption,
