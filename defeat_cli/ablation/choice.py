@@ -20,6 +20,9 @@ from defeat_cli.text import listed
 BASELINE = "none"
 """The variant that all others are compared with, and which is part of every study."""
 
+TERMS = "distillation."
+"""Under this key are the settings of the terms, a section each."""
+
 
 @dataclass(frozen=True)
 class SweepPoint(Variant):
@@ -82,6 +85,8 @@ def _meant(text: str, known: Mapping[str, Variant], recipe: Recipe) -> Iterator[
         sections = _settings(base, variant, recipe)
         values = [_values(text, base, assignment, sections) for assignment in settings]
         keys = [key for key, _ in values]
+        if len(set(keys)) < len(keys):
+            raise RecipeError(f"{text}: gives {listed(keys)}; name each setting once, with all its values")
         for point in product(*(choices for _, choices in values)):
             chosen = dict(zip(keys, point, strict=True))
             named = [f"{_briefly(key, sections)}={shown(value)}" for key, value in chosen.items()]
@@ -128,9 +133,10 @@ def _full_key(key: str, base: str, settings: list[str]) -> str:
         raise RecipeError(f"{base}:{key} may be {' or '.join(matching)}; write the one that you mean in full")
     if not matching:
         near = nearest(key, settings if "." in key else map(short, distillation))
+        own = [name.removeprefix(TERMS) for name in distillation if name.count(".") > 1]
+        own = f"one of its terms' settings ({listed(own, most=20)}) or " if own else ""
         raise RecipeError(
-            f"{base}:{key}: variant {base} has no such setting{near}. Give one of its distillation settings "
-            f"({listed(map(short, distillation), most=20)}) or a full recipe key, e.g. optimizer.lr"
+            f"{base}:{key}: variant {base} has no such setting{near}. Give {own}a full recipe key, e.g. optimizer.lr"
         )
     return matching[0]
 
@@ -142,4 +148,4 @@ def _briefly(key: str, settings: list[str]) -> str:
 
 
 def _distillation(settings: list[str]) -> list[str]:
-    return [name for name in settings if name.startswith("distillation.")]
+    return [name for name in settings if name.startswith(TERMS)]

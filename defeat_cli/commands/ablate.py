@@ -117,5 +117,7 @@ def show_report(folder: Path | None, sort: str) -> None:
     from defeat_cli.ablation.running import write_report
     from defeat_cli.ablation.study import read_study
 
-    write_report(read_study(folder), sort).show()
-    console.print(f"written to {folder}/: study.csv, study.json, study.md, study.png", soft_wrap=True)
+    report = write_report(read_study(folder), sort)
+    report.show()
+    files = ["study.csv", "study.json", "study.md", "study.png", *(["sweeps.png"] if report.sweeps else [])]
+    console.print(f"written to {folder}/: {', '.join(files)}", soft_wrap=True)
