@@ -16,6 +16,9 @@ from pydantic.dataclasses import dataclass
 from defeat_cli.config.architecture import STRICT
 from defeat_cli.config.types import Flag, Fraction, NonNegative, Positive, Whole
 
+MEASUREMENTS = 20
+"""How often a term's pull is measured before a balance fixes its weight."""
+
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class TermSettings:
@@ -39,11 +42,20 @@ class TermSettings:
         last = self.stop * steps
         if not self.start <= step < last:
             return None
-        warmup = warmup_steps if self.warmup_steps is None else self.warmup_steps
+        warmup = self._warmup(warmup_steps)
         warm = min(1.0, (step - self.start) / warmup) if warmup else 1.0
         done = (step - self.start) / (last - self.start)
         shrunk = {"none": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[self.decay]
         return warm * shrunk
+
+    def measured_at(self, step: int, warmup_steps: int = 0) -> bool:
+        """Whether a balance measures the term at a step: `MEASUREMENTS` times, spread over its warm-up."""
+        window = max(MEASUREMENTS, self._warmup(warmup_steps))
+        since = step - self.start
+        return 0 <= since < window and since % (window // MEASUREMENTS) == 0
+
+    def _warmup(self, warmup_steps: int) -> int:
+        return warmup_steps if self.warmup_steps is None else self.warmup_steps
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
