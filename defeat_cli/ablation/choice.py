@@ -42,8 +42,8 @@ class SweepPoint(Variant):
 
 def choose(
     names: Sequence[str], known: Mapping[str, Variant], groups: Mapping[str, Sequence[str]], recipe: Recipe
-) -> dict[str, Variant]:
-    """The variants that the names mean, `none` first.
+) -> tuple[dict[str, Variant], set[str]]:
+    """The variants that the names mean, `none` first, and which of them only a group stands for.
 
     Args:
         names: a variant, `one/other` for both, a sweep `variant:setting=value,value` (several settings make a grid), or
@@ -59,8 +59,9 @@ def choose(
     twice = [name for name, count in Counter(name for name, _ in typed).items() if count > 1]
     if twice:
         raise RecipeError(f"variant {listed(twice)} is named twice; name each once")
+    named = {BASELINE: find_variant(BASELINE, known), **dict(typed)}
     grouped = {name: find_variant(name, known) for text in names for name in groups.get(text, ())}
-    return {BASELINE: find_variant(BASELINE, known), **dict(typed), **grouped}
+    return {**named, **grouped}, grouped.keys() - named.keys()
 
 
 def shown(value: Any) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from defeat_cli.ablation.sweep_picture import draw_sweeps
 from defeat_cli.config.schema import Recipe
 from defeat_cli.console import Reporter, percent
 from defeat_cli.engine.runs import RunFolder
-from defeat_cli.errors import DefeatError
+from defeat_cli.errors import DefeatError, TermError
 from defeat_cli.text import listed
 
 
@@ -76,7 +76,8 @@ def run_study(
     check_sort(sort)
     slots = environments(study.recipe.run.device, jobs)
     reporter = Reporter("study", quiet)
-    steps = _check(study.runs(), calls, reporter)
+    steps = _check(study, calls, reporter)
+    study = replace(study, variants={name: study.variants[name] for name in steps})
     study.folder.mkdir(parents=True, exist_ok=True)
     with locked(study.folder) as lock:
         study.save()
@@ -116,20 +117,21 @@ def _task(run: PlannedRun, now: Standing, steps: Mapping[str, int]) -> Task:
     return Task(run, epoch, steps[run.variant] * epoch // whole)
 
 
-def _check(runs: list[PlannedRun], calls: Calls, reporter: Reporter) -> dict[str, int]:
+def _check(study: Study, calls: Calls, reporter: Reporter) -> dict[str, int]:
     """Check a run of each variant, so that what cannot work is found now.
 
     Returns:
-        Variant -> training steps of a run.
+        Variant -> training steps of a run; optional ones that teacher and student cannot have are not there.
     """
     steps: dict[str, int] = {}
     remarks: dict[str, list[str]] = {}
-    for run in runs:
-        if run.variant in steps:
-            continue
+    for run in study.runs()[: len(study.variants)]:
         try:
             steps[run.variant], said = calls.check(run.recipe)
         except DefeatError as error:
+            if run.variant in study.optional and isinstance(error, TermError):
+                reporter.warn(f"variant {run.variant} is left out: {error}")
+                continue
             raise type(error)(f"variant {run.variant}: {error}") from None
         for text in said:
             remarks.setdefault(text, []).append(run.variant)

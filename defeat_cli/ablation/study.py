@@ -15,7 +15,7 @@ stopped, and takes further variants and seeds, but no other recipe.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -39,13 +39,18 @@ OWN_KEYS = {"run.seed": "--seeds", "run.name": "--output", "run.compare_plain": 
 
 @dataclass(frozen=True)
 class Study:
-    """variants: in the order given, `none` first; recipe: what all runs share; budget: of each sweep (see halving)."""
+    """What is compared.
+
+    variants: in the order given, `none` first. recipe: what all runs share. budget: of each sweep, see halving.
+    optional: variants that are left out where teacher and student cannot have their terms, for nobody named them.
+    """
 
     folder: Path
     variants: dict[str, Variant]
     seeds: list[int]
     recipe: Recipe
     budget: float | None = None
+    optional: frozenset[str] = frozenset()
 
     def runs(self, teacher: str | None = None) -> list[PlannedRun]:
         """Every run, seed by seed, so that a study stopped early has whole comparisons.
@@ -145,12 +150,17 @@ def run_name(variant: str, seed: int) -> str:
 
 
 def plan(
-    folder: Path, variants: Mapping[str, Variant], seeds: Sequence[int], recipe: Recipe, budget: float | None = None
+    folder: Path,
+    variants: Mapping[str, Variant],
+    seeds: Sequence[int],
+    recipe: Recipe,
+    budget: float | None = None,
+    optional: Collection[str] = (),
 ) -> Study:
     """A study of these variants and seeds, and of those that the folder's study has already; nothing is written.
 
     Args:
-        variants: by name, as `choice.choose` gives them.
+        variants, optional: as `choice.choose` gives them.
         recipe: what all runs share.
         budget: see halving.
 
@@ -179,7 +189,7 @@ def plan(
             raise RecipeError(f"variants {name} and {folders[run_name(name, 0)]} would share a folder; rename one")
     if budget is not None and not any(isinstance(variant, SweepPoint) for variant in variants.values()):
         raise RunError("--budget: only sweeps are cut short, and there is none, e.g. neck:alpha_bg=1,4,16")
-    study = Study(folder, variants, seeds, recipe, budget)
+    study = Study(folder, variants, seeds, recipe, budget, frozenset(optional))
     study.halvings()
     for run in study.runs():
         teacher = run.recipe.teacher

@@ -85,8 +85,8 @@ def ablate(
     from defeat_cli.jobs.ablating import ablate as run
 
     groups = [name for name, wanted in (("--all-masks", all_masks), ("--all-methods", all_methods)) if wanted]
-    compared = choose([*(names or []), *groups], known, GROUPS, chosen)
-    study = plan(folder, compared, whole_numbers("--seeds", seeds), chosen, budget)
+    compared, optional = choose([*(names or []), *groups], known, GROUPS, chosen)
+    study = plan(folder, compared, whole_numbers("--seeds", seeds), chosen, budget, optional)
     failures = run(study, jobs=jobs, sort=sort, quiet=quiet)
     show_report(folder, sort)
     if failures:

@@ -11,8 +11,8 @@ KEY = next(key for key in VARIANTS["bg-only"].overrides if key.endswith("alpha_f
 """Where the recipe keeps the neck's background weight."""
 
 
-def chosen(*names, known=VARIANTS, groups=None):
-    return choose(names, known, groups or {}, Recipe())
+def chosen(*names, known=VARIANTS):
+    return choose(names, known, {}, Recipe())[0]
 
 
 def test_none_comes_first_and_a_slash_means_both():
@@ -22,7 +22,8 @@ def test_none_comes_first_and_a_slash_means_both():
 
 def test_a_group_adds_its_variants_to_those_named():
     groups = {"all-some": ("full", "neck")}
-    assert list(chosen("neck", "all-some", groups=groups)) == ["none", "neck", "full"]
+    variants, optional = choose(["neck", "all-some"], VARIANTS, groups, Recipe())
+    assert (list(variants), optional) == (["none", "neck", "full"], {"full"})
 
 
 def test_a_sweep_makes_a_variant_of_each_value():

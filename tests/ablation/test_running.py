@@ -15,7 +15,7 @@ from defeat_cli.ablation.study import plan, read_study
 from defeat_cli.config import schema as recipes
 from defeat_cli.config.variants import VARIANTS
 from defeat_cli.engine.runs import RunFolder
-from defeat_cli.errors import DataError
+from defeat_cli.errors import DataError, TermError
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +32,8 @@ def base():
 
 
 def planned(folder, names, base, seeds=(0,), budget=None):
-    return plan(folder, choose(names, VARIANTS, {}, base), seeds, base, budget)
+    variants, optional = choose(names, VARIANTS, {"both": ("neck", "full")}, base)
+    return plan(folder, variants, seeds, base, budget, optional)
 
 
 def run(study, check=lambda recipe: (12, []), obtain_teacher=lambda recipe, folder: None, **options):
@@ -168,6 +169,23 @@ def test_what_cannot_work_is_found_before_anything_is_written(tmp_path, base):
     with pytest.raises(DataError, match="variant neck: no images"):
         run(planned(tmp_path / "s", ["neck"], base), check)
     assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize(("names", "made"), [(["both"], ["none", "full"]), (["neck", "both"], None)])
+def test_of_a_group_the_variants_that_a_pair_cannot_have_are_left_out(tmp_path, base, capsys, names, made):
+    def check(recipe):
+        if "neck" in recipe.distillation.terms and recipe.distillation.neck.mask == "boxes":
+            raise TermError("no neck")
+        return 12, []
+
+    study = planned(tmp_path / "s", names, base)
+    if made is None:  # named as well: the user wants it
+        with pytest.raises(TermError, match="variant neck: no neck"):
+            run(study, check)
+    else:
+        assert run(study, check) == {}
+        assert list(read_study(study.folder).variants) == made
+        assert "warning: variant neck is left out: no neck" in capsys.readouterr().out
 
 
 def test_a_teacher_that_the_recipe_trains_is_that_of_all_runs(tmp_path, base):

@@ -18,7 +18,7 @@ def base():
 
 
 def planned(folder, names, base, seeds=(0,), known=VARIANTS, budget=None):
-    return plan(folder, choose(names, known, {}, base), seeds, base, budget)
+    return plan(folder, choose(names, known, {}, base)[0], seeds, base, budget)
 
 
 def test_seeds_come_one_after_the_other_and_nothing_is_written(tmp_path, base):
