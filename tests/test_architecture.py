@@ -20,6 +20,7 @@ ALLOWED = {
     "data": {"data", "errors"},
     "distillation": {"distillation", "detectors", "config", "errors", "text"},
     "engine": {"engine", "distillation", "detectors", "data", "config", "errors", "files"},
+    "export": {"export", "detectors", "config", "errors", "files"},
     "ablation": {"ablation", "engine", "config", "console", "errors", "files", "text"},
     "session": {"distillation", "detectors", "data", "checkpoints", "config", "errors"},
 }

@@ -11,7 +11,7 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from defeat_cli import __version__
-from defeat_cli.commands import ablate, check, train
+from defeat_cli.commands import ablate, check, export, predict, train
 from defeat_cli.commands.options import (
     DataOption,
     DeviceOption,
@@ -175,6 +175,8 @@ def convert(
 app.command("ablate")(ablate.ablate)
 app.command("train")(train.train)
 app.command("check")(check.check)
+app.command("predict")(predict.predict)
+app.command("export")(export.export)
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ non-maximum suppression are inside.
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import warnings
@@ -13,7 +14,9 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from defeat_cli import __version__
 from defeat_cli.detectors.contract import Detector, evaluating
@@ -61,14 +64,41 @@ class Card:
         return cls(**{name: content.get(name) for name in cls.__dataclass_fields__})
 
 
+class TracedTransform(GeneralizedRCNNTransform):
+    """torchvision's preparation of images, whose trace rounds as it rounds itself.
+
+    While it is traced, torchvision computes the resized size in single precision, where 115 · (128 / 115) falls short
+    of 128 and a pixel is lost: enough for other detections.
+    """
+
+    def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor] | None]:
+        if not torch.jit.is_tracing():
+            return super().resize(image, target)
+        sides = torch._shape_as_tensor(image)[-2:].double()
+        # Of one element each: the exporter takes scalars for numbers in single precision. And a number over a tensor
+        # would be its reciprocal times the number, which rounds twice.
+        short, long = (torch.tensor([side], dtype=torch.float64) for side in (self.min_size[-1], self.max_size))
+        scale = torch.minimum(short / sides.amin(0, keepdim=True), long / sides.amax(0, keepdim=True))
+        height, width = (sides * scale).floor().long().unbind()
+        return F.interpolate(image[None], size=(height, width), mode="bilinear", align_corners=False)[0], target
+
+
 class Graph(nn.Module):
     """A torchvision detector with one image as input: (boxes [M, 4] xyxy in its pixels, scores [M], labels [M])."""
 
     def __init__(self, detector: Detector, kind: Input = "float") -> None:
         super().__init__()
-        self.model = detector.model
+        self.model = copy.deepcopy(detector.model)
         self.kind = kind
         transform, selection = self.model.transform, getattr(self.model, "roi_heads", self.model)
+        self.model.transform = TracedTransform(
+            transform.min_size,
+            transform.max_size,
+            transform.image_mean,
+            transform.image_std,
+            transform.size_divisible,
+            transform.fixed_size,
+        )
         self.card = Card(
             classes=detector.classes,
             input=kind,
@@ -130,9 +160,9 @@ def to_torchscript(graph: Graph) -> bytes:
     """The graph as a TorchScript file, and its card as the extra file `defeat`."""
     buffer = io.BytesIO()
     with evaluating(graph), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # as above
+        warnings.simplefilter("ignore")  # as above; and torch means to replace TorchScript by torch.export
         traced = torch.jit.trace(graph, (graph.example(),), check_trace=False)
-    torch.jit.save(traced, buffer, _extra_files={METADATA: graph.card.to_json()})
+        torch.jit.save(traced, buffer, _extra_files={METADATA: graph.card.to_json()})
     return buffer.getvalue()
 
 

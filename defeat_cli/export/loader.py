@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from pprint import pformat
 
 import torch
@@ -14,6 +15,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from defeat_cli.config.architecture import TORCHVISION_BUILDERS, Architecture, Conventions
 from defeat_cli.detectors.zoo import build_detector
+from defeat_cli.files import replacing
 
 TEMPLATE = '''\
 """Loads {weights} in plain torchvision: `model = load()`, or `python {script} IMAGE`. Written by defeat."""
@@ -94,6 +96,18 @@ def loader_source(
     listed = pformat(classes, width=100, compact=True)
     source = TEMPLATE.format(weights=weights, script=loader_name(weights), classes=listed, body=body)
     return _without_idle_imports(source)
+
+
+def write_loader(
+    weights: Path, architecture: Architecture, classes: list[str], short_side: int, long_side: int
+) -> Path:
+    """Write the script beside the state dict `weights`, and give its path."""
+    path = weights.with_name(loader_name(weights.name))
+    with replacing(path) as temporary:
+        temporary.write_text(
+            loader_source(architecture, classes, short_side, long_side, weights.name), encoding="utf-8"
+        )
+    return path
 
 
 def loader_name(weights: str) -> str:

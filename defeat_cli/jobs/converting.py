@@ -13,11 +13,13 @@ from defeat_cli.config.architecture import Architecture, changed_settings
 from defeat_cli.config.schema import Data
 from defeat_cli.detectors.zoo import build_detector
 from defeat_cli.errors import CheckpointError
+from defeat_cli.export.loader import loader_name, write_loader
 from defeat_cli.files import replacing
 
 
 def convert(source: str, target: Path, architecture: Architecture | None = None, overwrite: bool = False) -> list[str]:
-    """Write `target` (a plain state dict) and beside it a recipe (`.yaml`) that says what it is a state dict of.
+    """Write `target` (a plain state dict) and beside it a recipe (`.yaml`) that says what it is a state dict of, and a
+    script that loads it in plain torchvision.
 
     The recipe holds the numerical conventions of the library that trained the detector, which a state dict cannot.
 
@@ -30,8 +32,8 @@ def convert(source: str, target: Path, architecture: Architecture | None = None,
     Raises:
         CheckpointError: `source` cannot be read or represented, or `target` is there already.
     """
-    recipe = target.with_suffix(".yaml")
-    for path in (target, recipe):
+    recipe, loader = target.with_suffix(".yaml"), target.with_name(loader_name(target.name))
+    for path in (target, recipe, loader):
         if path.exists() and not overwrite:
             raise CheckpointError(f"{path}: is there already; add --overwrite, or name another file")
     weights = load_weights(source, architecture)
@@ -47,9 +49,11 @@ def convert(source: str, target: Path, architecture: Architecture | None = None,
     }
     with replacing(recipe) as temporary:
         temporary.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    write_loader(target, weights.architecture, classes, short_side, long_side)
     return [
         *weights.notes,
         f"{target}: {len(detector.model.state_dict())} tensors, {len(classes)} classes"
         + ("" if weights.classes is None else f" ({', '.join(classes[:5])}{', …' if len(classes) > 5 else ''})"),
         f"{recipe}: its architecture and conventions; use it as --recipe",
+        f"{loader}: loads it in plain torchvision",
     ]
