@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from defeat_cli import __version__
@@ -88,7 +89,7 @@ class Graph(nn.Module):
 
     def __init__(self, detector: Detector, kind: Input = "float") -> None:
         super().__init__()
-        self.model = copy.deepcopy(detector.model)
+        self.model = copy.deepcopy(detector.model).requires_grad_(False)
         self.kind = kind
         transform, selection = self.model.transform, getattr(self.model, "roi_heads", self.model)
         self.model.transform = TracedTransform(
@@ -99,6 +100,9 @@ class Graph(nn.Module):
             transform.size_divisible,
             transform.fixed_size,
         )
+        self.model.transform.training = self.model.training
+        if isinstance(self.model, FasterRCNN):
+            _settle_scales(self.model)
         self.card = Card(
             classes=detector.classes,
             input=kind,
@@ -119,6 +123,19 @@ class Graph(nn.Module):
         if self.kind == "uint8":
             return torch.full((70, 90, 3), 127, dtype=torch.uint8)
         return torch.full((3, 70, 90), 0.5)
+
+
+def _settle_scales(model: FasterRCNN) -> None:
+    """Let RoI pooling learn the scales of its levels from an image without padding.
+
+    torchvision keeps those that it takes from the first image it sees, whichever that is. They are wrong for a small
+    image that is half padding, and then for all that follow.
+    """
+    pool, side = model.roi_heads.box_roi_pool, 128
+    pool.scales = None
+    blank = next(model.parameters()).new_zeros
+    with evaluating(model):
+        pool(model.backbone(blank(1, 3, side, side)), [blank(1, 4)], [(side, side)])
 
 
 def to_onnx(graph: Graph) -> bytes:

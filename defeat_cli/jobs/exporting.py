@@ -16,7 +16,7 @@ from torch import Tensor
 
 from defeat_cli import session
 from defeat_cli.config.schema import Recipe
-from defeat_cli.console import counting, new_table
+from defeat_cli.console import Reporter, counting, new_table
 from defeat_cli.data.transforms import read_image
 from defeat_cli.detectors.contract import evaluating, in_unit_range
 from defeat_cli.errors import DefeatError
@@ -116,6 +116,8 @@ def export(
     if "run.device" in (changes or {}):
         raise DefeatError("--set run.device: files are made on the CPU and run anywhere; leave it out")
     opened = open_detector(checkpoint, recipe_name, {**(changes or {}), "run.device": "cpu"})
+    for note in opened.notes:
+        Reporter("export", quiet).note(note)
     graph = Graph(opened.detector, kind).eval()
     shown = _images(images, opened.recipe, graph.card.long_side) if check else []
     content = FORMATS[form](graph)

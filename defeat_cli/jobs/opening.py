@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -33,12 +33,16 @@ class Opened:
 
     recipe: data and device in force.
     lowest: score below which it gives nothing.
+    named: whether the checkpoint itself names the classes.
+    notes: what a user should know.
     """
 
     detector: Finder
     recipe: Recipe
     device: torch.device
     lowest: float
+    named: bool = True
+    notes: list[str] = field(default_factory=list)
 
 
 def open_detector(checkpoint: str, recipe_name: str | None, changes: Mapping[str, Any]) -> Opened:
@@ -55,15 +59,18 @@ def open_detector(checkpoint: str, recipe_name: str | None, changes: Mapping[str
     device = session.choose_device(recipe.run.device)
     architecture = recipe.student if found else None
     weights = load_weights(checkpoint, architecture)
-    classes = weights.classes
+    classes, notes = weights.classes, list(weights.notes)
     if classes is None and recipe.data.path is not None:
         classes = session.open_data(recipe.data, "val", train=False).classes
     elif classes is None:
         classes = [f"class {label}" for label in range(1, weights.num_classes + 1)]
+        notes.append(
+            f"{checkpoint}: does not name its classes, which are numbered; --data takes the names of a data set"
+        )
     loaded = session.load_detector(checkpoint, architecture=architecture, classes=classes, data=recipe.data)
     detector = loaded.detector.to(device).eval()
     selection = getattr(detector.model, "roi_heads", detector.model)
-    return Opened(detector, recipe, device, selection.score_thresh)
+    return Opened(detector, recipe, device, selection.score_thresh, weights.classes is not None, notes)
 
 
 def open_finder(checkpoint: str, recipe_name: str | None, changes: Mapping[str, Any]) -> Opened:

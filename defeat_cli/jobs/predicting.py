@@ -77,10 +77,18 @@ def predict(
     sources = find_images(inputs)
     _refuse(output, sources, overwrite)
     opened = open_finder(checkpoint, recipe_name, changes or {})
+    if opened.named and "data.path" in (changes or {}):
+        raise DataError(
+            f"--data: {checkpoint} names its classes itself, and nothing else is taken from data; leave it out"
+        )
     second = open_finder(teacher, None, _of_device(changes or {})) if teacher is not None else None
     reporter = Reporter("predict", quiet)
     for name, one in ((checkpoint, opened), (teacher, second)):
-        if one is not None and threshold < one.lowest:
+        if one is None:
+            continue
+        for note in one.notes:
+            reporter.note(note)
+        if threshold < one.lowest:
             reporter.warn(f"{name} gives nothing below score {one.lowest:g}, which is above --threshold {threshold:g}")
     result = Predictions(opened.detector.classes, threshold, [], [])
     output.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ import importlib.util
 
 import pytest
 import torch
+from export.random_detectors import random_detector
 
 from defeat_cli.config.architecture import BACKBONES, DETECTOR_FAMILIES, TORCHVISION_BUILDERS, Architecture
 from defeat_cli.detectors.zoo import build_detector
@@ -16,21 +17,6 @@ SMALL["fcos"] = {"fpn_channels": 64}
 WIDTHS = {"regnet": {"widths": [8, 8, 16, 16], "depths": [1, 2, 1, 1]}}
 HEAVY = ("resnet101", "resnet152", "resnext101_32x4d", "resnext101_32x8d", "resnext101_64x4d")
 """Their script differs from a lighter one's by the name alone; they are held to it without running the network."""
-
-
-def with_something_to_detect(model):
-    """Random weights that give detections, and norms that are no identity."""
-    generator = torch.Generator().manual_seed(0)
-    for name, value in model.state_dict().items():
-        if name.endswith("running_var"):
-            value.uniform_(0.5, 1.5, generator=generator)
-        elif name.endswith(("running_mean", "bias")):
-            value.normal_(std=0.1, generator=generator)
-        elif value.ndim == 1 and name.endswith("weight"):
-            value.uniform_(0.3, 0.7, generator=generator)
-        elif value.ndim > 1 and ("cls" in name or "bbox" in name):
-            value.normal_(std=0.02, generator=generator)
-    return model.eval()
 
 
 def load_by_script(folder, source):
@@ -46,7 +32,7 @@ def load_by_script(folder, source):
 
 def detections(folder, architecture, sides=(64, 96)):
     """What our detector and the one of the script detect on the same image."""
-    model = with_something_to_detect(build_detector(architecture, CLASSES, [48, sides[0]], sides[1]).model)
+    model = random_detector(CLASSES, architecture, *sides).model
     torch.save(model.state_dict(), folder / "student.pth")
     twin = load_by_script(folder, loader_source(architecture, CLASSES, *sides))
     assert not twin.training
