@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
-from defeat_cli import __version__
 from defeat_cli.detectors.contract import Detector, evaluating
 from defeat_cli.errors import DefeatError
 
@@ -31,8 +30,8 @@ OPSET = 17
 
 OUTPUTS = ("boxes", "scores", "labels")
 
-METADATA = "defeat"
-"""Under this name a file holds its card, as JSON."""
+METADATA, VERSION = "defeat", 1
+"""Under this name a file holds its card, as JSON, in a form of this version."""
 
 EXTRA = "defeat-cli[export]"
 
@@ -56,13 +55,15 @@ class Card:
     detections_per_image: int
 
     def to_json(self) -> str:
-        return json.dumps({"version": __version__, **asdict(self)}, ensure_ascii=False)
+        return json.dumps({"version": VERSION, **asdict(self)}, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str) -> Card:
-        """Raises ValueError or TypeError where it is not what `to_json` writes."""
+        """Raises KeyError, ValueError or TypeError where it is not what `to_json` writes."""
         content = json.loads(text)
-        return cls(**{name: content.get(name) for name in cls.__dataclass_fields__})
+        if content["version"] != VERSION:
+            raise ValueError(f"of version {content['version']}; this defeat reads version {VERSION}")
+        return cls(**{name: content[name] for name in cls.__dataclass_fields__})
 
 
 class TracedTransform(GeneralizedRCNNTransform):

@@ -46,8 +46,8 @@ class OnnxDetector:
             raise CheckpointError(f"{origin}: onnxruntime cannot run it: {error}") from None
         try:
             self.card = Card.from_json(self.session.get_modelmeta().custom_metadata_map[METADATA])
-        except (KeyError, ValueError, TypeError):
-            raise CheckpointError(f"{origin}: an ONNX file that `defeat export` did not write") from None
+        except (KeyError, ValueError, TypeError) as error:
+            raise CheckpointError(f"{origin}: not an ONNX file as `defeat export` writes it: {error}") from None
 
     @property
     def classes(self) -> list[str]:
