@@ -15,7 +15,15 @@ CLASSES = ["cat", 'a "quoted" \\ name', "kräftig"]
 SMALL = {"faster_rcnn": {"fpn_channels": 16, "head_channels": 32}, "retinanet": {"fpn_channels": 16}}
 SMALL["fcos"] = {"fpn_channels": 64}
 WIDTHS = {"regnet": {"widths": [8, 8, 16, 16], "depths": [1, 2, 1, 1]}}
-HEAVY = ("resnet101", "resnet152", "resnext101_32x4d", "resnext101_32x8d", "resnext101_64x4d")
+HEAVY = (
+    "resnet34",
+    "resnext50_32x4d",
+    "resnet101",
+    "resnet152",
+    "resnext101_32x4d",
+    "resnext101_32x8d",
+    "resnext101_64x4d",
+)
 """Their script differs from a lighter one's by the name alone; they are held to it without running the network."""
 
 
