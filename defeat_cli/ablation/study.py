@@ -33,6 +33,7 @@ from defeat_cli.config.variants import Variant, find_variant
 from defeat_cli.console import Reporter, console, percent
 from defeat_cli.console import show as show_table
 from defeat_cli.detectors.contract import Detector
+from defeat_cli.detectors.loading import load_teacher
 from defeat_cli.engine.runs import RECIPE, RunFolder
 from defeat_cli.errors import DefeatError, RecipeError, RunError
 from defeat_cli.files import replacing
@@ -220,9 +221,9 @@ def _check_run(recipe: Recipe, teachers: dict[str, Detector], say: Callable[[str
     checkpoint = recipe.teacher.checkpoint
     if checkpoint is not None and recipe.distillation.active:
         if checkpoint not in teachers:
-            teachers[checkpoint] = session.load_detector(
-                checkpoint, architecture=recipe.teacher.architecture, classes=data.classes, data=recipe.data
-            ).detector
+            sizes = (recipe.data.short_side[-1], recipe.data.long_side)
+            loaded = load_teacher(checkpoint, recipe.teacher.architecture, classes=data.classes, sizes=sizes)
+            teachers[checkpoint] = loaded.detector
         session.build_distiller(recipe.distillation, student, teachers[checkpoint], say)
     batches = math.ceil(len(data) / recipe.data.batch_size)
     return recipe.schedule.epochs * math.ceil(batches / recipe.optimizer.accumulate)

@@ -8,13 +8,14 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
+from typing_extensions import is_typeddict
 
-from defeat_cli.config.architecture import STRICT, Architecture
+from defeat_cli.config.architecture import STRICT, Architecture, SomeSettings
 from defeat_cli.config.types import Count, Fraction, NonNegative, Positive
 from defeat_cli.errors import RecipeError
 from defeat_cli.files import replacing
@@ -43,8 +44,9 @@ class Teacher(Section):
     """A checkpoint file, `torchvision:NAME` for torchvision's COCO weights, `shipped:NAME`; `--teacher`."""
     recipe: str | None = None
     """Recipe that trains the teacher first, where no checkpoint is given."""
-    architecture: Architecture | None = None
-    """For a plain state dict, which does not say what it is; null reads it from the keys where it can."""
+    architecture: SomeSettings | None = None
+    """Settings of the teacher in place of its checkpoint's own, e.g. `score_threshold`, or what a plain state dict
+    does not tell (`anchor_sizes`). They cannot change what its weights are of."""
 
 
 class Shapes(Section):
@@ -245,8 +247,8 @@ def _parsed_mapping(text: str, origin: str) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         line = f"{origin}:{mark.line + 1}" if mark else origin
         raise RecipeError(f"{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
-    if content is None:
-        return {}
+    if not content:
+        raise RecipeError(f"{origin}: is empty")
     if not isinstance(content, dict):
         raise RecipeError(f"{origin}: expected a mapping of keys to values, found {type(content).__name__}")
     return content
@@ -311,6 +313,8 @@ def _problem(details: dict[str, Any]) -> str:
 
 def _fields(section: type | None) -> dict[str, Any]:
     """Keys of a section and their types; none where there is no such section."""
+    if section is not None and is_typeddict(section):
+        return get_type_hints(section)
     if section is None or not hasattr(section, "__pydantic_fields__"):
         return {}
     return {name: info.annotation for name, info in section.__pydantic_fields__.items()}

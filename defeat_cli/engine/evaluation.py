@@ -26,7 +26,7 @@ class CocoEvaluator:
     Args:
         coco: ground truth.
         classes: the detector's class names, label `i + 1` being `classes[i]`, matched to the data's as
-            `pairing.match_classes` does it. Detections of classes that the data has not are left out.
+            `pairing.match_classes` does it. Detections of classes that the data does not have are left out.
 
     Raises:
         DataError: no class name is in the ground truth.
@@ -114,10 +114,12 @@ def evaluate(
     on_batch: Callable[[int], None] = lambda images: None,
     keep_detections: list[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Detect on every batch and score the result.
+    """Detect on one image at a time, as a deployed detector would, and score the result.
+
+    However images come in batches, each is padded for itself alone: its detections depend on no other image.
 
     Args:
-        batches: (images, targets, image ids) as the evaluation loader gives them.
+        batches: (images, targets, image ids) as the loaders give them.
         coco: ground truth.
         autocast: dtype of CUDA autocast, None for full precision.
         on_batch: told the number of images after each batch.
@@ -130,8 +132,8 @@ def evaluate(
     device = next(detector.parameters()).device
     with evaluating(detector), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
         for images, _, image_ids in batches:
-            outputs = detector.detect([image.to(device, non_blocking=True) for image in images])
-            evaluator.process(image_ids, outputs)
+            for image, image_id in zip(images, image_ids, strict=True):
+                evaluator.process([image_id], detector.detect([image.to(device, non_blocking=True)]))
             on_batch(len(images))
     if keep_detections is not None:
         keep_detections.extend(evaluator.detections)

@@ -17,6 +17,7 @@ from defeat_cli.config.schema import Recipe
 from defeat_cli.console import Reporter
 from defeat_cli.data.dataset import CocoDataset
 from defeat_cli.detectors.contract import Detector
+from defeat_cli.detectors.loading import load_teacher
 from defeat_cli.distillation.distiller import Distiller
 from defeat_cli.distillation.pairing import match_classes
 from defeat_cli.jobs import training
@@ -47,15 +48,14 @@ def check(recipe: Recipe) -> Check:
     student = session.build_student(recipe, training_data.classes)
     teacher = None
     if recipe.teacher.checkpoint is not None:
-        loaded = session.load_detector(
+        loaded = load_teacher(
             recipe.teacher.checkpoint,
-            architecture=recipe.teacher.architecture,
+            recipe.teacher.architecture,
             classes=training_data.classes,
-            data=recipe.data,
+            sizes=(recipe.data.short_side[-1], recipe.data.long_side),
         )
+        loaded.tell(reporter, "teacher: ")
         teacher = loaded.detector
-        for note in loaded.weights.notes:
-            reporter.note(f"teacher: {note}")
     distiller = session.build_distiller(recipe.distillation, student, teacher, reporter.warn).to(device)
     image, target, _ = training_data[0]
     images, targets = [image.to(device)], [{key: value.to(device) for key, value in target.items()}]

@@ -18,6 +18,7 @@ from defeat_cli.console import Reporter, percent
 from defeat_cli.data.dataset import CocoDataset
 from defeat_cli.data.loading import evaluation_loader, training_loader
 from defeat_cli.detectors.contract import Detector
+from defeat_cli.detectors.loading import load_teacher
 from defeat_cli.distillation.pairing import match_classes
 from defeat_cli.engine.curves import draw_curves
 from defeat_cli.engine.detection_errors import error_report
@@ -135,11 +136,13 @@ def _teacher(
     checkpoint = obtain_teacher(recipe, folder, overwrite, quiet)
     if checkpoint is None:
         return None
-    loaded = session.load_detector(
-        checkpoint, architecture=recipe.teacher.architecture, classes=classes, data=recipe.data
+    loaded = load_teacher(
+        checkpoint,
+        recipe.teacher.architecture,
+        classes=classes,
+        sizes=(recipe.data.short_side[-1], recipe.data.long_side),
     )
-    for note in loaded.weights.notes:
-        reporter.note(f"teacher: {note}")
+    loaded.tell(reporter, "teacher: ")
     return loaded.detector
 
 
@@ -174,9 +177,8 @@ def _score(
     subset: Any = None,
 ) -> dict[str, Any]:
     chosen = data if subset is None else subset
-    loader = evaluation_loader(
-        chosen, recipe.data.batch_size, session.loader_processes(recipe.data.workers), pin_memory=device.type == "cuda"
-    )
+    workers = session.loader_processes(recipe.data.workers)
+    loader = evaluation_loader(chosen, workers, pin_memory=device.type == "cuda")
     detections: list[dict[str, Any]] = []
     with reporter.evaluating(len(chosen)) as advance:
         metrics = evaluate(

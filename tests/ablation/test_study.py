@@ -18,6 +18,7 @@ from defeat_cli.ablation.worker import STOPPED
 from defeat_cli.config import schema as recipes
 from defeat_cli.config.variants import VARIANTS, Variant
 from defeat_cli.data.loading import training_loader
+from defeat_cli.detectors.loading import load_detector
 from defeat_cli.engine.runs import RunFolder
 from defeat_cli.errors import CheckpointError, DataError, RecipeError, RunError
 from defeat_cli.jobs import training
@@ -227,7 +228,7 @@ def test_the_command_shows_the_table_and_ends_with_1_after_a_failure(defeat, tin
 def test_runs_of_a_seed_start_from_one_student_and_see_the_same_images(tmp_path, base):
     runs = plan(tmp_path / "s", list(VARIANTS), base, seeds=(4,)).runs()
     data = session.open_data(base.data, "train", train=True)
-    teacher = session.load_detector(base.teacher.checkpoint).detector
+    teacher = load_detector(base.teacher.checkpoint).detector
     states, losses, orders = [], [], []
     for run in runs:
         student = session.build_student(run.recipe, data.classes)

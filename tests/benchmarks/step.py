@@ -18,6 +18,7 @@ import torch
 from defeat_cli import session
 from defeat_cli.config import schema as recipes
 from defeat_cli.data.loading import training_loader
+from defeat_cli.detectors.loading import load_detector
 from defeat_cli.engine.loop import train_step
 
 
@@ -38,7 +39,7 @@ def main() -> None:
     device = session.choose_device(options.device, recipe.run.precision)
     data = session.open_data(recipe.data, "train", train=True)
     autocast = session.AUTOCAST[recipe.run.precision]
-    teacher = session.load_detector(recipe.teacher.checkpoint, classes=data.classes, data=recipe.data).detector
+    teacher = load_detector(recipe.teacher.checkpoint, classes=data.classes).detector
     trainings = [
         session.build_training(
             recipe,

@@ -127,14 +127,14 @@ def test_category_ids_of_any_kind_go_back_at_evaluation(run, defeat, shapes, tmp
         (["{run}/best.pt", "--split", "test"], "no split 'test'"),
         (["{run}/best.pt", "-d", "nowhere"], "nowhere"),
         (["{run}/results.json"], "results.json"),
-        (["{run}/best.pt", "-d", "{other}"], "share no class"),
+        (["{run}/best.pt", "-d", "{other}", "--split", "train"], "share no class"),
     ],
 )
 def test_bad_input(run, defeat, shapes, tmp_path, arguments, message):
     content = json.loads((shapes / "val.json").read_text())
     for category in content["categories"]:
         category["name"] = f"other {category['id']}"
-    (tmp_path / "train.json").write_text(json.dumps(content))  # the run validates on it
+    (tmp_path / "train.json").write_text(json.dumps(content))
     (tmp_path / "images").symlink_to(shapes / "images")
     output = defeat("eval", *[a.format(run=run, other=tmp_path) for a in arguments], code=2)
     assert message in output
