@@ -171,12 +171,12 @@ def _published(origin: str, architecture: Architecture, num_classes: int) -> boo
 
     torchvision's files are named by the beginning of their SHA-256.
     """
-    if num_classes != 90 or not Path(origin).is_file() or architecture.backbone != "resnet50":
+    if num_classes != 90 or architecture.backbone != "resnet50":
         return False
     if Path(origin).name.startswith(WITHOUT_EPSILON):
         return True
-    digest = hashlib.sha256(Path(origin).read_bytes()).hexdigest()
-    return any(digest.startswith(name.rpartition("-")[2]) for name in WITHOUT_EPSILON)
+    digest = hashlib.sha256(Path(origin).read_bytes()).hexdigest() if Path(origin).is_file() else ""
+    return digest.startswith(tuple(name.rpartition("-")[2] for name in WITHOUT_EPSILON))
 
 
 def _state_dicts(content: Any) -> list[tuple[str, StateDict]]:
