@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from defeat_cli.checkpoints.meaning import meaning_of_recipe
+from defeat_cli.checkpoints.meaning import Meaning, meaning_of_recipe, with_meaning
 from defeat_cli.checkpoints.reading import read
-from defeat_cli.checkpoints.weights import Weights, is_state_dict
+from defeat_cli.checkpoints.weights import StateDict, Weights, is_state_dict
 from defeat_cli.config.architecture import TORCHVISION_BUILDERS, Architecture, own_settings
 from defeat_cli.errors import CheckpointError
 from defeat_cli.files import replacing
@@ -96,6 +96,13 @@ def to_weights(content: Mapping[str, Any], origin: str, architecture: Architectu
         recipe=recipe,
         folder=Path(origin).parent / content["folder"] if "folder" in content else None,
     )
+
+
+def exported(content: Mapping[str, Any], origin: str) -> StateDict:
+    """The student of a checkpoint as a plain state dict that says what it is, to be saved for use elsewhere."""
+    weights = to_weights(content, origin)
+    meaning = Meaning(weights.architecture, weights.classes, weights.short_side, weights.long_side)
+    return with_meaning(content["student"], meaning)
 
 
 def _as_built(student: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
-from defeat_cli.config.schema import find_recipe, merged, read_yaml
+from defeat_cli.config.schema import Recipe, find_recipe, load, merged, read_yaml, validate
 from defeat_cli.errors import RecipeError
 
 COMMAND_LINE = "the command line"
@@ -22,36 +22,36 @@ def given_settings(settings: Mapping[str, Any], where: str, prefix: str = "") ->
     """Nested settings by dotted name, `prefix` before each."""
     given: dict[str, Given] = {}
     for name, value in settings.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value:
             given |= given_settings(value, where, f"{prefix}{name}.")
         else:
             given[f"{prefix}{name}"] = Given(value, where)
     return given
 
 
-def said(recipe: str | None, changes: Mapping[str, Any]) -> dict[str, Given]:
-    """The settings of a recipe file, with those of the command line over them.
+def understood(
+    name: str | None, changes: Mapping[str, Any], command: str, effective: Collection[str]
+) -> tuple[Recipe, dict[str, Given]]:
+    """A recipe with the changes of the command line, for a command that looks at a trained detector.
 
-    Raises:
-        RecipeError: no such recipe, or it holds nothing.
-    """
-    in_file = given_settings(read_yaml(find_recipe(recipe)), recipe) if recipe is not None else {}
-    return in_file | given_settings(merged({}, dict(changes)), COMMAND_LINE)
-
-
-def refuse_without_effect(given: Mapping[str, Given], command: str, settings: Collection[str]) -> None:
-    """Refuse settings of the command line that a command would ignore; a recipe may say what other commands need.
+    Settings of the detector itself, `student`, are checked by `detectors.loading`, which knows those that they change.
 
     Args:
-        settings: those that have an effect, by dotted name or a section's.
+        name: of the recipe; None takes the defaults.
+        effective: settings that the command does not ignore, by dotted name or a section's. Others are refused on the
+            command line; a recipe may say what other commands need.
+
+    Returns:
+        The recipe, and what was said: the settings of its file, with those of the command line over them.
 
     Raises:
-        RecipeError: names them.
+        RecipeError: no such recipe, one that holds nothing or cannot be used, or a change that has no effect.
     """
-    idle = [
-        name
-        for name, (_, where) in given.items()
-        if where == COMMAND_LINE and not any(name == known or name.startswith(f"{known}.") for known in settings)
-    ]
-    if idle:
-        raise RecipeError(f"--set {', '.join(idle)}: without effect in `defeat {command}`")
+    changed = given_settings(merged({}, dict(changes)), COMMAND_LINE)
+    for key, (value, _) in changed.items():
+        if not any(key == known or key.startswith(f"{known}.") for known in effective):
+            validate(merged({}, {key: value}), "--set")  # a word that no recipe knows gets its own message
+            raise RecipeError(f"--set {key}: without effect in `defeat {command}`")
+    in_file = given_settings(read_yaml(find_recipe(name)), name) if name is not None else {}
+    others = {key: value for key, (value, _) in changed.items() if not key.startswith("student.")}
+    return load(name, others), in_file | changed

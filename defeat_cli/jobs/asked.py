@@ -13,9 +13,8 @@ from typing import Any
 from defeat_cli import session
 from defeat_cli.checkpoints.loading import file_of, load_weights
 from defeat_cli.checkpoints.weights import Weights
-from defeat_cli.config import schema as recipes
 from defeat_cli.config.architecture import INFERENCE, SIZES, STRUCTURE
-from defeat_cli.config.given import COMMAND_LINE, Given, refuse_without_effect, said
+from defeat_cli.config.given import COMMAND_LINE, Given, understood
 from defeat_cli.config.schema import Data, Recipe
 from defeat_cli.detectors.loading import hint
 
@@ -59,9 +58,7 @@ def ask(
     Raises:
         DefeatError: settings without effect or of the wrong kind, a recipe or checkpoint that cannot be read.
     """
-    named = recipes.load(recipe_name, dict(changes))
-    given = said(recipe_name, changes)
-    refuse_without_effect(given, command, settings)
+    named, given = understood(recipe_name, changes, command, settings)
     weights = load_weights(checkpoint, hint(given))
     remembered = weights.recipe or {}
     data, notes = _data(given, named, remembered.get("data") or {}, weights, checkpoint)

@@ -10,9 +10,8 @@ import yaml
 
 from defeat_cli.checkpoints.meaning import with_meaning
 from defeat_cli.checkpoints.native import write_atomically
-from defeat_cli.config import schema as recipes
 from defeat_cli.config.architecture import TRAINING, changed_settings
-from defeat_cli.config.given import refuse_without_effect, said
+from defeat_cli.config.given import understood
 from defeat_cli.console import Reporter
 from defeat_cli.detectors.loading import load_detector
 from defeat_cli.errors import CheckpointError
@@ -47,9 +46,8 @@ def convert(
     for path in (target, recipe):
         if path.exists() and not overwrite:
             raise CheckpointError(f"{path}: is there already; add --overwrite, or name another file")
-    recipes.load(recipe_name, dict(changes or {}))
-    given = said(recipe_name, changes or {})
-    refuse_without_effect(given, "convert", (*DETECTOR, *(f"student.{name}" for name in TRAINING)))
+    effective = (*DETECTOR, *(f"student.{name}" for name in TRAINING))
+    _, given = understood(recipe_name, changes or {}, "convert", effective)
     loaded = load_detector(source, given, ignored=())
     meaning, state_dict = loaded.meaning, loaded.detector.model.state_dict()
     write_atomically(target, with_meaning(state_dict, meaning))

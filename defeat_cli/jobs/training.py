@@ -81,7 +81,7 @@ def train(
     _fit(recipe, run, training, training_data, score, reporter)
 
     best = native.load(run / BEST)
-    native.write_atomically(run / STUDENT, best["student"])
+    native.write_atomically(run / STUDENT, native.exported(best, str(run / BEST)))
     results: dict[str, Any] = {"student": best["metrics"], "training_seconds": round(training.seconds, 1)}
     if teacher is not None and match_classes(validation_data.classes, teacher.classes):
         results["teacher"] = _teacher_results(recipe, folder) or score(teacher, reporter)

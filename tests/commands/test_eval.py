@@ -1,23 +1,11 @@
 """`defeat eval`, `check` and `convert` through the real command, and the student in plain torchvision."""
 
-import contextlib
-import io
 import json
-from collections import OrderedDict
 
 import pytest
 import torch
 import yaml
-from PIL import Image
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
-from torch import nn
-from torchvision.models.detection import FasterRCNN
-from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.backbone_utils import BackboneWithFPN
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
-from torchvision.models.regnet import BlockParams, RegNet
-from torchvision.transforms.functional import pil_to_tensor
+from oracles.torchvision_alone import evaluate_alone, tiny_model, tiny_settings
 
 from defeat_cli.config.schema import merged, parse_assignments
 from defeat_cli.engine.evaluation import FIGURES
@@ -30,47 +18,9 @@ def run(tmp_path_factory, defeat, tiny):
     defeat(
         "train", "-r", tiny, "-o", folder, "--set", "schedule.epochs=60", "--set", "run.evaluate_every=60",
         "--set", "optimizer.name=adamw", "--set", "optimizer.lr=5e-3", "--set", "schedule.decay=cosine",
-        "--set", "student.widths=[16, 16, 32, 32]", "--set", "data.val_annotations=train.json", "-q",
+        *tiny_settings("faster_rcnn"), "--set", "data.val_annotations=train.json", "-q",
     )  # fmt: skip
     return folder
-
-
-def plain_torchvision(path, **settings):
-    """The student by torchvision alone, as the README shows it, with other settings where some are given."""
-    net = RegNet(BlockParams([1] * 4, [16, 16, 32, 32], [16, 16, 32, 32], [1.0] * 4, [2] * 4), stem_width=16)
-    body = nn.Sequential(OrderedDict([("stem", net.stem), *net.trunk_output.named_children()]))
-    backbone = BackboneWithFPN(body, {f"block{i + 1}": str(i) for i in range(4)}, [16, 16, 32, 32], 8)
-    own = {
-        "min_size": 64, "max_size": 64, "box_score_thresh": 0.0, "rpn_pre_nms_top_n_test": 32,
-        "rpn_post_nms_top_n_test": 32, "box_head": TwoMLPHead(8 * 7 * 7, 16),
-        "box_predictor": FastRCNNPredictor(16, 7),
-        "rpn_anchor_generator": AnchorGenerator(((8,), (16,), (32,), (64,), (96,)), ((0.5, 1.0, 2.0),) * 5),
-    }  # fmt: skip
-    model = FasterRCNN(backbone, **{**own, **settings})
-    model.load_state_dict(torch.load(path, weights_only=True), strict=True)
-    return model.eval()
-
-
-def reference_evaluation(model, data, split):
-    """torchvision's reference loop, in its shortest form: one image at a time, labels are category ids."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco = COCO(data / f"{split}.json")
-    results = []
-    for image in coco.loadImgs(coco.getImgIds()):
-        pixels = pil_to_tensor(Image.open(data / "images" / image["file_name"]).convert("RGB")).float() / 255
-        with torch.no_grad():
-            (output,) = model([pixels])
-        for (x1, y1, x2, y2), score, label in zip(
-            output["boxes"].tolist(), output["scores"].tolist(), output["labels"].tolist(), strict=True
-        ):
-            box = [x1, y1, x2 - x1, y2 - y1]
-            results.append({"image_id": image["id"], "category_id": label, "bbox": box, "score": score})
-    with contextlib.redirect_stdout(io.StringIO()):
-        scorer = COCOeval(coco, coco.loadRes(results), "bbox")
-        scorer.evaluate()
-        scorer.accumulate()
-        scorer.summarize()
-    return results, scorer.stats
 
 
 def assert_same(found, expected):
@@ -92,7 +42,7 @@ def evaluated(defeat, folder, checkpoint, *options):
 
 
 def test_eval_equals_the_reference_evaluation_of_plain_torchvision(run, defeat, shapes, tmp_path):
-    results, stats = reference_evaluation(plain_torchvision(run / "student.pth"), shapes, "train")
+    results, stats = evaluate_alone(tiny_model("faster_rcnn"), run / "student.pth", shapes, "train")
     assert stats[0] > 0.05  # there is something to compare
     for checkpoint in ("best.pt", "student.pth"):
         figures, detections, output = evaluated(defeat, tmp_path, run / checkpoint)
@@ -122,7 +72,7 @@ SAID = {
 def test_settings_that_are_said_are_in_force(run, defeat, shapes, tmp_path, kind, checkpoint):
     """Against plain torchvision with those settings, on the command line or in a recipe that is named there."""
     assignments, settings = SAID[kind]
-    results, stats = reference_evaluation(plain_torchvision(run / "student.pth", **settings), shapes, "train")
+    results, stats = evaluate_alone(tiny_model("faster_rcnn", **settings), run / "student.pth", shapes, "train")
     options = [part for assignment in assignments for part in ("--set", assignment)]
     where = "the command line"
     if checkpoint == "recipe":
