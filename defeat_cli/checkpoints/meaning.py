@@ -17,7 +17,8 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from defeat_cli.config.architecture import Architecture, changed_settings
-from defeat_cli.config.schema import Data, Student, nearest, read_yaml
+from defeat_cli.config.schema import Data, Student, nearest
+from defeat_cli.config.yaml import read_yaml
 from defeat_cli.errors import CheckpointError, RecipeError
 
 ENTRY = "defeat"

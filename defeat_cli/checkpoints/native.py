@@ -27,6 +27,7 @@ from defeat_cli.files import replacing
 FORMAT = "defeat"
 VERSION = 2
 KEYS = ("recipe", "classes", "student", "metrics")
+"""Of every checkpoint. `terms`, and in last.pt `training`, may come with them."""
 
 
 def save(path: Path, content: dict[str, Any]) -> None:

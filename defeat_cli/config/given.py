@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
-from defeat_cli.config.schema import Recipe, find_recipe, load, merged, read_yaml, validate
+from defeat_cli.config.schema import Recipe, find_recipe, load, merged, validate
+from defeat_cli.config.yaml import read_yaml
 from defeat_cli.errors import RecipeError
 
 COMMAND_LINE = "the command line"

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
+from torch.utils.data import Subset
 
+from defeat_cli.data.dataset import CocoDataset
+from defeat_cli.data.loading import evaluation_loader
 from defeat_cli.detectors.contract import Detector
 from defeat_cli.distillation.pairing import match_classes
 from defeat_cli.errors import DataError
@@ -107,34 +110,35 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 def evaluate(
     detector: Detector,
-    batches: Iterable[tuple[list[Tensor], Any, list[int]]],
-    coco: COCO,
+    dataset: CocoDataset | Subset,
     *,
+    workers: int = 0,
     autocast: torch.dtype | None = None,
-    on_batch: Callable[[int], None] = lambda images: None,
+    on_image: Callable[[int], None] = lambda images: None,
     keep_detections: list[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Detect on one image at a time, as a deployed detector would, and score the result.
+    """Detect on one image at a time, as plain torchvision does in use, and score the result.
 
-    However images come in batches, each is padded for itself alone: its detections depend on no other image.
+    In a batch an image would be padded to the size of others, and its detections would depend on them.
 
     Args:
-        batches: (images, targets, image ids) as the loaders give them.
-        coco: ground truth.
+        dataset: images with their ground truth, or some of them.
+        workers: loader processes.
         autocast: dtype of CUDA autocast, None for full precision.
-        on_batch: told the number of images after each batch.
+        on_image: told the number of images done, 1, after each.
         keep_detections: a list that the detections are appended to, in COCO results format.
 
     Returns:
         The metrics of `CocoEvaluator.evaluate`.
     """
-    evaluator = CocoEvaluator(coco, detector.classes)
+    whole = dataset.dataset if isinstance(dataset, Subset) else dataset
+    evaluator = CocoEvaluator(whole.coco, detector.classes)
     device = next(detector.parameters()).device
+    loader = evaluation_loader(dataset, workers, pin_memory=device.type == "cuda")
     with evaluating(detector), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-        for images, _, image_ids in batches:
-            for image, image_id in zip(images, image_ids, strict=True):
-                evaluator.process([image_id], detector.detect([image.to(device, non_blocking=True)]))
-            on_batch(len(images))
+        for images, _, image_ids in loader:
+            evaluator.process(image_ids, detector.detect([image.to(device, non_blocking=True) for image in images]))
+            on_image(len(images))
     if keep_detections is not None:
         keep_detections.extend(evaluator.detections)
     return evaluator.evaluate()

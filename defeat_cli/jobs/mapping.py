@@ -14,11 +14,12 @@ from defeat_cli.checkpoints.loading import TORCHVISION_PREFIX, file_of
 from defeat_cli.checkpoints.reading import read
 from defeat_cli.config.architecture import TRAINING
 from defeat_cli.config.schema import Distillation, Recipe, merged, validate
+from defeat_cli.config.terms import NeckSettings
 from defeat_cli.console import Reporter, counting
 from defeat_cli.data.annotations import Annotations, read_annotations
 from defeat_cli.data.dataset import CocoDataset
 from defeat_cli.detectors.loading import load_detector, load_teacher
-from defeat_cli.errors import DataError, DefeatError
+from defeat_cli.errors import DataError, DefeatError, RecipeError
 from defeat_cli.gradients.images import Source, find_images, images_of
 from defeat_cli.gradients.maps import neck_adapters
 from defeat_cli.gradients.mask_pictures import draw_masks
@@ -84,8 +85,8 @@ def visualize(
         if distils:
             adapters = neck_adapters(student, supervisor, _trained_adapters(checkpoint), checkpoint)
     if distils or settings.own_level:
-        term = _distillation(asked)
-        settings = replace(settings, alpha_fg=term.alpha_fg, alpha_bg=term.alpha_bg, finest_scale=term.finest_scale)
+        neck = _distillation(asked).neck or NeckSettings()
+        settings = replace(settings, alpha_fg=neck.alpha_fg, alpha_bg=neck.alpha_bg, finest_scale=neck.finest_scale)
     with counting("images", len(sources), quiet) as advance:
         return run_gradient_maps(
             student,
@@ -141,20 +142,24 @@ def _effective(split: str, teacher: str | None, has_term: bool) -> list[str]:
 
 
 def _distillation(asked: Asked) -> Distillation:
-    """The neck term's settings: what was said, over what the checkpoint remembers."""
+    """The neck term's settings: what was said, over what the checkpoint remembers in today's form."""
     remembered = (asked.weights.recipe or {}).get("distillation") or {}
     spoken = {name: value for name, (value, _) in asked.given.items() if name.startswith("distillation.")}
-    return validate(
-        merged({"distillation": remembered}, spoken), f"{asked.weights.origin}: the recipe in it"
-    ).distillation
+    try:
+        return validate(merged({"distillation": remembered}, spoken), "the checkpoint's recipe").distillation
+    except RecipeError:  # it may be of an earlier form
+        return asked.recipe.distillation
 
 
 def _trained_adapters(checkpoint: str) -> dict[str, Any] | None:
     """The neck's adapters in a checkpoint of ours; other files hold none."""
     if checkpoint.startswith(TORCHVISION_PREFIX):
         return None
-    content = read(file_of(checkpoint))
-    return (content.get("training") or {}).get("neck_adapters") if native.matches(content) else None
+    content, prefix = read(file_of(checkpoint)), "neck.adapters."
+    if not native.matches(content):
+        return None
+    terms = content.get("terms", {})
+    return {key.removeprefix(prefix): value for key, value in terms.items() if key.startswith(prefix)}
 
 
 def show_masks(recipe: Recipe, images: Sequence[str], output: Path) -> list[Path]:
@@ -177,6 +182,7 @@ def show_masks(recipe: Recipe, images: Sequence[str], output: Path) -> list[Path
         splits = []
     sources = [source for image in images for source in _known(image, splits)]
     student = session.build_student(recipe, truth.classes if truth else ["object"]).to(device)
+    neck = recipe.distillation.neck or NeckSettings()
     teacher = None
     if recipe.teacher.checkpoint is not None:
         classes = truth and truth.classes
@@ -184,4 +190,4 @@ def show_masks(recipe: Recipe, images: Sequence[str], output: Path) -> list[Path
         loaded = load_teacher(recipe.teacher.checkpoint, recipe.teacher.architecture, classes=classes, sizes=sizes)
         loaded.tell(Reporter("masks"), "teacher: ")
         teacher = loaded.detector.to(device)
-    return draw_masks(student, sources, output, finest_scale=recipe.distillation.finest_scale, teacher=teacher)
+    return draw_masks(student, sources, output, finest_scale=neck.finest_scale, teacher=teacher)

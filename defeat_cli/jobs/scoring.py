@@ -11,7 +11,6 @@ from rich.table import Table
 from defeat_cli import session
 from defeat_cli.console import Reporter, counting, errors_table, metrics_table
 from defeat_cli.data.formats.voc import is_voc, voc_ap50
-from defeat_cli.data.loading import evaluation_loader
 from defeat_cli.detectors.loading import load_detector
 from defeat_cli.engine.detection_errors import error_report
 from defeat_cli.engine.evaluation import evaluate
@@ -78,10 +77,10 @@ def score(
     with counting("evaluating", len(data), quiet) as advance:
         metrics = evaluate(
             loaded.detector.to(device),
-            evaluation_loader(data, session.loader_processes(recipe.data.workers), pin_memory=device.type == "cuda"),
-            data.coco,
+            data,
+            workers=session.loader_processes(recipe.data.workers),
             autocast=session.AUTOCAST[recipe.run.precision],
-            on_batch=advance,
+            on_image=advance,
             keep_detections=detections,
         )
     if metrics["AP"] < 0:

@@ -7,7 +7,8 @@ import torch
 import yaml
 from oracles.torchvision_alone import evaluate_alone, tiny_model, tiny_settings
 
-from defeat_cli.config.schema import merged, parse_assignments
+from defeat_cli.config.schema import merged
+from defeat_cli.config.yaml import parse_assignments
 from defeat_cli.engine.evaluation import FIGURES
 
 

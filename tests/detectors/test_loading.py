@@ -29,7 +29,12 @@ def detectron2(path):
 
 
 def torchvision(path):
-    torch.save(build_detector(Architecture(backbone="resnet18"), ["a", "b"], [96], 96).model.state_dict(), path)
+    torch.save(
+        build_detector(
+            Architecture(backbone="resnet18", fpn_channels=16, head_channels=16), ["a", "b"], [96], 96
+        ).model.state_dict(),
+        path,
+    )
 
 
 SAID = {
