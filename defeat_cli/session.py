@@ -11,19 +11,19 @@ from pathlib import Path
 import torch
 
 from defeat_cli.checkpoints.loading import load_weights
-from defeat_cli.checkpoints.weights import Weights, load_strict
+from defeat_cli.checkpoints.weights import load_strict
 from defeat_cli.config import schema as recipes
-from defeat_cli.config.architecture import Architecture
 from defeat_cli.config.schema import Data, Recipe
 from defeat_cli.config.terms import TermSettings
 from defeat_cli.data.dataset import CocoDataset, open_split
 from defeat_cli.data.formats.shapes import draw_shapes
 from defeat_cli.detectors.backbones import load_backbone_weights
 from defeat_cli.detectors.contract import Detector
+from defeat_cli.detectors.loading import load_teacher
 from defeat_cli.detectors.zoo import build_detector
 from defeat_cli.distillation.distiller import Distiller
 from defeat_cli.distillation.terms import TERMS, Term
-from defeat_cli.errors import CheckpointError, DataError, RecipeError, RunError, TermError
+from defeat_cli.errors import DataError, RecipeError, RunError, TermError
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -99,14 +99,15 @@ def assemble(recipe: Recipe, teacher: str | None = None, like: Session | None = 
         if like is not None and like.teacher is not None and like.recipe.teacher == recipe.teacher and teacher is None:
             supervisor = like.teacher
         elif checkpoint is not None:
-            loaded = load_detector(
+            loaded = load_teacher(
                 checkpoint,
-                architecture=recipe.teacher.architecture,
+                recipe.teacher.architecture,
                 classes=training_data.classes,
-                data=recipe.data,
+                sizes=(recipe.data.short_side[-1], recipe.data.long_side),
             )
             supervisor = loaded.detector
-            notes += [Note(f"teacher: {text}") for text in loaded.weights.notes]
+            notes += [Note(f"teacher: {text}") for text in loaded.notes]
+            notes += [Note(f"teacher: {text}", warning=True) for text in loaded.assumptions]
         else:
             supervisor = build_student(teacher_recipe(recipe), training_data.classes)
         if recipe.teacher.size == "student":
@@ -188,53 +189,6 @@ def open_data(data: Data, split: str, *, train: bool, seed: int = 0) -> CocoData
         flip=data.flip if train else 0.0,
         seed=seed,
     )
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A detector from a checkpoint, and what was read of it (`weights.notes`)."""
-
-    detector: Detector
-    weights: Weights
-
-
-def load_detector(
-    checkpoint: str,
-    *,
-    architecture: Architecture | None = None,
-    classes: list[str] | None = None,
-    data: Data | None = None,
-) -> Loaded:
-    """A detector from a checkpoint of any format.
-
-    Args:
-        checkpoint: a file, or `torchvision:NAME`.
-        architecture: for a plain state dict that does not say what it is; not needed by other formats.
-        classes: names for a state dict that does not name its classes; must be as many.
-        data: image sizes for a checkpoint that does not record its own.
-
-    Raises:
-        CheckpointError: it cannot be read, does not say what it is, or does not fit what it is said to be.
-    """
-    weights = load_weights(checkpoint, architecture)
-    names = weights.classes
-    if names is None:
-        if classes is None or len(classes) != weights.num_classes:
-            have = f"the data has {len(classes)}" if classes is not None else "no data was given"
-            raise CheckpointError(
-                f"{checkpoint}: has {weights.num_classes} classes and does not name them; {have}. "
-                "Give the data it was trained on"
-            )
-        names = classes
-    data = data or Data()
-    detector = build_detector(
-        weights.architecture,
-        names,
-        short_side=[weights.short_side or data.short_side[-1]],
-        long_side=weights.long_side or data.long_side,
-    )
-    load_strict(detector.model, weights.state_dict, checkpoint)
-    return Loaded(detector, weights)
 
 
 def build_student(recipe: Recipe, classes: list[str]) -> Detector:

@@ -79,7 +79,7 @@ def evaluate(
     data: DataOption = None,
     recipe: Annotated[
         str | None,
-        typer.Option("--recipe", "-r", help="Architecture of a plain state dict, and how the data is laid out."),
+        typer.Option("--recipe", "-r", help="Settings in place of the checkpoint's own, and where the data is."),
     ] = None,
     split: Annotated[str, typer.Option(help="train or val.")] = "val",
     per_class: Annotated[bool, typer.Option("--per-class", help="AP of each class.")] = False,
@@ -161,15 +161,12 @@ def convert(
     target: Annotated[Path, typer.Argument(help="File for the plain state dict; its recipe is written beside it.")],
     recipe: RecipeOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
+    set_: SetOption = None,
 ) -> None:
     """Convert a checkpoint into a plain torchvision state dict."""
-    from defeat_cli.config.schema import load
-
-    architecture = load(recipe).student if recipe else None
     from defeat_cli.jobs import converting
 
-    for line in converting.convert(source, target, architecture, overwrite):
-        console.print(escape(line), soft_wrap=True)
+    converting.convert(source, target, recipe, overrides(set_), overwrite)
 
 
 app.command("ablate")(ablate.ablate)

@@ -13,7 +13,7 @@ from defeat_cli.checkpoints import native
 from defeat_cli.config import schema as recipes
 from defeat_cli.config.schema import Recipe, Teacher
 from defeat_cli.console import Reporter, percent
-from defeat_cli.data.loading import evaluation_loader, training_loader
+from defeat_cli.data.loading import training_loader
 from defeat_cli.detectors.contract import Detector
 from defeat_cli.distillation.pairing import match_classes
 from defeat_cli.engine.checkpoint import Training, begin
@@ -80,7 +80,7 @@ def train(
     _fit(session, run, training, reporter, teacher_ap, until)
 
     best = native.load(run / BEST)
-    native.write_atomically(run / STUDENT, best["student"])
+    native.write_atomically(run / STUDENT, native.exported(best, str(run / BEST)))
     results: dict[str, Any] = {"student": best["metrics"], "training_seconds": round(training.seconds, 1)}
     if session.teacher is not None and match_classes(session.validation_data.classes, session.teacher.classes):
         results["teacher"] = known_teacher() or score(session, session.teacher, reporter)
@@ -155,20 +155,14 @@ def score(session: Session, detector: Detector, reporter: Reporter, *, subset: A
     """COCO figures and error types of a detector on the session's validation images, or on some of them."""
     recipe, data = session.recipe, session.validation_data
     chosen = data if subset is None else subset
-    loader = evaluation_loader(
-        chosen,
-        recipe.data.batch_size,
-        sessions.loader_processes(recipe.data.workers),
-        pin_memory=session.device.type == "cuda",
-    )
     detections: list[dict[str, Any]] = []
     with reporter.evaluating(len(chosen)) as advance:
         metrics = evaluate(
             detector,
-            loader,
-            data.coco,
+            chosen,
+            workers=sessions.loader_processes(recipe.data.workers),
             autocast=sessions.AUTOCAST[recipe.run.precision],
-            on_batch=advance,
+            on_image=advance,
             keep_detections=detections,
         )
     metrics["errors"] = error_report(detections, data.coco).to_dict()
