@@ -6,8 +6,10 @@ in turn give bit for bit what `self.model.forward` gives. The wrapped model's st
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -213,3 +215,12 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 def image_list(batch: Batch) -> ImageList:
     """The batch as torchvision's modules take it; they read shapes and sizes only."""
     return ImageList(batch.pixels, batch.sizes)
+
+
+def level_names(letter: str, strides: Sequence[int]) -> list[str]:
+    """`P3` for stride 8 and letter P; levels that share a stride are `P5`, `P5b`, `P5c` …, in their order."""
+    names: list[str] = []
+    for i, stride in enumerate(strides):
+        earlier = list(strides[:i]).count(stride)
+        names.append(f"{letter}{round(math.log2(stride))}" + (chr(ord("a") + earlier) if earlier else ""))
+    return names

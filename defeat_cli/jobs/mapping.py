@@ -19,8 +19,8 @@ from defeat_cli.data.dataset import CocoDataset
 from defeat_cli.detectors.contract import Detector
 from defeat_cli.errors import DataError, DefeatError
 from defeat_cli.gradients.images import Source, find_images, images_of
-from defeat_cli.gradients.maps import neck_adapters
 from defeat_cli.gradients.mask_pictures import draw_masks
+from defeat_cli.gradients.panels import neck_adapters, neck_panels
 from defeat_cli.gradients.report import GradientReport, Settings, run_gradient_maps
 from defeat_cli.jobs.scoring import recipe_of
 
@@ -44,7 +44,7 @@ def visualize(
 
     Args:
         images: files, folders or glob patterns; none takes the data set's.
-        settings: weights and scale of the neck term are taken from the recipe instead.
+        settings: the recipe's `finest_scale` takes the place of theirs.
         recipe_name: as in `scoring.score`.
         changes: dotted recipe overrides; with `data.path` among them that data set knows the images' ground truth.
         annotations: COCO file that knows it.
@@ -55,36 +55,33 @@ def visualize(
     Raises:
         DefeatError: images, checkpoints or options that cannot be used.
     """
-    if teacher is None and (settings.loss == "distillation" or settings.distillation or teacher_boxes):
+    if teacher is None and (settings.distils or teacher_boxes):
         raise DefeatError("--distillation and --teacher-boxes need a teacher: add --teacher CHECKPOINT")
     changes = changes or {}
     recipe, found = recipe_of(checkpoint, recipe_name, changes)
     device = session.choose_device(recipe.run.device)
     sources, truth = _images(recipe, images, annotations, "data.path" in changes, split, limit)
     student = _detector(checkpoint, recipe.student if found else None, truth, recipe.data).to(device)
-    supervisor, adapters = None, ()
+    settings = replace(settings, finest_scale=recipe.distillation.finest_scale)
+    weights = {key: getattr(recipe.distillation, key) for key in ("alpha_fg", "alpha_bg")}
+    supervisor, panels = None, None
     if teacher is not None:
         theirs, known = recipe_of(teacher, None, {})
         architecture = theirs.student if known else recipe.teacher.architecture
         supervisor = _detector(teacher, architecture, truth, recipe.data).to(device)
-        if settings.loss == "distillation" or settings.distillation:
+        if settings.distils:
             adapters = neck_adapters(student, supervisor, _trained_adapters(checkpoint), checkpoint)
-    settings = replace(
-        settings,
-        alpha_fg=recipe.distillation.alpha_fg,
-        alpha_bg=recipe.distillation.alpha_bg,
-        finest_scale=recipe.distillation.finest_scale,
-    )
+            panels = neck_panels(student, supervisor, adapters, **weights, finest_scale=settings.finest_scale)
     with counting("images", len(sources), quiet) as advance:
         return run_gradient_maps(
             student,
             sources,
             output,
             settings,
-            name=checkpoint,
+            about={"checkpoint": checkpoint, **weights},
             teacher=supervisor,
             teacher_boxes=teacher_boxes,
-            adapters=adapters,
+            panels=panels,
             advance=advance,
         )
 
