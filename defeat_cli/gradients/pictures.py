@@ -41,10 +41,10 @@ INSIDE_COLOR, OUTSIDE_COLOR, NOTE_COLOR = "#ed6925", "#8a8a8a", "#444444"
 DPI = 110
 NARROWEST, WIDEST, PANEL = 8.0, 14.0, 2.5
 """Inches: widths of pictures, and the side of a square panel where there is room; others have its area."""
+CAPTION, GAP = 22, 4
+"""Pixels of a contact sheet: height of a line of caption, and between pictures."""
 PANEL_PIXELS = 600
 """Longer side that panels are drawn at: more than is shown, for even box outlines."""
-SHEET_WIDTH, SHEET_HEAD, CAPTION, SPACE = 2400, 80, 22, 8
-"""Pixels of a contact sheet: its width where there are many images, its head, a line of caption, between pictures."""
 
 
 @dataclass(frozen=True)
@@ -178,10 +178,7 @@ def draw_panels(view: View, rows: Sequence[Row], scale: Scale, path: Path, *, he
     lines, columns = (len(rows), max(counts)) if len(rows) > 1 else (2, math.ceil(counts[0] / 2))
     ratio = math.sqrt(view.pixels.shape[2] / view.pixels.shape[1])
     side = min(PANEL, WIDEST / columns / ratio)
-    size = max(columns * side * ratio + 0.6, NARROWEST), lines * (side / ratio + 0.3) + 1.6
-    figure = Figure(figsize=size, dpi=DPI, layout="compressed")
-    figure.suptitle(heading, x=0.01, ha="left", size=12, weight="bold", wrap=True, parse_math=False)
-    figure.supxlabel(note, x=0.01, ha="left", size=9, color=NOTE_COLOR, wrap=True, parse_math=False)
+    figure = _figure(columns * side * ratio + 0.6, lines * (side / ratio + 0.3) + 1.6, heading, note)
     grid = figure.subplots(lines, columns, squeeze=False)
     for axes in grid.flat:
         axes.set(xticks=[], yticks=[], frame_on=False)
@@ -207,7 +204,7 @@ def draw_panels(view: View, rows: Sequence[Row], scale: Scale, path: Path, *, he
 
 
 def _draw_pixels(axes: Axes, pixels: Tensor, boxes: Tensor, title: str) -> None:
-    axes.imshow(_outlined(pixels, boxes, (PANEL_PIXELS, PANEL_PIXELS), 2).permute(1, 2, 0).numpy())
+    axes.imshow(_outlined(pixels, boxes, PANEL_PIXELS, width=2).permute(1, 2, 0).numpy())
     axes.set_title(title, size=10, loc="left")
 
 
@@ -236,63 +233,47 @@ def _draw_means(axes: Axes, numbers: dict[str, dict[str, Any]]) -> None:
     axes.set_title("mean per cell", size=10, loc="left")
 
 
-def _outlined(pixels: Tensor, boxes: Tensor, room: tuple[int, int], width: int = 1) -> Tensor:
-    """[3, h, w] uint8 as large as fits into room (height, width), with its boxes."""
-    factor = min(room[0] / pixels.shape[1], room[1] / pixels.shape[2])
+def _outlined(pixels: Tensor, boxes: Tensor, side: int, width: int = 1) -> Tensor:
+    """[3, h, w] uint8 resized to a longer side of so many pixels, with its boxes."""
+    factor = side / max(pixels.shape)
     sized = resize(pixels, [max(1, round(side * factor)) for side in pixels.shape[1:]])
     return draw_bounding_boxes(sized, boxes * factor, colors=BOX_COLOR, width=width) if len(boxes) else sized
 
 
-class ContactSheet:
-    """Small pictures of many images: each image beside its maps. Holds thumbnails, not the images.
-
-    Args:
-        count: how many images will come; decides how small they are.
-    """
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-        self.strips: list[Tensor] = []
-        self.captions: list[str] = []
-
-    def add(self, view: View, panels: Sequence[Panel], scale: Scale, caption: str) -> None:
-        """Put the next image and its maps on the sheet; every image has as many."""
-        across = 1 + len(panels)
-        self.columns = max(1, round(math.sqrt(1.2 * self.count / across)))
-        side = int(min(300, max(60, SHEET_WIDTH / self.columns / across)))
-        height, room = side * 3 // 4, (side * 3 // 4, side - 4)
-        pictures = [view.pixels, *(overlay(view, panel, scale) for panel in panels)]
-        tiles = [_centred(_outlined(pixels, view.boxes, room), height, side) for pixels in pictures]
-        self.strips.append(F.pad(torch.cat(tiles, dim=2), (0, 0, 0, CAPTION), value=255))
-        self.captions.append(caption)
-
-    def save(self, path: Path, heading: str, note: str) -> None:
-        """Write what is on the sheet; heading: what is shown; note: how to read it, smaller under it."""
-        columns = min(self.columns, len(self.strips))
-        sheet = make_grid(self.strips, nrow=columns, padding=SPACE, pad_value=255)
-        height, width = sheet.shape[1] + SHEET_HEAD, sheet.shape[2]
-        figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
-        figure.figimage(sheet.permute(1, 2, 0).numpy())
-        across, down = self.strips[0].shape[2] + SPACE, self.strips[0].shape[1] + SPACE
-        written = [(SPACE, 24, heading, {"size": 12, "weight": "bold"}), (SPACE, 56, note, {"size": 9, "wrap": True})]
-        for i, caption in enumerate(self.captions):
-            row, column = divmod(i, columns)
-            y = SHEET_HEAD + (row + 1) * down - CAPTION // 2
-            written.append((SPACE + column * across, y, shortened(caption, across // 7), {"size": 8}))
-        for x, y, text, style in written:
-            figure.text(x / width, 1 - y / height, text, va="center", parse_math=False, **style)
-        _save(figure, path)
+def thumbnails(view: View, panels: Sequence[Panel], scale: Scale, side: int) -> Tensor:
+    """[3, h, w] uint8: the image beside its maps, each within a square of `side` pixels, all with the image's boxes."""
+    pictures = [view.pixels, *(overlay(view, panel, scale) for panel in panels)]
+    return torch.cat([F.pad(_outlined(pixels, view.boxes, side), (0, GAP), value=255) for pixels in pictures], dim=2)
 
 
-def _centred(pixels: Tensor, height: int, width: int) -> Tensor:
-    """[3, h, w] in the middle of a white [3, height, width]."""
-    down, across = height - pixels.shape[1], width - pixels.shape[2]
-    return F.pad(pixels, (across // 2, across - across // 2, down // 2, down - down // 2), value=255)
+def draw_contact_sheet(strips: Sequence[Tensor], captions: Sequence[str], path: Path, heading: str, note: str) -> None:
+    """Write many images' `thumbnails` on one sheet; heading: what is shown; note: how to read it, small below."""
+    height, width = (max(strip.shape[side] for strip in strips) for side in (1, 2))
+    columns = max(1, round(math.sqrt(1.4 * len(strips) * height / width)))
+    room = [F.pad(s, (0, width - s.shape[2], 0, height - s.shape[1] + CAPTION), value=255) for s in strips]
+    sheet = make_grid(room, nrow=columns, padding=GAP, pad_value=255).permute(1, 2, 0).numpy()
+    figure = _figure(sheet.shape[1] / DPI, sheet.shape[0] / DPI + 0.9, heading, note)
+    axes = figure.subplots()
+    axes.set_axis_off()
+    axes.imshow(sheet)
+    for i, caption in enumerate(captions):
+        row, column = divmod(i, columns)
+        place = GAP + column * (width + GAP), (row + 1) * (height + CAPTION + GAP)
+        axes.text(*place, shortened(caption, width // 7), size=8, va="bottom", parse_math=False)
+    _save(figure, path)
 
 
 def shortened(text: str, most: int) -> str:
     """The text with its middle left out where it has more letters than `most`."""
     return text if len(text) <= most else f"{text[: most // 2]}…{text[-(most // 2) :]}"
+
+
+def _figure(width: float, height: float, heading: str, note: str) -> Figure:
+    """A figure of so many inches or a little wider, with its heading above and its note below."""
+    figure = Figure(figsize=(max(width, NARROWEST), height), dpi=DPI, layout="compressed")
+    figure.suptitle(heading, x=0.01, ha="left", size=12, weight="bold", wrap=True, parse_math=False)
+    figure.supxlabel(note, x=0.01, ha="left", size=9, color=NOTE_COLOR, wrap=True, parse_math=False)
+    return figure
 
 
 def _save(figure: Figure, path: Path) -> None:

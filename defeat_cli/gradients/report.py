@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,10 +24,13 @@ from defeat_cli.gradients.images import Objects, Source, detected, device_of, di
 from defeat_cli.gradients.maps import PARTS, REDUCTIONS, detection_maps, loss_maps, neck_features
 from defeat_cli.gradients.numbers import cells_of_boxes, concise, map_numbers, own_area, summarize
 from defeat_cli.gradients.panels import Panels
-from defeat_cli.gradients.pictures import ContactSheet, Panel, Row, Scale, View
+from defeat_cli.gradients.pictures import Panel, Row, Scale, View
 
 UNITS = {"l2": "L2 norm of the gradient over channels", "mean-abs": "mean absolute gradient over channels"}
 EVERY_LEVEL, OWN_LEVEL = "each box on every level", "each box on its own level, as in the distillation mask"
+
+NamedMaps = tuple[str, list[int], list[Tensor]]
+"""A row's name, its levels' strides, and one [h, w] map a level."""
 
 
 @dataclass(frozen=True)
@@ -202,16 +206,19 @@ def run_gradient_maps(
     if teacher is not None and settings.detects:
         require_classes(sources, teacher, "the teacher")
     output.mkdir(parents=True, exist_ok=True)
-    look = _Look(student.eval(), teacher and teacher.eval(), panels, settings, teacher_boxes)
+    thumbnail = max(60, min(300, round(2400 / math.sqrt(3 * len(sources)))))
+    look = _Look(student.eval(), teacher and teacher.eval(), panels, settings, teacher_boxes, thumbnail)
     report = GradientReport({**about, **asdict(settings)}, settings.subjects)
-    sheet = ContactSheet(len(sources))
+    seen = []
     for source, stem in zip(sources, distinct_names(sources), strict=True):
         try:
             image = source.read()
         except DataError as error:
             report.skipped.append({"file": str(source.path), "reason": str(error)})
         else:
-            report.images.append(look.at(source, image, output / stem, sheet))
+            entry, *on_sheet = look.at(source, image, output / stem)
+            report.images.append(entry)
+            seen.append(on_sheet)
         advance(1)
     if not report.images:
         raise DataError("\n  ".join(["no image could be used:", *(entry["reason"] for entry in report.skipped)]))
@@ -220,7 +227,7 @@ def run_gradient_maps(
         f"from left to right: image, {', '.join(report.images[0][first.name])}; sum over levels, each image on a "
         "colour scale of its own; ×: mean inside boxes over mean outside"
     )
-    sheet.save(output / "contact_sheet.png", first.title, note)
+    pictures.draw_contact_sheet(*zip(*seen, strict=True), output / "contact_sheet.png", first.title, note)
     with replacing(output / "gradients.json") as temporary:
         temporary.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
     return report
@@ -228,36 +235,35 @@ def run_gradient_maps(
 
 @dataclass(frozen=True)
 class _Look:
-    """What stays the same from image to image."""
+    """What stays the same from image to image. thumbnail: longer side, in pixels, of pictures on the contact sheet."""
 
     student: Detector
     teacher: Detector | None
     panels: Panels | None
     settings: Settings
     teacher_boxes: bool
+    thumbnail: int
 
-    def at(self, source: Source, image: Tensor, stem: Path, sheet: ContactSheet) -> dict[str, Any]:
-        """Measure, draw and write one image; its entry in `gradients.json`. The first subject goes on the sheet."""
+    def at(self, source: Source, image: Tensor, stem: Path) -> tuple[dict[str, Any], Tensor, str]:
+        """Measure, draw and write one image; its entry in `gradients.json`, its thumbnails and their caption."""
         objects = source.objects or self._stand_in(image)
         batch = self._prepared(image, objects, self.student)
         view = view_of(batch)
         entry: dict[str, Any] = {"file": str(source.path), "boxes": objects.origin, "objects": len(view.boxes)}
-        arrays = {}
+        arrays, on_sheet = {}, []
         for subject in self.settings.subjects:
-            maps = (
-                self._distillation(batch) if subject.name == "distillation" else self._detection(batch, image, objects)
-            )
+            distils = subject.name == "distillation"
+            maps = self._distillation(batch) if distils else self._detection(batch, image, objects)
             finest_scale = self.settings.finest_scale if subject.own_level else None
             rows = [_row(*named, batch, view, finest_scale) for named in maps]
             norm = subject.norm(panel.values for row in rows for panel in row.panels)
             scale = Scale(norm, f"{UNITS[self.settings.reduce]}\n{subject.law}, one for all panels")
             path = stem.with_name(f"{stem.name}_{subject.name}.png")
             heading = f"{pictures.shortened(source.path.name, 60)} · {subject.title}"
-            pictures.draw_panels(
-                view, rows, scale, path, heading=heading, note=f"{_comparison(rows)}   Boxes: {objects.origin}."
-            )
-            if subject == self.settings.subjects[0]:
-                sheet.add(view, [row.panels[-1] for row in rows], scale, f"{stem.name}   {_ratios(rows)}")
+            note = f"{_comparison(rows)}   Boxes: {objects.origin}."
+            pictures.draw_panels(view, rows, scale, path, heading=heading, note=note)
+            strip = pictures.thumbnails(view, [row.panels[-1] for row in rows], scale, self.thumbnail)
+            on_sheet += [strip, f"{stem.name}   {_ratios(rows)}"]
             entry[subject.name] = {row.name: row.numbers for row in rows}
             for row in rows:
                 levels = zip(list(row.numbers)[:-1], row.panels[:-1], strict=True)
@@ -265,21 +271,19 @@ class _Look:
         if self.settings.save_arrays:
             with replacing(stem.with_name(f"{stem.name}_gradients.npz")) as temporary:
                 np.savez_compressed(temporary, **arrays)
-        return entry
+        return entry, *on_sheet[:2]
 
     def _stand_in(self, image: Tensor) -> Objects:
         """Detections where there is no ground truth."""
-        if self.teacher_boxes and self.teacher is not None:
-            return detected(self.teacher, image, self.settings.threshold, "the teacher")
-        return detected(self.student, image, self.settings.threshold, "the checkpoint")
+        by_teacher = self.teacher_boxes and self.teacher is not None
+        finder, name = (self.teacher, "the teacher") if by_teacher else (self.student, "the checkpoint")
+        return detected(finder, image, self.settings.threshold, name)
 
     def _prepared(self, image: Tensor, objects: Objects, detector: Detector) -> Batch:
         """The image as the student resizes it, with a detector's labels."""
         return self.student.prepare([image.to(device_of(self.student))], [objects.target(detector)])
 
-    def _detection(
-        self, batch: Batch, image: Tensor, objects: Objects
-    ) -> Iterator[tuple[str, list[int], list[Tensor]]]:
+    def _detection(self, batch: Batch, image: Tensor, objects: Objects) -> Iterator[NamedMaps]:
         """Each detector's name, strides, and maps of its loss."""
         asked = {key: getattr(self.settings, key) for key in ("samples", "seed", "reduce")}
         yield "checkpoint", self.student.strides, detection_maps(self.student, batch, self.settings.loss, **asked)
@@ -287,7 +291,7 @@ class _Look:
             batch = self._prepared(image, objects, self.teacher)
             yield "teacher", self.teacher.strides, detection_maps(self.teacher, batch, self.settings.loss, **asked)
 
-    def _distillation(self, batch: Batch) -> Iterator[tuple[str, list[int], list[Tensor]]]:
+    def _distillation(self, batch: Batch) -> Iterator[NamedMaps]:
         """Each distillation loss's name, strides and maps."""
         features = neck_features(self.student, batch)
         for name, loss in self.panels(batch).items():
