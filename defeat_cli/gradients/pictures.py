@@ -6,6 +6,7 @@ Figures are built without pyplot, so that nothing stays behind and no display is
 from __future__ import annotations
 
 import math
+import textwrap
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -197,7 +198,9 @@ def draw_panels(view: View, rows: Sequence[Row], scale: Scale, path: Path, *, he
     if charts:
         low, high = (math.log10(limit) for limit in charts[0].get_ylim())
         charts[0].set_ylim(10 ** math.floor(low), 10 ** math.ceil(high))
-        figure.legend(*charts[0].get_legend_handles_labels(), loc="lower right", ncols=2, fontsize=9, frameon=False)
+        dots, labels = charts[0].get_legend_handles_labels()
+        place = {"loc": "lower right", "bbox_to_anchor": (1, 0.6 / figure.get_figheight())}  # beside the colour bar
+        figure.legend(dots, labels, ncols=2, fontsize=9, frameon=False, **place)
     bar = figure.colorbar(scale.key, ax=grid, location="bottom", shrink=0.5, aspect=50, anchor=(0, 0), **scale.ticks)
     bar.set_label(scale.unit, loc="left", size=9)
     _save(figure, path)
@@ -270,9 +273,13 @@ def shortened(text: str, most: int) -> str:
 
 def _figure(width: float, height: float, heading: str, note: str) -> Figure:
     """A figure of so many inches or a little wider, with its heading above and its note below."""
-    figure = Figure(figsize=(max(width, NARROWEST), height), dpi=DPI, layout="compressed")
-    figure.suptitle(heading, x=0.01, ha="left", size=12, weight="bold", wrap=True, parse_math=False)
-    figure.supxlabel(note, x=0.01, ha="left", size=9, color=NOTE_COLOR, wrap=True, parse_math=False)
+    width = max(width, NARROWEST)
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="compressed")
+    figure.get_layout_engine().set(h_pad=0.08)
+    # Matplotlib's own wrapping takes `$` in file names for formulas.
+    left = {"x": 0.01, "ha": "left", "parse_math": False}
+    figure.suptitle(textwrap.fill(heading, int(8.5 * width)), size=12, weight="bold", **left)
+    figure.supxlabel(textwrap.fill(note, int(12.5 * width)), size=9, color=NOTE_COLOR, **left)
     return figure
 
 
