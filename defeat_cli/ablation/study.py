@@ -14,7 +14,6 @@ stopped, and takes further variants and seeds, but no other recipe.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,6 @@ from pathlib import Path
 
 import yaml
 
-from defeat_cli import session
 from defeat_cli.ablation import report
 from defeat_cli.ablation.picture import draw_study
 from defeat_cli.ablation.processes import LOG, Events, environments, locked, run_in_processes
@@ -30,13 +28,14 @@ from defeat_cli.ablation.progress import StudyProgress
 from defeat_cli.config import schema as recipes
 from defeat_cli.config.schema import Recipe
 from defeat_cli.config.variants import Variant, find_variant
+from defeat_cli.config.yaml import read_yaml
 from defeat_cli.console import Reporter, console, percent
 from defeat_cli.console import show as show_table
-from defeat_cli.detectors.contract import Detector
 from defeat_cli.engine.runs import RECIPE, RunFolder
 from defeat_cli.errors import DefeatError, RecipeError, RunError
 from defeat_cli.files import replacing
 from defeat_cli.jobs import training
+from defeat_cli.session import Session, assemble
 
 STUDY = "study.yaml"
 
@@ -151,7 +150,7 @@ def read_study(folder: Path) -> Study:
     """
     if not (folder / STUDY).is_file():
         raise RunError(f"{folder}: holds no study ({STUDY} is not there)")
-    content = recipes.read_yaml(folder / STUDY)
+    content = read_yaml(folder / STUDY)
     variants = {name: Variant(entry["summary"], entry["overrides"]) for name, entry in content["variants"].items()}
     return Study(folder, variants, content["seeds"], recipes.load(str(folder / RECIPE)))
 
@@ -171,7 +170,6 @@ def run_study(study: Study, *, jobs: int | None = None, sort: str = "AP", quiet:
         Interrupted: asked to stop; what was under way is saved.
     """
     report.check_sort(sort)
-    session.choose_device(study.recipe.run.device, study.recipe.run.precision)
     slots = environments(study.recipe.run.device, jobs)
     reporter = Reporter("study", quiet)
     _check_parts(study.runs(), reporter)
@@ -179,7 +177,9 @@ def run_study(study: Study, *, jobs: int | None = None, sort: str = "AP", quiet:
     with locked(study.folder) as lock:
         study.save()
         # Resolved, for the path becomes part of the runs' recipes, which a later call must find unchanged.
-        teacher = training.obtain_teacher(study.recipe, study.folder.resolve(), quiet=quiet)
+        teacher = None
+        if study.recipe.teacher.checkpoint is None and study.recipe.teacher.recipe is not None:
+            teacher = training.train_teacher(study.recipe, study.folder.resolve(), quiet=quiet)
         runs = study.runs(teacher)
         for run in runs:
             RunFolder(run.folder).check(run.recipe, resume=True)
@@ -193,7 +193,7 @@ def _check_parts(runs: list[PlannedRun], reporter: Reporter) -> dict[str, int]:
     Returns:
         Run name -> its training steps.
     """
-    teachers: dict[str, Detector] = {}
+    like: Session | None = None
     steps: dict[str, int] = {}
     remarks: dict[str, list[str]] = {}
     for run in runs:
@@ -202,7 +202,8 @@ def _check_parts(runs: list[PlannedRun], reporter: Reporter) -> dict[str, int]:
             continue
         try:
             said: list[str] = []
-            steps[run.name] = _check_run(run.recipe, teachers, said.append)
+            like = _check_run(run.recipe, like, said.append)
+            steps[run.name] = like.steps
             for text in said:
                 remarks.setdefault(text, []).append(run.variant)
         except DefeatError as error:
@@ -212,20 +213,13 @@ def _check_parts(runs: list[PlannedRun], reporter: Reporter) -> dict[str, int]:
     return steps
 
 
-def _check_run(recipe: Recipe, teachers: dict[str, Detector], say: Callable[[str], None]) -> int:
-    """Build what a run is made of; returns its training steps."""
-    data = session.open_data(recipe.data, "train", train=True)
-    session.open_data(recipe.data, "val", train=False)
-    student = session.build_student(recipe, data.classes)
-    checkpoint = recipe.teacher.checkpoint
-    if checkpoint is not None and recipe.distillation.active:
-        if checkpoint not in teachers:
-            teachers[checkpoint] = session.load_detector(
-                checkpoint, architecture=recipe.teacher.architecture, classes=data.classes, data=recipe.data
-            ).detector
-        session.build_distiller(recipe.distillation, student, teachers[checkpoint], say)
-    batches = math.ceil(len(data) / recipe.data.batch_size)
-    return recipe.schedule.epochs * math.ceil(batches / recipe.optimizer.accumulate)
+def _check_run(recipe: Recipe, like: Session | None, say: Callable[[str], None]) -> Session:
+    """Assemble what a run is made of, and pass on its warnings."""
+    session = assemble(recipe, like=like)
+    for note in session.notes:
+        if note.warning:
+            say(note.text)
+    return session
 
 
 def _work_through(

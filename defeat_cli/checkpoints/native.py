@@ -21,7 +21,8 @@ from defeat_cli.files import replacing
 
 FORMAT = "defeat"
 VERSION = 1
-KEYS = ("recipe", "classes", "student", "training", "metrics")
+KEYS = ("recipe", "classes", "student", "metrics")
+"""Of every checkpoint. `terms`, and in last.pt `training`, may come with them."""
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
@@ -72,8 +73,10 @@ def checked(content: Mapping[str, Any], origin: str) -> dict[str, Any]:
 def to_weights(content: Mapping[str, Any], origin: str, architecture: Architecture | None = None) -> Weights:
     """The detector in a native checkpoint. It knows its own architecture: the one given by the caller is not needed."""
     content = checked(content, origin)
+    # The rest of the recipe is none of a teacher's business, and may be of an earlier form.
+    own = {name: content["recipe"].get(name, {}) for name in ("student", "data")}
     try:
-        recipe = validate(content["recipe"], f"{origin}: the recipe in it")
+        recipe = validate(own, f"{origin}: the recipe in it")
     except RecipeError as error:
         raise CheckpointError(str(error)) from None
     shared = {name: getattr(recipe.student, name) for name in Architecture.__dataclass_fields__}

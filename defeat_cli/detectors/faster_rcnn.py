@@ -12,7 +12,14 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 
 from defeat_cli.config.architecture import Architecture
 from defeat_cli.detectors.backbones import build_backbone
-from defeat_cli.detectors.contract import Batch, Detector, Regions, at_least_float32, image_list
+from defeat_cli.detectors.contract import (
+    Batch,
+    Regions,
+    TorchvisionAnchors,
+    TorchvisionDetector,
+    at_least_float32,
+    image_list,
+)
 from defeat_cli.detectors.conventions import adopt_edge_cases, build_anchor_generator, build_roi_pool
 
 ANCHOR_SIZES = [[32.0], [64.0], [128.0], [256.0], [512.0]]
@@ -22,7 +29,7 @@ POOL_SIZE = 7
 """Side of the pooled features of one region."""
 
 
-class FasterRCNNDetector(Detector):
+class FasterRCNNDetector(TorchvisionDetector, TorchvisionAnchors):
     """`torchvision.models.detection.FasterRCNN`: its regions are proposals, its classifier a softmax."""
 
     softmax = True
@@ -56,7 +63,7 @@ class FasterRCNNDetector(Detector):
             batch.sizes,
         )
 
-    def detection_losses(self, features: list[Tensor], batch: Batch) -> dict[str, Tensor]:
+    def losses(self, features: list[Tensor], batch: Batch) -> dict[str, Tensor]:
         """`loss_classifier`, `loss_box_reg`, `loss_objectness`, `loss_rpn_box_reg`. Needs training mode."""
         named = self._named(features)
         proposals, rpn_losses = self.model.rpn(image_list(batch), named, batch.targets)

@@ -22,8 +22,6 @@ NORM_GROUPS = 32
 class FCOSDetector(OneStageDetector):
     """`torchvision.models.detection.FCOS`: points near the middle of a box are foreground, all others background."""
 
-    has_anchors = False
-
     def _compute_loss(
         self, owner: object, targets: list[Target], outputs: dict, anchors: list[Tensor], features: list[Tensor]
     ) -> object:

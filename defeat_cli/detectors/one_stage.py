@@ -7,25 +7,42 @@ from abc import abstractmethod
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.models.detection.anchor_utils import AnchorGenerator
 
-from defeat_cli.detectors.contract import Batch, Detector, Regions, Target, at_least_float32, image_list
+from defeat_cli.detectors.contract import (
+    Batch,
+    RegionClassifier,
+    Regions,
+    Target,
+    TorchvisionDetector,
+    at_least_float32,
+    image_list,
+)
 
 
-class OneStageDetector(Detector):
+class OneStageDetector(TorchvisionDetector):
     """A detector whose regions are all anchors of an image, level after level, those of one cell side by side."""
 
     softmax = False
-
-    @property
-    def anchor_generator(self) -> AnchorGenerator:
-        return self.model.anchor_generator
 
     @abstractmethod
     def _compute_loss(
         self, owner: object, targets: list[Target], outputs: dict, anchors: list[Tensor], features: list[Tensor]
     ) -> object:
         """torchvision's `compute_loss` with `owner` as its `self`: it matches anchors, then calls `owner.head`."""
+
+    def region_obstacle(self, teacher: RegionClassifier) -> str | None:
+        if reason := super().region_obstacle(teacher):
+            return reason
+        if type(self) is not type(teacher) or self.strides != teacher.strides:
+            return "one-stage detectors of different kinds or strides classify different anchors"
+        # Each cell has the same anchors in the same order, to a pixel or a tenth of their side.
+        ours, theirs = (detector.model.anchor_generator.cell_anchors for detector in (self, teacher))
+        if not all(
+            a.shape == b.shape and torch.allclose(a, b.to(a.device), rtol=0.1, atol=1.0)
+            for a, b in zip(ours, theirs, strict=True)
+        ):
+            return "the detectors have different anchors; their heads do not classify the same boxes"
+        return None
 
     @torch.no_grad()
     def regions(self, features: list[Tensor], batch: Batch) -> Regions:
@@ -35,7 +52,7 @@ class OneStageDetector(Detector):
         labels = [_label(target["labels"], of_image) for target, of_image in zip(batch.targets, matched, strict=True)]
         return Regions(anchors, labels, batch.sizes)
 
-    def detection_losses(self, features: list[Tensor], batch: Batch) -> dict[str, Tensor]:
+    def losses(self, features: list[Tensor], batch: Batch) -> dict[str, Tensor]:
         """The named losses of torchvision's head, in any mode."""
         outputs = {name: at_least_float32(output) for name, output in self.model.head(features).items()}
         anchors = self.model.anchor_generator(image_list(batch), features)

@@ -20,6 +20,7 @@ from defeat_cli.detectors.contract import Batch, Detector, Target
 from defeat_cli.distillation.pairing import match_classes
 from defeat_cli.errors import CheckpointError, DataError
 from defeat_cli.gradients.pictures import View
+from defeat_cli.text import listed
 
 IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 """Files of a folder that are taken for images; a file named by itself may be called anything."""
@@ -153,8 +154,8 @@ def require_classes(sources: Iterable[Source], detector: Detector, name: str) ->
     missing = sorted(used - set(_labels(used, detector)))
     if missing:
         raise CheckpointError(
-            f"{name} has no class for {_listed(missing)}, which the ground truth has boxes of; "
-            f"it knows {_listed(detector.classes)}"
+            f"{name} has no class for {listed(missing)}, which the ground truth has boxes of; "
+            f"it knows {listed(detector.classes)}"
         )
 
 
@@ -162,10 +163,6 @@ def _labels(names: Iterable[str], detector: Detector) -> dict[str, int]:
     """Class name -> the detector's label, for names that it has in this or another form (`aeroplane`, `airplane`)."""
     names = sorted(set(names))
     return {names[n]: label + 1 for n, label in match_classes(names, detector.classes)}
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
 
 
 @torch.no_grad()

@@ -13,7 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from defeat_cli.detectors.contract import Batch, Detector
+from defeat_cli.detectors.contract import Batch, Detector, evaluating
+from defeat_cli.distillation.terms import Term, View
 from defeat_cli.errors import DefeatError
 
 Reduce = Literal["l2", "mean-abs"]
@@ -57,9 +58,7 @@ def detection_maps(
     draws = samples if hasattr(detector.model, "rpn") else 1
     features = neck_features(detector, batch)
     with losses_in_eval_mode(detector):
-        return loss_maps(
-            lambda leaves: part_of(detector.detection_losses(leaves, batch), part), features, draws, seed, reduce
-        )
+        return loss_maps(lambda leaves: part_of(detector.losses(leaves, batch), part), features, draws, seed, reduce)
 
 
 def part_of(losses: Mapping[str, Tensor], part: str) -> Tensor:
@@ -79,7 +78,7 @@ def part_of(losses: Mapping[str, Tensor], part: str) -> Tensor:
 
 def neck_features(detector: Detector, batch: Batch) -> list[Tensor]:
     """FPN features in eval mode, finest first, as leaves that want a gradient: the backbone keeps no activations."""
-    with losses_in_eval_mode(detector), torch.no_grad():
+    with evaluating(detector):
         features = detector.features(batch)
     return [feature.detach().requires_grad_() for feature in features]
 
@@ -113,6 +112,16 @@ def loss_maps(
             for total, gradient in zip(totals, gradients, strict=True):
                 total += REDUCTIONS[reduce](gradient)[0] / samples
     return totals
+
+
+def term_loss(term: Term, student: View, teacher: View) -> NeckLoss:
+    """A distillation term's losses at their full weights, as a function of the student's features."""
+
+    def loss(features: list[Tensor]) -> Tensor:
+        losses = term(View.of_features(student.detector, student.batch, features), teacher)
+        return sum(part.weight * part.value for part in losses.values())
+
+    return loss
 
 
 @contextmanager

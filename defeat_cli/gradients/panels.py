@@ -1,103 +1,75 @@
-"""The losses that `--distillation` shows side by side: the neck term, its halves and its undivided form."""
+"""The terms that `--distillation` shows side by side: variants of the neck term, and a recipe's others on the neck."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
-from defeat_cli.detectors.contract import Batch, Detector
-from defeat_cli.distillation.adapters import build_adapters
-from defeat_cli.distillation.losses import imitation_loss
-from defeat_cli.distillation.masks import MASKS, valid_masks
-from defeat_cli.distillation.pairing import match_levels
-from defeat_cli.errors import CheckpointError
-from defeat_cli.gradients.maps import NeckLoss, neck_features
+from defeat_cli.config.schema import Distillation
+from defeat_cli.config.terms import NeckSettings
+from defeat_cli.config.variants import VARIANTS
+from defeat_cli.detectors.contract import Detector
+from defeat_cli.distillation.terms import TERMS, Term
+from defeat_cli.distillation.terms.levels import LevelTerm
+from defeat_cli.errors import CheckpointError, TermError
 
-Panels = Callable[[Batch], dict[str, NeckLoss]]
-"""From a batch of one image to named losses on the student's neck; each becomes a row of the picture."""
-
-NECK_VARIANTS = {
-    "full": ("full", True, False),
-    "fg-only": ("boxes", True, False),
-    "bg-only": ("boxes", False, True),
-    "neck": ("boxes", True, True),
-}
-"""Variants of the neck term (design 1.5): the mask's kind, and whether foreground and background are in it."""
+NECK_VARIANTS = ("full", "fg-only", "bg-only", "neck")
+"""Variants of the neck term, of `defeat ablate`'s, that show what decoupling changes."""
 
 
-def neck_panels(
-    student: Detector,
-    teacher: Detector,
-    adapters: Sequence[nn.Module],
-    *,
-    alpha_fg: float,
-    alpha_bg: float,
-    finest_scale: float,
-) -> Panels:
-    """The neck term's variants (design 1.1) as losses on the student's features.
+def panel_terms(
+    distillation: Distillation, student: Detector, teacher: Detector, trained: Mapping[str, Tensor], checkpoint: str
+) -> dict[str, Term]:
+    """Terms on the neck's features as training left them, by the name of the row that shows each.
 
     Args:
-        adapters: one for each pair of levels that student and teacher share, finest first; see `neck_adapters`.
-        alpha_fg, alpha_bg: weights of foreground and background cells.
-        finest_scale: object side in pixels that the first level begins at.
-    """
-    pairs = match_levels(student.strides, teacher.strides)
-
-    def panels(batch: Batch) -> dict[str, NeckLoss]:
-        supervision = neck_features(teacher, batch)
-        boxes = [target["boxes"] for target in batch.targets]
-
-        def term(kind: str, foreground: bool, background: bool, features: list[Tensor]) -> Tensor:
-            shapes = [tuple(feature.shape[-2:]) for feature in features]
-            masks = MASKS[kind](boxes, shapes, student.strides, finest_scale=finest_scale, anchors=None)
-            valid = valid_masks(batch.valid, shapes)
-            alphas = alpha_fg * foreground, alpha_bg * background
-            levels = [
-                sum(imitation_loss(adapter(features[s]), supervision[t], masks[s], *alphas, valid=valid[s]))
-                for (s, t), adapter in zip(pairs, adapters, strict=True)
-            ]
-            return torch.stack(levels).mean()
-
-        return {name: partial(term, *variant) for name, variant in NECK_VARIANTS.items()}
-
-    return panels
-
-
-def neck_adapters(
-    student: Detector, teacher: Detector, trained: Mapping[str, Tensor] | None, checkpoint: str
-) -> nn.ModuleList:
-    """The neck's adapters between two detectors, as training left them; none are needed where channels agree.
-
-    Args:
-        trained: their state dict, from a checkpoint of a distilled run; None or empty where there is none.
+        distillation: the recipe's terms and their settings. The neck term is shown as its variants, with its default
+            settings where the recipe has no term on the neck.
+        trained: state of the terms in a checkpoint of a distilled run; empty where it holds none.
         checkpoint: what a message calls it.
 
     Raises:
-        CheckpointError: the detectors share no level, the adapters are between other detectors, or there are none and
-            channels differ.
+        TermError: the detectors share no level.
+        CheckpointError: the state is of terms between other detectors, or there is none and it is needed.
     """
-    pairs = match_levels(student.strides, teacher.strides)
-    inner, outer = [student.levels[s].channels for s, _ in pairs], [teacher.levels[t].channels for _, t in pairs]
-    if not pairs:
-        raise CheckpointError(
-            f"no level of the teacher ({teacher.strides}) has a stride of the student's {student.strides}"
-        )
-    if trained:
-        adapters = build_adapters(inner, outer)
+    at_neck = {name: kind for name, kind in TERMS.items() if issubclass(kind, LevelTerm) and kind.place == "neck"}
+    shown = {name: (name, vars(settings)) for name, settings in distillation.terms.items() if name in at_neck}
+    if "neck" in shown or not shown:
+        _, settings = shown.pop("neck", ("neck", vars(NeckSettings())))
+        shown = {name: ("neck", settings | _overrides(name)) for name in NECK_VARIANTS} | shown
+    terms = {}
+    for row, (name, settings) in shown.items():
         try:
-            adapters.load_state_dict(trained)
+            term = TERMS[name](student, teacher, class_map=distillation.class_map, **settings)
+        except TermError as reason:
+            raise TermError(f"--distillation: {name}: {reason}") from None
+        own = {key.removeprefix(f"{name}."): value for key, value in trained.items() if key.startswith(f"{name}.")}
+        _load(term, own, f"{checkpoint}: its {name} term")
+        terms[row] = term.eval().to(next(student.parameters()).device)
+    return terms
+
+
+def _overrides(variant: str) -> dict[str, object]:
+    """What a variant changes of the neck's settings."""
+    prefix = "distillation.neck."
+    overrides = VARIANTS[variant].overrides
+    return {key.removeprefix(prefix): value for key, value in overrides.items() if key.startswith(prefix)}
+
+
+def _load(term: LevelTerm, state: dict[str, Tensor], name: str) -> None:
+    """Give a term what it has learned; untrained adapters are left out where channels agree without them."""
+    if state:
+        try:
+            term.load_state_dict(state)
         except RuntimeError:
+            raise CheckpointError(f"{name} was trained with another teacher than this one, or otherwise") from None
+    elif any(True for _ in term.parameters()):
+        pairs = [(level.student, level.teacher) for level in term.pairings() if level.teacher is not None]
+        if any(inner != outer for inner, outer in pairs):
             raise CheckpointError(
-                f"{checkpoint}: its adapters were trained with another teacher than this one"
-            ) from None
-    elif inner == outer:
-        adapters = nn.ModuleList(nn.Identity() for _ in pairs)
-    else:
-        raise CheckpointError(
-            f"{checkpoint}: holds no adapters from the student's {inner} channels to the teacher's {outer}; "
-            "give best.pt or last.pt of a run that was distilled from this teacher"
-        )
-    return adapters.eval().to(next(student.parameters()).device)
+                f"{name} holds no adapters from the student's {[inner for inner, _ in pairs]} channels to the "
+                f"teacher's {[outer for _, outer in pairs]}; give best.pt or last.pt of a run that was distilled from "
+                "this teacher"
+            )
+        term.adapters = nn.ModuleList(nn.Identity() for _ in pairs)

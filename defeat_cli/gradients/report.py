@@ -17,13 +17,13 @@ from torch import Tensor
 
 from defeat_cli.config.schema import nearest
 from defeat_cli.detectors.contract import Batch, Detector, level_names
+from defeat_cli.distillation.distiller import Distiller
 from defeat_cli.errors import CheckpointError, DataError, DefeatError
 from defeat_cli.files import replacing
 from defeat_cli.gradients import pictures
 from defeat_cli.gradients.images import Objects, Source, detected, device_of, distinct_names, require_classes, view_of
-from defeat_cli.gradients.maps import PARTS, REDUCTIONS, detection_maps, loss_maps, neck_features
+from defeat_cli.gradients.maps import PARTS, REDUCTIONS, detection_maps, loss_maps, neck_features, term_loss
 from defeat_cli.gradients.numbers import cells_of_boxes, concise, map_numbers, own_area, summarize
-from defeat_cli.gradients.panels import Panels
 from defeat_cli.gradients.pictures import Panel, Row, Scale, View
 
 UNITS = {"l2": "L2 norm of the gradient over channels", "mean-abs": "mean absolute gradient over channels"}
@@ -178,7 +178,7 @@ def run_gradient_maps(
     about: Mapping[str, Any],
     teacher: Detector | None = None,
     teacher_boxes: bool = False,
-    panels: Panels | None = None,
+    distiller: Distiller | None = None,
     advance: Callable[[int], None] = lambda done: None,
 ) -> GradientReport:
     """Measure and draw where a detector's gradients live, image by image.
@@ -191,7 +191,7 @@ def run_gradient_maps(
         about: what `gradients.json` says beside the settings; its `checkpoint` is what messages call the student.
         teacher: its maps stand beside the student's, on one colour scale.
         teacher_boxes: where there is no ground truth the teacher's detections stand in, not the student's.
-        panels: the distillation losses, where the settings ask for them.
+        distiller: of both, with the terms that get a row each, where the settings ask for them.
         advance: called with 1 after each image.
 
     Returns:
@@ -207,7 +207,7 @@ def run_gradient_maps(
         require_classes(sources, teacher, "the teacher")
     output.mkdir(parents=True, exist_ok=True)
     thumbnail = max(60, min(300, round(2400 / math.sqrt(3 * len(sources)))))
-    look = _Look(student.eval(), teacher and teacher.eval(), panels, settings, teacher_boxes, thumbnail)
+    look = _Look(student.eval(), teacher and teacher.eval(), distiller, settings, teacher_boxes, thumbnail)
     report = GradientReport({**about, **asdict(settings)}, settings.subjects)
     seen = []
     for source, stem in zip(sources, distinct_names(sources), strict=True):
@@ -239,7 +239,7 @@ class _Look:
 
     student: Detector
     teacher: Detector | None
-    panels: Panels | None
+    distiller: Distiller | None
     settings: Settings
     teacher_boxes: bool
     thumbnail: int
@@ -247,13 +247,14 @@ class _Look:
     def at(self, source: Source, image: Tensor, stem: Path) -> tuple[dict[str, Any], Tensor, str]:
         """Measure, draw and write one image; its entry in `gradients.json`, its thumbnails and their caption."""
         objects = source.objects or self._stand_in(image)
-        batch = self._prepared(image, objects, self.student)
+        image = image.to(device_of(self.student))
+        batch = self.student.prepare([image], [objects.target(self.student)])
         view = view_of(batch)
         entry: dict[str, Any] = {"file": str(source.path), "boxes": objects.origin, "objects": len(view.boxes)}
         arrays, on_sheet = {}, []
         for subject in self.settings.subjects:
             distils = subject.name == "distillation"
-            maps = self._distillation(batch) if distils else self._detection(batch, image, objects)
+            maps = self._distillation(image, objects) if distils else self._detection(image, objects)
             finest_scale = self.settings.finest_scale if subject.own_level else None
             rows = [_row(*named, batch, view, finest_scale) for named in maps]
             norm = subject.norm(panel.values for row in rows for panel in row.panels)
@@ -279,23 +280,26 @@ class _Look:
         finder, name = (self.teacher, "the teacher") if by_teacher else (self.student, "the checkpoint")
         return detected(finder, image, self.settings.threshold, name)
 
-    def _prepared(self, image: Tensor, objects: Objects, detector: Detector) -> Batch:
-        """The image as the student resizes it, with a detector's labels."""
-        return self.student.prepare([image.to(device_of(self.student))], [objects.target(detector)])
+    def _detection(self, image: Tensor, objects: Objects) -> Iterator[NamedMaps]:
+        """Each detector's name, strides, and maps of its loss, at the student's image size."""
+        settings = self.settings
+        for name, detector in (("checkpoint", self.student), ("teacher", self.teacher)):
+            if detector is not None:
+                batch = self.student.prepare([image], [objects.target(detector)])
+                maps = detection_maps(detector, batch, settings.loss, settings.samples, settings.seed, settings.reduce)
+                yield name, detector.strides, maps
 
-    def _detection(self, batch: Batch, image: Tensor, objects: Objects) -> Iterator[NamedMaps]:
-        """Each detector's name, strides, and maps of its loss."""
-        asked = {key: getattr(self.settings, key) for key in ("samples", "seed", "reduce")}
-        yield "checkpoint", self.student.strides, detection_maps(self.student, batch, self.settings.loss, **asked)
-        if self.teacher is not None:
-            batch = self._prepared(image, objects, self.teacher)
-            yield "teacher", self.teacher.strides, detection_maps(self.teacher, batch, self.settings.loss, **asked)
-
-    def _distillation(self, batch: Batch) -> Iterator[NamedMaps]:
-        """Each distillation loss's name, strides and maps."""
-        features = neck_features(self.student, batch)
-        for name, loss in self.panels(batch).items():
-            yield name, self.student.strides, loss_maps(loss, features, reduce=self.settings.reduce)
+    def _distillation(self, image: Tensor, objects: Objects) -> Iterator[NamedMaps]:
+        """Each term's name, the student's strides, and maps of the term's loss."""
+        ours, theirs = self.distiller.views([image], [objects.target(self.student)])
+        features = neck_features(self.student, ours.batch)
+        for name, term in self.distiller.terms.items():
+            loss = term_loss(term, ours, theirs)
+            yield (
+                name,
+                self.student.strides,
+                loss_maps(loss, features, seed=self.settings.seed, reduce=self.settings.reduce),
+            )
 
 
 def _row(

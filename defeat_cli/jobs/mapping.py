@@ -13,14 +13,16 @@ from defeat_cli.checkpoints import native
 from defeat_cli.checkpoints.loading import load_weights
 from defeat_cli.config.architecture import Architecture
 from defeat_cli.config.schema import Data, Recipe
+from defeat_cli.config.terms import NeckSettings
 from defeat_cli.console import counting
 from defeat_cli.data.annotations import Annotations, read_annotations
 from defeat_cli.data.dataset import CocoDataset
 from defeat_cli.detectors.contract import Detector
+from defeat_cli.distillation.distiller import Distiller
 from defeat_cli.errors import DataError, DefeatError
 from defeat_cli.gradients.images import Source, find_images, images_of
 from defeat_cli.gradients.mask_pictures import draw_masks
-from defeat_cli.gradients.panels import neck_adapters, neck_panels
+from defeat_cli.gradients.panels import panel_terms
 from defeat_cli.gradients.report import GradientReport, Settings, run_gradient_maps
 from defeat_cli.jobs.scoring import recipe_of
 
@@ -62,26 +64,26 @@ def visualize(
     device = session.choose_device(recipe.run.device)
     sources, truth = _images(recipe, images, annotations, "data.path" in changes, split, limit)
     student = _detector(checkpoint, recipe.student if found else None, truth, recipe.data).to(device)
-    settings = replace(settings, finest_scale=recipe.distillation.finest_scale)
-    weights = {key: getattr(recipe.distillation, key) for key in ("alpha_fg", "alpha_bg")}
-    supervisor, panels = None, None
+    neck = recipe.distillation.neck or NeckSettings()
+    settings = replace(settings, finest_scale=neck.finest_scale)
+    supervisor = distiller = None
     if teacher is not None:
         theirs, known = recipe_of(teacher, None, {})
         architecture = theirs.student if known else recipe.teacher.architecture
         supervisor = _detector(teacher, architecture, truth, recipe.data).to(device)
         if settings.distils:
-            adapters = neck_adapters(student, supervisor, _trained_adapters(checkpoint), checkpoint)
-            panels = neck_panels(student, supervisor, adapters, **weights, finest_scale=settings.finest_scale)
+            terms = panel_terms(recipe.distillation, student, supervisor, _trained_terms(checkpoint), checkpoint)
+            distiller = Distiller(student, supervisor, terms, own_size=recipe.teacher.size == "own")
     with counting("images", len(sources), quiet) as advance:
         return run_gradient_maps(
             student,
             sources,
             output,
             settings,
-            about={"checkpoint": checkpoint, **weights},
+            about={"checkpoint": checkpoint, "alpha_fg": neck.alpha_fg, "alpha_bg": neck.alpha_bg},
             teacher=supervisor,
             teacher_boxes=teacher_boxes,
-            panels=panels,
+            distiller=distiller,
             advance=advance,
         )
 
@@ -123,11 +125,11 @@ def _detector(checkpoint: str, architecture: Architecture | None, truth: Annotat
     return session.load_detector(checkpoint, architecture=architecture, classes=classes, data=data).detector
 
 
-def _trained_adapters(checkpoint: str) -> dict[str, Any] | None:
-    """The neck's adapters in a checkpoint of ours; plain weights hold none."""
+def _trained_terms(checkpoint: str) -> dict[str, Any]:
+    """What terms have learned, in a checkpoint of ours; plain weights hold nothing of them."""
     if native.recipe_in(Path(checkpoint)) is None:
-        return None
-    return native.load(Path(checkpoint))["training"].get("neck_adapters")
+        return {}
+    return native.load(Path(checkpoint)).get("terms", {})
 
 
 def show_masks(recipe: Recipe, images: Sequence[str], output: Path) -> list[Path]:
@@ -150,7 +152,8 @@ def show_masks(recipe: Recipe, images: Sequence[str], output: Path) -> list[Path
         splits = []
     sources = [source for image in images for source in _known(image, splits)]
     student = session.build_student(recipe, truth.classes if truth else ["object"]).to(device)
+    neck = recipe.distillation.neck or NeckSettings()
     teacher = None
     if recipe.teacher.checkpoint is not None:
         teacher = _detector(recipe.teacher.checkpoint, recipe.teacher.architecture, truth, recipe.data).to(device)
-    return draw_masks(student, sources, output, finest_scale=recipe.distillation.finest_scale, teacher=teacher)
+    return draw_masks(student, sources, output, finest_scale=neck.finest_scale, teacher=teacher)

@@ -16,8 +16,10 @@ from defeat_cli.ablation import processes
 from defeat_cli.ablation import study as ablation
 from defeat_cli.ablation.worker import STOPPED
 from defeat_cli.config import schema as recipes
+from defeat_cli.config.terms import NeckSettings
 from defeat_cli.config.variants import VARIANTS, Variant
 from defeat_cli.data.loading import training_loader
+from defeat_cli.distillation.distiller import Distiller
 from defeat_cli.engine.runs import RunFolder
 from defeat_cli.errors import CheckpointError, DataError, RecipeError, RunError
 from defeat_cli.jobs import training
@@ -74,15 +76,15 @@ def test_runs_differ_in_their_variant_and_seed_only(tmp_path, base):
     none, head = plan(tmp_path / "s", ["head"], base, seeds=(2,)).runs()
     assert none.recipe.run.seed == head.recipe.run.seed == 2
     assert not head.recipe.run.compare_plain
-    assert (none.recipe.distillation.active, head.recipe.distillation.active) == (False, True)
+    assert (list(none.recipe.distillation.terms), list(head.recipe.distillation.terms)) == ([], ["head"])
     for part in ("student", "teacher", "data", "optimizer", "schedule"):
         assert getattr(none.recipe, part) == getattr(head.recipe, part)
 
 
 def test_a_variant_goes_before_what_all_runs_share(tmp_path, base):
-    base.distillation.alpha_bg = 7.0
+    base.distillation.neck = NeckSettings(alpha_bg=7.0)
     _, fg_only, neck = plan(tmp_path / "s", ["fg-only", "neck"], base).runs()
-    assert (fg_only.recipe.distillation.alpha_bg, neck.recipe.distillation.alpha_bg) == (0.0, 7.0)
+    assert (fg_only.recipe.distillation.neck.alpha_bg, neck.recipe.distillation.neck.alpha_bg) == (0.0, 7.0)
 
 
 @pytest.mark.parametrize(
@@ -92,12 +94,17 @@ def test_a_variant_goes_before_what_all_runs_share(tmp_path, base):
         (["neck"], (), "whole numbers from 0"),
         (["neck"], (1, 1), "each once"),
         (["neck"], (-1,), "whole numbers from 0"),
-        (["odd"], (0,), "variant odd.*\n.*distillation.alpha_gb: unknown key"),
+        (["odd"], (0,), "variant odd.*\n.*distillation.neck.alpha_gb: unknown key"),
         (["a/b", "a:b"], (0,), "would share a folder"),
     ],
 )
 def test_what_cannot_be_studied_is_refused(tmp_path, base, names, seeds, message):
-    known = {**VARIANTS, "odd": Variant("", {"distillation.alpha_gb": 1.0}), "a/b": Variant(""), "a:b": Variant("")}
+    known = {
+        **VARIANTS,
+        "odd": Variant("", {"distillation.neck.alpha_gb": 1.0}),
+        "a/b": Variant(""),
+        "a:b": Variant(""),
+    }
     with pytest.raises((RecipeError, RunError), match=message):
         plan(tmp_path / "s", names, base, seeds, known)
 
@@ -155,7 +162,7 @@ def test_finished_runs_are_skipped_and_failed_ones_tried_again(tmp_path, base, s
 
 def test_a_study_grows_but_does_not_change(tmp_path, base, small_workers):
     folder = tmp_path / "s"
-    mine = Variant("mine", {"distillation.alpha_bg": 1.0})
+    mine = Variant("mine", {"distillation.neck.alpha_bg": 1.0})
     ablation.run_study(plan(folder, ["neck", "mine"], base, known={**VARIANTS, "mine": mine}), quiet=True)
     trained(folder)
     grown = plan(folder, ["full"], base, seeds=(1,))
@@ -164,7 +171,7 @@ def test_a_study_grows_but_does_not_change(tmp_path, base, small_workers):
     assert set(trained(folder)) == {run.name for run in grown.runs()} - {"none-seed0", "neck-seed0", "mine-seed0"}
     assert ablation.read_study(folder) == grown
 
-    other = Variant("mine", {"distillation.alpha_bg": 2.0})
+    other = Variant("mine", {"distillation.neck.alpha_bg": 2.0})
     with pytest.raises(RunError, match="variant mine is another one"):
         plan(folder, ["mine"], base, known={**VARIANTS, "mine": other})
     base.optimizer.lr = 0.5
@@ -203,7 +210,7 @@ def test_the_command_refuses_a_misspelt_variant_before_anything_is_written(defea
 
 
 def test_the_command_explains_shipped_variants_and_those_of_a_file(defeat, tmp_path):
-    (tmp_path / "mine.yaml").write_text("softer: {distillation.temperature_fg: 4.0}\n")
+    (tmp_path / "mine.yaml").write_text("softer: {distillation.head.temperature_fg: 4.0}\n")
     lines = defeat("ablate", "--list", "--variants", tmp_path / "mine.yaml").splitlines()
     assert [line.split()[0] for line in lines] == [*VARIANTS, "softer"]
     assert all(len(line.split()) > 1 for line in lines)
@@ -231,7 +238,9 @@ def test_runs_of_a_seed_start_from_one_student_and_see_the_same_images(tmp_path,
     states, losses, orders = [], [], []
     for run in runs:
         student = session.build_student(run.recipe, data.classes)
-        distiller = session.build_distiller(run.recipe.distillation, student, teacher, print).train()
+        sections = run.recipe.distillation.terms
+        terms = session.build_terms(sections, student, teacher)[0] if sections else {}
+        distiller = Distiller(student, teacher, terms).train()
         states.append({name: value.clone() for name, value in student.state_dict().items()})
         loader = training_loader(
             session.open_data(base.data, "train", train=True, seed=4), 4, 0, seed=run.recipe.run.seed
@@ -239,7 +248,7 @@ def test_runs_of_a_seed_start_from_one_student_and_see_the_same_images(tmp_path,
         orders.append([image_ids for _, _, image_ids in loader])
         torch.manual_seed(9)  # the engine seeds every step
         images, targets, _ = next(iter(loader))
-        terms = distiller(images, targets, warm=1.0).raw
+        terms = distiller(images, targets, 1.0).raw
         losses.append({name: value.item() for name, value in terms.items() if name in losses[0]} if losses else {
             name: value.item() for name, value in terms.items()
         })  # fmt: skip

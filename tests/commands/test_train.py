@@ -179,12 +179,12 @@ def test_the_saved_recipe_repeats_the_run(distilled, defeat, tmp_path):
 def test_a_loss_that_is_not_finite_stops_with_every_term(tiny, defeat, tmp_path, monkeypatch):
     from defeat_cli.detectors.faster_rcnn import FasterRCNNDetector
 
-    losses = FasterRCNNDetector.detection_losses
+    losses = FasterRCNNDetector.losses
 
     def broken(self, features, batch):
         return {**losses(self, features, batch), "loss_box_reg": features[0].sum() * float("nan")}
 
-    monkeypatch.setattr(FasterRCNNDetector, "detection_losses", broken)
+    monkeypatch.setattr(FasterRCNNDetector, "losses", broken)
     output = defeat("train", "-r", tiny, "-o", tmp_path / "run", code=2)
     assert "step 0: the loss is not finite" in output
     assert all(term in output for term in TERMS)

@@ -11,13 +11,24 @@ import torch
 from torch import Tensor, nn
 
 from defeat_cli.config.architecture import Architecture
+from defeat_cli.config.schema import Distillation
 from defeat_cli.detectors.contract import Batch, Detector, image_list
 from defeat_cli.detectors.zoo import build_detector
-from defeat_cli.distillation.adapters import build_adapters
+from defeat_cli.distillation.terms import TERMS, Loss, View
+from defeat_cli.distillation.terms.imitation import Neck
+from defeat_cli.distillation.terms.levels import LevelTerm
 from defeat_cli.errors import CheckpointError, DefeatError
-from defeat_cli.gradients.maps import PARTS, detection_maps, loss_maps, losses_in_eval_mode, neck_features, part_of
+from defeat_cli.gradients.maps import (
+    PARTS,
+    detection_maps,
+    loss_maps,
+    losses_in_eval_mode,
+    neck_features,
+    part_of,
+    term_loss,
+)
 from defeat_cli.gradients.numbers import cells_of_boxes
-from defeat_cli.gradients.panels import neck_adapters, neck_panels
+from defeat_cli.gradients.panels import panel_terms
 
 CLASSES = ["circle", "square"]
 CHANNELS = {"faster_rcnn": 8, "retinanet": 8, "fcos": 64}
@@ -147,7 +158,7 @@ def test_maps_are_what_finite_differences_find(family: str, part: str):
         moved = [feature.clone() for feature in features]
         moved[level][place] += change
         torch.manual_seed(0)
-        return float(part_of(detector.detection_losses(moved, batch), part))
+        return float(part_of(detector.losses(moved, batch), part))
 
     strongest = sorted(range(5), key=lambda level: float(maps[level].max()))[-2:]
     with losses_in_eval_mode(detector), torch.no_grad():
@@ -161,7 +172,7 @@ def test_maps_are_what_finite_differences_find(family: str, part: str):
 def test_parts_of_the_loss_name_all_of_it(detector: Detector):
     batch = prepared(detector)
     detector.train()
-    names = set(detector.detection_losses(detector.features(batch), batch))
+    names = set(detector.losses(detector.features(batch), batch))
     detector.eval()
     parts = [set(terms) & names for terms in PARTS.values()]
     assert set().union(*parts) == names
@@ -219,9 +230,11 @@ def test_distillation_maps_are_the_formulas():
             parameter += 0.01
     pixels = image(80, 128)  # 16 rows of padding
     batch = prepared(student, pixels)
-    panels = neck_panels(student, teacher, [nn.Identity()] * 5, alpha_fg=3.0, alpha_bg=5.0, finest_scale=25.0)(batch)
+    settings = Distillation(neck={"alpha_fg": 3.0, "alpha_bg": 5.0, "finest_scale": 25.0})
+    terms = panel_terms(settings, student, teacher, {}, "student.pth")
     features = neck_features(student, batch)
-    maps = {name: loss_maps(loss, features) for name, loss in panels.items()}
+    views = View(student, batch), View(teacher, batch, frozen=True)
+    maps = {name: loss_maps(term_loss(term, *views), features) for name, term in terms.items()}
     with torch.no_grad():
         gaps = [(s - t)[0].norm(dim=0) for s, t in zip(student.features(batch), teacher.features(batch), strict=True)]
     shapes = [tuple(gap.shape) for gap in gaps]
@@ -248,16 +261,41 @@ def test_distillation_maps_are_the_formulas():
     assert inside[1].any()
 
 
-def test_adapters_come_from_training_or_are_not_needed_or_are_missed():
+def test_terms_come_from_training_or_need_none_or_are_missed():
     student, wide = tiny_detector("faster_rcnn"), tiny_detector("faster_rcnn", channels=48)
-    trained = build_adapters([8] * 5, [48] * 5).state_dict()
-    adapters = neck_adapters(student, wide, trained, "best.pt")
-    assert torch.equal(adapters[3].conv.weight.float(), trained["3.conv.weight"])
-    assert all(isinstance(adapter, nn.Identity) for adapter in neck_adapters(student, student, {}, "student.pth"))
-    with pytest.raises(CheckpointError, match=r"student\.pth: holds no adapters"):
-        neck_adapters(student, wide, None, "student.pth")
-    with pytest.raises(CheckpointError, match=r"best\.pt: its adapters were trained with another teacher"):
-        neck_adapters(student, student, trained, "best.pt")
+    learned = Neck(student, wide).state_dict(prefix="neck.")
+    terms = panel_terms(Distillation(), student, wide, learned, "best.pt")
+    assert list(terms) == ["full", "fg-only", "bg-only", "neck"]
+    assert all(torch.equal(t.adapters[3].conv.weight, learned["neck.adapters.3.conv.weight"]) for t in terms.values())
+    untrained = panel_terms(Distillation(), student, student, {}, "student.pth")["neck"]
+    assert not list(untrained.parameters())
+    with pytest.raises(CheckpointError, match=r"student\.pth: its neck term holds no adapters"):
+        panel_terms(Distillation(), student, wide, {}, "student.pth")
+    with pytest.raises(CheckpointError, match=r"best\.pt: its neck term was trained with another teacher"):
+        panel_terms(Distillation(), student, student, learned, "best.pt")
+
+
+def test_other_terms_on_the_neck_have_rows_too(monkeypatch: pytest.MonkeyPatch):
+    class Gap(LevelTerm):
+        """Half the squared difference, on the finest level."""
+
+        def forward(self, student: View, teacher: View) -> dict[str, Loss]:
+            finest = next(self.compared(student, teacher))
+            return {"": Loss((finest.student - finest.teacher).square().sum() / 2, 3.0)}
+
+    monkeypatch.setitem(TERMS, "gap", Gap)
+    student, teacher = tiny_detector("faster_rcnn"), tiny_detector("faster_rcnn")
+    with torch.no_grad():
+        teacher.model.backbone.fpn.layer_blocks[0][0].bias += 1
+    batch = prepared(student)
+    only = panel_terms(Distillation(neck=None, gap={}), student, teacher, {}, "student.pth")
+    assert list(only) == ["gap"]
+    assert list(panel_terms(Distillation(gap={}), student, teacher, {}, "student.pth"))[3:] == ["neck", "gap"]
+    loss = term_loss(only["gap"], View(student, batch), View(teacher, batch, frozen=True))
+    maps = loss_maps(loss, neck_features(student, batch))
+    # Three times a difference of 1 in each of the channels.
+    torch.testing.assert_close(maps[0], torch.full_like(maps[0], 3 * 8**0.5))
+    assert not any(level.any() for level in maps[1:])
 
 
 def test_any_loss_on_the_neck_has_maps(two_stage: Detector):
