@@ -296,11 +296,3 @@ def test_other_terms_on_the_neck_have_rows_too(monkeypatch: pytest.MonkeyPatch):
     # Three times a difference of 1 in each of the channels.
     torch.testing.assert_close(maps[0], torch.full_like(maps[0], 3 * 8**0.5))
     assert not any(level.any() for level in maps[1:])
-
-
-def test_any_loss_on_the_neck_has_maps(two_stage: Detector):
-    """The gradient of half the squared features is the features; levels that a loss does not use get zeros."""
-    features = neck_features(two_stage, prepared(two_stage))
-    maps = loss_maps(lambda leaves: leaves[1].square().sum() / 2, features, reduce="mean-abs")
-    torch.testing.assert_close(maps[1], features[1].detach().abs().mean(dim=1)[0])
-    assert not any(maps[level].any() for level in (0, 2, 3, 4))

@@ -37,14 +37,6 @@ def view(height: int = 60, width: int = 90, boxes: torch.Tensor = BOX) -> View:
     return View(torch.full((3, height, width), 200, dtype=torch.uint8), boxes)
 
 
-@pytest.fixture
-def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """The figures that are saved, which are saved all the same."""
-    saved, save = [], pictures._save
-    monkeypatch.setattr(pictures, "_save", lambda figure, path: (saved.append(figure), save(figure, path)))
-    return saved
-
-
 def test_sum_over_levels_adds_each_coarse_cell_to_all_that_it_covers():
     fine = np.array([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [7.0, 8.0, 9.0]])
     coarse = np.array([[10.0, 20.0], [30.0, 40.0]])
