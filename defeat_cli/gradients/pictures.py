@@ -144,21 +144,17 @@ def _at_resolution(values: np.ndarray, stride: int, shape: tuple[int, int], step
     return values[rows[:, None], columns]
 
 
-def square_root_norm(maps: Iterable[np.ndarray]) -> Normalize:
-    """Colours that follow the square root of the value, which brings out what is weak, up to the maps' `_top`."""
-    return PowerNorm(0.5, vmin=0, vmax=_top(maps), clip=True)
+def common_scale(maps: Iterable[np.ndarray], unit: str, decades: bool) -> Scale:
+    """One scale for all maps, up to what at most one cell in 100 exceeds on any: a hot cell would leave the rest dark.
 
-
-def decades_norm(maps: Iterable[np.ndarray]) -> Normalize:
-    """Colours that follow the value's logarithm over the three decades below the maps' `_top`, and reach zero too."""
-    top = _top(maps)
-    return AsinhNorm(top / 1000, vmin=0, vmax=top, clip=True)
-
-
-def _top(maps: Iterable[np.ndarray]) -> float:
-    """What at most one cell in 100 exceeds on any of the maps: a single hot cell would leave the rest dark."""
+    Args:
+        decades: colours follow the logarithm of the value over three decades, and reach zero below them; else its
+            square root, which brings out what is weak.
+    """
     maps = list(maps)
-    return max(float(np.quantile(values, 0.99)) for values in maps) or max(float(v.max()) for v in maps) or 1.0
+    top = max(float(np.quantile(values, 0.99)) for values in maps) or max(float(v.max()) for v in maps) or 1.0
+    norm = AsinhNorm(top / 1000, 0, top, clip=True) if decades else PowerNorm(0.5, 0, top, clip=True)
+    return Scale(norm, f"{unit}\n{'logarithmic' if decades else 'square root'} scale, one for all panels")
 
 
 def overlay(view: View, panel: Panel, scale: Scale) -> Tensor:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.colors import Normalize
 from rich import box
 from rich.table import Table
 from torch import Tensor
@@ -24,7 +23,7 @@ from defeat_cli.gradients import pictures
 from defeat_cli.gradients.images import Objects, Source, detected, device_of, distinct_names, require_classes, view_of
 from defeat_cli.gradients.maps import PARTS, REDUCTIONS, detection_maps, loss_maps, neck_features, term_loss
 from defeat_cli.gradients.numbers import cells_of_boxes, concise, map_numbers, own_area, summarize
-from defeat_cli.gradients.pictures import Panel, Row, Scale, View
+from defeat_cli.gradients.pictures import Panel, Row, View
 
 UNITS = {"l2": "L2 norm of the gradient over channels", "mean-abs": "mean absolute gradient over channels"}
 EVERY_LEVEL, OWN_LEVEL = "each box on every level", "each box on its own level, as in the distillation mask"
@@ -39,14 +38,13 @@ class Subject:
 
     name: ends the picture's file name, and is the key in `gradients.json`.
     own_level: a box is foreground on its own level only, instead of on every level.
-    norm: from maps to what their colours follow; law: how people are told of it.
+    decades: colours follow the value's logarithm; else its square root.
     """
 
     name: str
     title: str
     own_level: bool
-    norm: Callable[[Iterable[np.ndarray]], Normalize]
-    law: str
+    decades: bool
 
 
 @dataclass(frozen=True)
@@ -97,10 +95,10 @@ class Settings:
         """The pictures of an image."""
         loss = "the whole detection loss" if self.loss == "total" else f"the {self.loss} loss"
         title = f"gradient of {loss} on the neck"
-        detection = Subject("gradients", title, self.own_level, pictures.square_root_norm, "square root scale")
+        detection = Subject("gradients", title, self.own_level, decades=False)
         # Levels weigh the same in it however few cells they have: coarse cells are pulled far more strongly.
         title = "gradient of the neck distillation term"
-        distillation = Subject("distillation", title, True, pictures.decades_norm, "logarithmic scale")
+        distillation = Subject("distillation", title, own_level=True, decades=True)
         return [detection] * self.detects + [distillation] * self.distils
 
 
@@ -257,8 +255,8 @@ class _Look:
             maps = self._distillation(image, objects) if distils else self._detection(image, objects)
             finest_scale = self.settings.finest_scale if subject.own_level else None
             rows = [_row(*named, batch, view, finest_scale) for named in maps]
-            norm = subject.norm(panel.values for row in rows for panel in row.panels)
-            scale = Scale(norm, f"{UNITS[self.settings.reduce]}\n{subject.law}, one for all panels")
+            values = (panel.values for row in rows for panel in row.panels)
+            scale = pictures.common_scale(values, UNITS[self.settings.reduce], subject.decades)
             path = stem.with_name(f"{stem.name}_{subject.name}.png")
             heading = f"{pictures.shortened(source.path.name, 60)} · {subject.title}"
             note = f"{_comparison(rows)}   Boxes: {objects.origin}."

@@ -19,12 +19,11 @@ from defeat_cli.gradients.pictures import (
     Row,
     Scale,
     View,
-    decades_norm,
+    common_scale,
     draw_contact_sheet,
     draw_panels,
     level_panels,
     overlay,
-    square_root_norm,
     sum_over_levels,
     thumbnails,
 )
@@ -56,12 +55,11 @@ def test_overlay_colours_the_cells_of_the_image_and_nothing_else():
     assert torch.equal(lightness, expected)
 
 
-@pytest.mark.parametrize("norm", [Normalize(0, 1), square_root_norm([np.ones(1)]), decades_norm([np.ones(1)])])
-def test_more_is_always_lighter(norm: Normalize):
+@pytest.mark.parametrize("scale", [LINEAR, *(common_scale([np.ones(1)], "", decades) for decades in (False, True))])
+def test_more_is_always_lighter(scale: Scale):
     """So the scale can be read without telling hues apart, and over any photograph."""
     for grey in (0, 0.5, 1):
-        colours = Scale(norm, "").light(np.linspace(0, 1, 200), np.full((200, 3), DIMMING * grey))
-        lightness = colours @ [0.2126, 0.7152, 0.0722]
+        lightness = scale.light(np.linspace(0, 1, 200), np.full((200, 3), DIMMING * grey)) @ [0.2126, 0.7152, 0.0722]
         assert (np.diff(lightness) > -1e-3).all()
         assert lightness[-1] > lightness[0] + 0.4
 
@@ -69,16 +67,14 @@ def test_more_is_always_lighter(norm: Normalize):
 def test_scales_are_common_and_not_ruled_by_a_single_cell():
     flat = np.full((10, 100), 2.0)
     flat[0, 0] = 1000.0
-    maps = [flat, np.ones((2, 2))]
-    assert square_root_norm(maps)([0.0, 0.5, 2.0, 1000.0]).tolist() == [0.0, 0.5, 1.0, 1.0]
+    roots, decades = (common_scale([flat, np.ones((2, 2))], "", kind).norm for kind in (False, True))
+    assert roots([0.0, 0.5, 2.0, 1000.0]).tolist() == [0.0, 0.5, 1.0, 1.0]
     # asinh(1000 x / top) / asinh(1000): a tenth of the top is a decade, ln 10 of ln 2000, below it.
-    assert decades_norm(maps)([0.0, 0.2, 2.0]).tolist() == pytest.approx(
-        [0, 1 - np.log(10) / np.log(2000), 1], abs=1e-4
-    )
+    assert decades([0.0, 0.2, 2.0]).tolist() == pytest.approx([0, 1 - np.log(10) / np.log(2000), 1], abs=1e-4)
     rare = np.zeros((10, 100))
     rare[0, 0] = 3.0
-    assert square_root_norm([rare])([3.0, 0.75]).tolist() == [1.0, 0.5]
-    assert square_root_norm([np.zeros((2, 2))])([0.0]).tolist() == [0.0]
+    assert common_scale([rare], "", decades=False).norm([3.0, 0.75]).tolist() == [1.0, 0.5]
+    assert common_scale([np.zeros((2, 2))], "", decades=False).norm([0.0]).tolist() == [0.0]
 
 
 def rows(*names: str, inside: float = 2.0) -> list[Row]:
