@@ -59,17 +59,22 @@ app = typer.Typer(
     cls=CleanErrors,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Distil a large object detector into a small one (DeFeat, CVPR 2021).",
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        console.print(__version__)
+        raise typer.Exit
 
 
 @app.callback()
 def defeat(
-    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Print the version and leave.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
 ) -> None:
-    if version:
-        console.print(__version__)
-        raise typer.Exit
+    """Distil a large object detector into a small one (DeFeat, CVPR 2021)."""
 
 
 @app.command("eval")

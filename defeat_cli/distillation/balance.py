@@ -7,8 +7,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-MEASURED_STEPS = 20
-"""Steps over which a balance is measured; then it is fixed."""
+from defeat_cli.config.terms import MEASUREMENTS
+
+KEPT = 0.8
+"""Share of the average so far that each further measurement leaves: adapters start from almost nothing, so that early
+pulls say little."""
 
 
 def pulls(detection: Tensor, terms: Mapping[str, Tensor], *places: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -50,8 +53,8 @@ def _norm(loss: Tensor, maps: Sequence[Tensor]) -> Tensor | None:
 class Balance(nn.Module):
     """Factors by which each term's weight is multiplied so that its pull is `ratio`.
 
-    They are the ratio over the geometric mean of the first `MEASURED_STEPS` pulls, and fixed from there on; until then
-    the mean is of those so far. All of it is in buffers: a resumed run goes on exactly.
+    They are the ratio over a moving geometric average of the first `MEASUREMENTS` pulls, taken over the term's warm-up,
+    and fixed from there on. All of it is in buffers: a resumed run goes on exactly.
 
     Args:
         terms: names.
@@ -70,12 +73,13 @@ class Balance(nn.Module):
         for i, name in enumerate(self.names):
             if name in measured:
                 pull = measured[name].double()
-                counted = (pull > 0) & (self.counts[i] < MEASURED_STEPS)
-                self.logs[i] += torch.where(counted, pull.clamp(min=1e-30).log(), 0)
+                counted = (pull > 0) & (self.counts[i] < MEASUREMENTS)
+                kept = torch.where(self.counts[i] > 0, KEPT, 0.0)
+                average = kept * self.logs[i] + (1 - kept) * pull.clamp(min=1e-30).log()
+                self.logs[i] = torch.where(counted, average, self.logs[i])
                 self.counts[i] += counted
 
     def factors(self) -> dict[str, Tensor]:
         """The factor of each term, scalars; 1 where nothing is measured yet."""
-        means = self.logs / self.counts.clamp(min=1)
-        factors = torch.where(self.counts > 0, self.ratio / means.exp(), 1).float()
+        factors = torch.where(self.counts > 0, self.ratio / self.logs.exp(), 1).float()
         return dict(zip(self.names, factors, strict=True))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from defeat_cli.detectors.contract import Detector, Stages, Target
-from defeat_cli.distillation.balance import MEASURED_STEPS, Balance, pulls
+from defeat_cli.distillation.balance import Balance, pulls
 from defeat_cli.distillation.terms import Loss, Term, View
 
 
@@ -88,7 +88,7 @@ class Distiller(nn.Module):
             images, targets: as `Detector.prepare` takes them; labels are the student's.
             strength: factor in [0, 1] on the terms, or on each by name; a term whose factor is None is off.
             measure: fill in `pull` too, which takes a backward pass through the heads for each term. Needs gradients.
-                A balance wants it in the first `MEASURED_STEPS` steps of each term.
+                A balance wants it where `balancing` says so.
         """
         student, teacher = self.views(images, targets)
         losses = StepLosses()
@@ -112,10 +112,9 @@ class Distiller(nn.Module):
                     losses.weighted[full] = gains[name] * weighted if name in gains else weighted
         return losses
 
-    def balancing(self, step: int) -> bool:
-        """Whether a balance is still measured at a step, counted from 0."""
-        begun = [term.settings.start for term in self.terms.values()]
-        return self.balance is not None and any(step < start + MEASURED_STEPS for start in begun)
+    def balancing(self, step: int, warmup_steps: int = 0) -> bool:
+        """Whether a balance measures pulls at a step, counted from 0; see `TermSettings.measured_at`."""
+        return self.balance is not None and any(t.settings.measured_at(step, warmup_steps) for t in self.terms.values())
 
     def _gains(self, pull: dict[str, Tensor]) -> dict[str, Tensor]:
         """Factors on the terms' weights; none without a balance."""

@@ -133,7 +133,7 @@ def fit(
                     strength=strength,
                     clip_norm=recipe.optimizer.clip_norm,
                     autocast=autocast,
-                    measure=due or training.distiller.balancing(training.step),
+                    measure=due or training.distiller.balancing(training.step, recipe.distillation.warmup_steps),
                 )
                 _add(training, losses)
                 clock.tick(sum(len(images) for images, _, _ in batches))

@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from defeat_cli.distillation.balance import MEASURED_STEPS, Balance, pulls
+from defeat_cli.config.terms import MEASUREMENTS
+from defeat_cli.distillation.balance import Balance, pulls
 from defeat_cli.engine import loop
 
 
@@ -33,15 +34,15 @@ def test_measuring_leaves_the_step_as_it_is():
     assert features.grad.tolist() == [3.0, 5.0]
 
 
-def test_a_balance_is_the_wanted_pull_over_the_geometric_mean_and_then_fixed():
+def test_a_balance_is_the_wanted_pull_over_a_moving_geometric_average_and_then_fixed():
     balance = Balance(["a", "b"], ratio=0.5)
     assert {name: float(value) for name, value in balance.factors().items()} == {"a": 1.0, "b": 1.0}
     for pull in (2.0, 8.0):
         balance.add({"a": torch.tensor(pull), "b": torch.tensor(0.0)})
-    # The geometric mean of 2 and 8 is 4; a pull of 0 says nothing.
-    assert float(balance.factors()["a"]) == pytest.approx(0.5 / 4)
+    # 2 to the power 0.8, times 8 = 2^3 to the power 0.2, is 2 to the power 1.4; a pull of 0 says nothing.
+    assert float(balance.factors()["a"]) == pytest.approx(0.5 / 2**1.4)
     assert float(balance.factors()["b"]) == 1.0
-    for _ in range(MEASURED_STEPS - 2):
+    for _ in range(MEASUREMENTS - 2):
         balance.add({"a": torch.tensor(4.0)})
     fixed = balance.factors()["a"]
     balance.add({"a": torch.tensor(1e6)})
