@@ -64,12 +64,15 @@ def _load(term: LevelTerm, state: dict[str, Tensor], name: str) -> None:
             term.load_state_dict(state)
         except RuntimeError:
             raise CheckpointError(f"{name} was trained with another teacher than this one, or otherwise") from None
-    elif any(True for _ in term.parameters()):
-        pairs = [(level.student, level.teacher) for level in term.pairings() if level.teacher is not None]
-        if any(inner != outer for inner, outer in pairs):
-            raise CheckpointError(
-                f"{name} holds no adapters from the student's {[inner for inner, _ in pairs]} channels to the "
-                f"teacher's {[outer for _, outer in pairs]}; give best.pt or last.pt of a run that was distilled from "
-                "this teacher"
-            )
+        return
+    parts = {parameter.split(".")[0] for parameter, _ in term.named_parameters()}
+    pairs = [(level.student, level.teacher) for level in term.pairings() if level.teacher is not None]
+    missing = sorted(parts - {"adapters"})
+    if "adapters" in parts and any(inner != outer for inner, outer in pairs):
+        ours, theirs = map(list, zip(*pairs, strict=True))
+        missing.append(f"adapters from the student's {ours} channels to the teacher's {theirs}")
+    if missing:
+        needed = "give best.pt or last.pt of a run that was distilled from this teacher"
+        raise CheckpointError(f"{name} holds no {', '.join(missing)}; {needed}")
+    if "adapters" in parts:
         term.adapters = nn.ModuleList(nn.Identity() for _ in pairs)

@@ -34,7 +34,7 @@ NamedMaps = tuple[str, list[int], list[Tensor]]
 
 @dataclass(frozen=True)
 class Subject:
-    """What one picture of an image shows: a row for each detector, or for each distillation loss.
+    """What one picture of an image shows: a row for each detector, or for each distillation term.
 
     name: ends the picture's file name, and is the key in `gradients.json`.
     own_level: a box is foreground on its own level only, instead of on every level.
@@ -97,7 +97,7 @@ class Settings:
         title = f"gradient of {loss} on the neck"
         detection = Subject("gradients", title, self.own_level, decades=False)
         # Levels weigh the same in it however few cells they have: coarse cells are pulled far more strongly.
-        title = "gradient of the neck distillation term"
+        title = "gradient of the distillation terms on the neck"
         distillation = Subject("distillation", title, own_level=True, decades=True)
         return [detection] * self.detects + [distillation] * self.distils
 

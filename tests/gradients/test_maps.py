@@ -273,6 +273,8 @@ def test_terms_come_from_training_or_need_none_or_are_missed():
         panel_terms(Distillation(), student, wide, {}, "student.pth")
     with pytest.raises(CheckpointError, match=r"best\.pt: its neck term was trained with another teacher"):
         panel_terms(Distillation(), student, student, learned, "best.pt")
+    with pytest.raises(CheckpointError, match=r"student\.pth: its mgd term holds no generators;"):
+        panel_terms(Distillation(mgd={}), student, student, {}, "student.pth")
 
 
 def test_other_terms_on_the_neck_have_rows_too(monkeypatch: pytest.MonkeyPatch):
