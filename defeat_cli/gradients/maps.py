@@ -47,7 +47,7 @@ def detection_maps(
     Args:
         batch: one image with its target.
         part: `total`, or a part of the loss, a key of `PARTS`.
-        samples, seed, reduce: as in `loss_maps`; detectors that draw nothing are asked once.
+        samples, seed, reduce: as in `loss_maps`.
 
     Returns:
         One [h, w] map a level, finest first.
@@ -55,10 +55,9 @@ def detection_maps(
     Raises:
         DefeatError: the detector's loss has no such part.
     """
-    draws = samples if hasattr(detector.model, "rpn") else 1
     features = neck_features(detector, batch)
     with losses_in_eval_mode(detector):
-        return loss_maps(lambda leaves: part_of(detector.losses(leaves, batch), part), features, draws, seed, reduce)
+        return loss_maps(lambda leaves: part_of(detector.losses(leaves, batch), part), features, samples, seed, reduce)
 
 
 def part_of(losses: Mapping[str, Tensor], part: str) -> Tensor:
@@ -93,7 +92,7 @@ def loss_maps(
 
     Args:
         features: as `neck_features` gives them.
-        samples: how often the loss is asked, where it draws something.
+        samples: how often the loss is asked; a loss that draws nothing is asked once.
         seed: fixes the draws. The global random state is left as it was.
         reduce: L2 norm or mean absolute value over channels.
 
@@ -101,17 +100,26 @@ def loss_maps(
         One [h, w] map a level, finest first; zeros where the loss does not depend on a level.
     """
     totals = [feature.new_zeros(feature.shape[-2:]) for feature in features]
-    device = features[0].device
+    device, draws = features[0].device, 0
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad():
         torch.manual_seed(seed)
-        for _ in range(samples):
+        while draws < samples:
+            before = _random_state(device)
             value = loss(features)
-            if not value.requires_grad:
-                continue
-            gradients = torch.autograd.grad(value, features, allow_unused=True, materialize_grads=True)
-            for total, gradient in zip(totals, gradients, strict=True):
-                total += REDUCTIONS[reduce](gradient)[0] / samples
-    return totals
+            if value.requires_grad:
+                gradients = torch.autograd.grad(value, features, allow_unused=True, materialize_grads=True)
+                for total, gradient in zip(totals, gradients, strict=True):
+                    total += REDUCTIONS[reduce](gradient)[0]
+            draws += 1
+            if torch.equal(before, _random_state(device)):
+                break
+    return [total / draws for total in totals]
+
+
+def _random_state(device: torch.device) -> Tensor:
+    """Of the generators that a loss on a device may draw from."""
+    on_device = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    return torch.cat([torch.get_rng_state(), *on_device])
 
 
 def term_loss(term: Term, student: View, teacher: View) -> NeckLoss:

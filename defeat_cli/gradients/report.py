@@ -280,24 +280,21 @@ class _Look:
 
     def _detection(self, image: Tensor, objects: Objects) -> Iterator[NamedMaps]:
         """Each detector's name, strides, and maps of its loss, at the student's image size."""
-        settings = self.settings
         for name, detector in (("checkpoint", self.student), ("teacher", self.teacher)):
             if detector is not None:
                 batch = self.student.prepare([image], [objects.target(detector)])
-                maps = detection_maps(detector, batch, settings.loss, settings.samples, settings.seed, settings.reduce)
-                yield name, detector.strides, maps
+                yield name, detector.strides, detection_maps(detector, batch, self.settings.loss, **self._draws)
 
     def _distillation(self, image: Tensor, objects: Objects) -> Iterator[NamedMaps]:
         """Each term's name, the student's strides, and maps of the term's loss."""
         ours, theirs = self.distiller.views([image], [objects.target(self.student)])
         features = neck_features(self.student, ours.batch)
         for name, term in self.distiller.terms.items():
-            loss = term_loss(term, ours, theirs)
-            yield (
-                name,
-                self.student.strides,
-                loss_maps(loss, features, seed=self.settings.seed, reduce=self.settings.reduce),
-            )
+            yield name, self.student.strides, loss_maps(term_loss(term, ours, theirs), features, **self._draws)
+
+    @property
+    def _draws(self) -> dict[str, Any]:
+        return {key: getattr(self.settings, key) for key in ("samples", "seed", "reduce")}
 
 
 def _row(

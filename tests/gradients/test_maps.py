@@ -202,6 +202,20 @@ def test_equal_seeds_give_equal_maps_and_the_global_generator_is_left_alone(two_
     assert not torch.equal(first, other)
 
 
+def test_a_loss_is_asked_again_only_where_it_draws(two_stage: Detector):
+    features, asked = neck_features(two_stage, prepared(two_stage)), []
+
+    def loss(leaves: list[Tensor], draws: bool) -> Tensor:
+        asked.append(draws)
+        return leaves[0].sum() * (torch.rand(()) if draws else 1)
+
+    steady = loss_maps(lambda leaves: loss(leaves, draws=False), features, samples=3)
+    drawn = loss_maps(lambda leaves: loss(leaves, draws=True), features, samples=3, seed=5)
+    assert asked == [False, True, True, True]
+    mean = torch.rand(3, generator=torch.Generator().manual_seed(5)).mean()
+    torch.testing.assert_close(drawn[0], mean.double() * steady[0], rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_nothing_of_the_detector_is_changed(detector: Detector, training: bool):
     detector.train(training)
