@@ -9,7 +9,7 @@ import torch
 from matplotlib.colors import Normalize
 from torch import Tensor
 
-from defeat_cli.detectors.contract import Batch, Detector
+from defeat_cli.detectors.contract import Anchored, Batch, Detector
 from defeat_cli.distillation.masks import MASKS
 from defeat_cli.errors import DataError
 from defeat_cli.gradients.images import Source, detected, device_of, distinct_names, view_of
@@ -69,15 +69,17 @@ def draw_masks(
 
 @torch.no_grad()
 def _rows(detector: Detector, batch: Batch, boxes: Tensor, finest_scale: float) -> list[Row]:
-    """A row for each mask kind."""
+    """A row for each mask kind that the detector can have: without anchors there is no fine-grained mask."""
     features = detector.features(batch)
     shapes = [tuple(feature.shape[-2:]) for feature in features]
-    anchors = detector.anchors(features, batch)
+    anchors = detector.anchors(features, batch) if isinstance(detector, Anchored) else None
     own_level = [
         boxes[cells.flatten(1).any(dim=1)] for cells in cells_of_boxes(boxes, shapes, detector.strides, finest_scale)
     ]
     rows = []
     for kind, mask in MASKS.items():
+        if kind == "fine-grained" and anchors is None:
+            continue
         masks = mask([batch.targets[0]["boxes"]], shapes, detector.strides, finest_scale=finest_scale, anchors=anchors)
         own = own_area([level[0].float() for level in masks], batch.sizes[0], detector.strides)
         outlined = own_level if kind in BY_LEVEL else [boxes] * len(own)

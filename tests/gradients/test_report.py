@@ -16,6 +16,7 @@ from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn
 
 from defeat_cli.checkpoints import native
 from defeat_cli.config import schema as recipes
+from defeat_cli.config.architecture import Architecture
 from defeat_cli.config.schema import Recipe
 from defeat_cli.data.annotations import read_annotations
 from defeat_cli.data.transforms import read_image
@@ -271,6 +272,12 @@ def test_masks_are_drawn_for_each_image(checkpoint: Path, shapes: Path, tmp_path
     assert [axes.get_title(loc="left") for axes in figure.axes[1:6]] == [f"P{n} · stride {2**n}" for n in range(2, 7)]
     full = figure.axes[19].images[0].get_array()
     assert full[..., 1].min() > 100  # lit everywhere: the dimmed image is darker
+    points = build_detector(
+        Architecture(detector="fcos", backbone="regnet", widths=[8, 8, 16, 16], fpn_channels=64), ["a"], [64], 64
+    )
+    draw_masks(points, sources, tmp_path)
+    rows = [axes.texts[0].get_text() for axes in figures[1].axes if axes.texts]
+    assert rows == ["boxes", "gaussian", "full"]  # points have no anchors that a mask could be made of
     with pytest.raises(DataError, match="no boxes: give its ground truth, or a teacher"):
         draw_masks(detector, find_images(files(shapes, 1)), tmp_path)
     assert read_image(sources[0].path).shape == (3, 64, 64)
