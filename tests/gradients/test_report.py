@@ -276,7 +276,7 @@ def test_masks_are_drawn_for_each_image(checkpoint: Path, shapes: Path, tmp_path
         Architecture(detector="fcos", backbone="regnet", widths=[8, 8, 16, 16], fpn_channels=64), ["a"], [64], 64
     )
     draw_masks(points, sources, tmp_path)
-    rows = [axes.texts[0].get_text() for axes in figures[1].axes if axes.texts]
+    rows = [axes.get_ylabel() for axes in figures[1].axes if axes.get_ylabel()]
     assert rows == ["boxes", "gaussian", "full"]  # points have no anchors that a mask could be made of
     with pytest.raises(DataError, match="no boxes: give its ground truth, or a teacher"):
         draw_masks(detector, find_images(files(shapes, 1)), tmp_path)
