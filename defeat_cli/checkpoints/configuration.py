@@ -50,7 +50,15 @@ def read_section(kind: type[SomeSection], values: Any, name: str) -> SomeSection
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise CheckpointError("\n  ".join(_spoken(item, name) for item in error.errors(include_url=False))) from None
+        errors = error.errors(include_url=False)
+        # Of a section that is of another type, nothing else is worth saying.
+        others = [item["loc"][:-1] for item in errors if item["loc"][-1:] == ("type",)]
+        lines = [_spoken(e, name) for e in errors if e["loc"][-1:] == ("type",) or not _is_within(e["loc"], others)]
+        raise CheckpointError("\n  ".join(lines)) from None
+
+
+def _is_within(place: tuple[Any, ...], sections: list[tuple[Any, ...]]) -> bool:
+    return any(place[: len(section)] == section for section in sections)
 
 
 def _spoken(error: Mapping[str, Any], name: str) -> str:
@@ -59,6 +67,8 @@ def _spoken(error: Mapping[str, Any], name: str) -> str:
         return f"{where} is missing"
     shown = repr(error["input"])
     value = shown if len(shown) <= SHOWN else shown[:SHOWN] + "…"
+    if error["type"] == "model_type":
+        return f"{where} = {value}: expected one section of settings"
     if error["type"] == "extra_forbidden":
         return f"{where} = {value}: this setting is not supported"
     return f"{where} = {value}: {error['msg'].removeprefix('Value error, ')}"

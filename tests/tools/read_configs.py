@@ -30,8 +30,8 @@ def mmdet_outcomes(folder: Path) -> Iterator[tuple[str, str | None]]:
 
     for path in sorted(folder.rglob("*.py")):
         try:
-            text = Config.fromfile(path, import_custom_modules=False).pretty_text
-        except Exception as error:  # a base file, or one that needs a package that is not here
+            text = repr(Config.fromfile(path, import_custom_modules=False).to_dict())
+        except Exception as error:  # it needs a package that is not here, or a file that is not there
             if "_base_" not in path.parts:
                 print(f"mmengine cannot load {path}: {type(error).__name__}", file=sys.stderr)
             continue
