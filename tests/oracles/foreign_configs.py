@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from random import Random
 from typing import Any
 
 from oracles.foreign_detectors import ForeignDetector
@@ -251,6 +252,31 @@ def changed(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
         for part in parents:
             place = place[part]
         place[last] = value
+    return config
+
+
+ODD = [None, True, -1, 0, 3.5, float("nan"), 10**400, "", "ResNet", [], [1], [[]], {}, {"type": "nms"}, {1: 2}, b"x"]
+
+
+def mutated(config: dict[str, Any], random: Random, sections: list[str]) -> dict[str, Any]:
+    """A configuration with one thing changed anywhere in a section: a value, a name, something left out or added."""
+    config = copy.deepcopy(config)
+    place, key = config, random.choice(sections)
+    while random.random() < 0.85:
+        inner = place[key]
+        keys = list(inner) if isinstance(inner, dict) else range(len(inner)) if isinstance(inner, list) else []
+        if not keys:
+            break
+        place, key = inner, random.choice(keys)
+    kind = random.choice(["odd", "odd", "left out", "renamed", "added"])
+    if kind == "odd" or not isinstance(place, dict):
+        place[key] = random.choice(ODD)
+    elif kind == "left out":
+        del place[key]
+    elif kind == "renamed":
+        place[f"{key}_"] = place.pop(key)
+    else:
+        place[f"new_{key}"] = random.choice(ODD)
     return config
 
 
