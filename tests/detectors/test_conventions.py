@@ -225,7 +225,11 @@ THREE = torch.tensor([[0.0, 0.0, 10.0, 10.0], [0.0, 0.0, 10.0, 8.0], [0.0, 0.0, 
             [0, 2, 1],
             [0.9, 0.7 * math.exp(-0.32), 0.8 * math.exp(-1.28) * math.exp(-0.5)],
         ),
-        ({"suppression": "gaussian", "suppression_sigma": 1.28}, [0, 2, 1], None),
+        (
+            {"suppression": "gaussian", "suppression_sigma": 1.28},
+            [0, 2, 1],
+            [0.9, 0.7 * math.exp(-0.125), 0.8 * math.exp(-0.5) * math.exp(-0.25 / 1.28)],
+        ),
         ({"suppression": "linear", "suppression_least_score": 0.2}, [0, 2], [0.9, 0.7]),
     ],
 )
@@ -234,8 +238,7 @@ def test_suppression_by_hand(settings, kept, scores):
     labels = torch.tensor([1, 1, 1])
     found, left = suppress(THREE, torch.tensor([0.9, 0.8, 0.7]), labels, 100)
     assert found.tolist() == kept
-    if scores is not None:
-        assert left.tolist() == pytest.approx(scores)
+    assert left.tolist() == pytest.approx(scores)
     assert suppress(THREE, torch.tensor([0.9, 0.8, 0.7]), labels, 1)[0].tolist() == [0]
     assert [len(part) for part in suppress(THREE[:0], torch.zeros(0), labels[:0], 100)] == [0, 0]
 

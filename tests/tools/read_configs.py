@@ -56,8 +56,10 @@ def detectron2_outcomes(folder: Path) -> Iterator[tuple[str, str | None]]:
         except (OSError, yaml.YAMLError) as error:
             print(f"{path} cannot be merged: {type(error).__name__}", file=sys.stderr)
             continue
-        kind = config.get("MODEL", {}).get("META_ARCHITECTURE")
-        if kind in DETECTRON2_TYPES and not path.name.startswith("Base"):
+        model = config.get("MODEL", {})
+        kind = model.get("META_ARCHITECTURE")
+        other = model.get("MASK_ON") or model.get("KEYPOINT_ON") or path.name.startswith("Base")
+        if kind in DETECTRON2_TYPES and not other:
             try:
                 detectron2_config.read(detectron2_config.plain(config), DETECTRON2_TYPES[kind], "it")
                 why = None
