@@ -74,6 +74,27 @@ class Conventions:
     """A ReLU stands between P6 and P7."""
     clip_after_nms: Flag = False
     """RetinaNet's boxes are clipped to the image after non-maximum suppression instead of before."""
+    clip_proposals: Flag = True
+    """The RPN's boxes are clipped to the image; false keeps what lies outside."""
+    clip_detections: Flag = True
+    """Detections are clipped to the image."""
+    smallest_box: Finite | None = None
+    """Proposals (RetinaNet: detections) with a side of this many pixels or less are dropped before suppression; below 0
+    keeps all. Null takes the library's own: almost 0.001 for torchvision's proposals, 0 for the others'."""
+    suppression: Literal["hard", "linear", "gaussian"] = "hard"
+    """What overlapping detections suffer: they are dropped, or (soft-NMS) their scores are lowered, at once above
+    `nms_threshold` (linear) or gradually (gaussian)."""
+    suppression_sigma: Positive = 0.5
+    """Spread of the gaussian."""
+    suppression_least_score: Fraction = 0.001
+    """Detections whose score soft-NMS lowers below this are dropped."""
+    suppression_across_classes: Flag = False
+    """A detection suppresses those of other classes too."""
+    keep_ratio: Flag = True
+    """Images keep their ratio of sides; false stretches all to `long_side` x `short_side`."""
+    channels: Literal["rgb", "bgr"] | None = None
+    """Channel order that the weights of another library were trained on, with `image_mean`, `image_std` (both RGB) and
+    `stride_in_1x1`, for a checkpoint that does not say; null takes what is usual for it. Once read, they take RGB."""
     edge_cases: Literal["torchvision", "mmdetection", "detectron2"] = "torchvision"
     """Whose rules hold where it seldom matters: regions on the edge of two levels, empty boxes, extreme deltas."""
 
@@ -101,10 +122,16 @@ class Architecture:
     """Anchor sides in pixels, one list per FPN level; null takes the family's defaults."""
     anchor_ratios: Annotated[list[Positive], Field(min_length=1)] = field(default_factory=lambda: [0.5, 1.0, 2.0])
     proposals: Count | None = None
-    """Proposals kept per image by the RPN, before and after suppression, at inference; null takes the detector's own,
-    as for the three below (see `own_settings`)."""
+    """Proposals kept per image by the RPN after suppression, at inference; null takes the detector's own, as for the
+    thresholds and counts below (see `own_settings`)."""
+    proposals_before_nms: Count | None = None
+    """Proposals of each level that go into suppression, at inference; null takes as many as `proposals`."""
+    proposal_nms_threshold: Fraction = 0.7
+    """Overlap above which the RPN suppresses a proposal."""
+    candidates_per_level: Count = 1000
+    """Detections of each level that go into RetinaNet's and FCOS's suppression."""
     proposals_train: Count = 2000
-    """The same in training."""
+    """Proposals kept in training, before and after suppression."""
     regions_per_image: Count = 512
     """Proposals sampled per image for the box head, and for head distillation from this detector as teacher."""
     score_threshold: Fraction | None = None
@@ -208,21 +235,34 @@ def without_effect(architecture: Architecture) -> set[str]:
         name = detector
     if not any(bottleneck in name for bottleneck in ("resnet50", "resnet101", "resnet152", "resnext")):
         missing.add("conventions.stride_in_1x1")
-    return missing
+    if architecture.conventions.suppression != "gaussian":
+        missing.add("conventions.suppression_sigma")
+    if architecture.conventions.suppression == "hard":
+        missing.add("conventions.suppression_least_score")
+    return missing | {"conventions.channels"}  # it has said all that it has to say once the weights are read
 
 
+OF_PROPOSALS = (
+    *("proposals", "proposals_before_nms", "proposal_nms_threshold"),
+    *("conventions.clip_proposals", "conventions.roi_align_aligned", "conventions.roi_align_sampling_ratio"),
+)
 NOT_IN_FAMILY = {
-    "faster_rcnn": ("conventions.p6_from", "conventions.p7_relu", "conventions.clip_after_nms"),
-    "retinanet": ("proposals", "conventions.roi_align_aligned", "conventions.roi_align_sampling_ratio"),
+    "faster_rcnn": (
+        *("candidates_per_level", "conventions.p6_from", "conventions.p7_relu", "conventions.clip_after_nms"),
+    ),
+    "retinanet": OF_PROPOSALS,
     "fcos": (
-        *("proposals", "conventions.roi_align_aligned", "conventions.roi_align_sampling_ratio"),
+        *OF_PROPOSALS,
         *("anchor_sizes", "anchor_ratios", "conventions.rounded_anchors", "conventions.anchor_order"),
         *("conventions.nominal_strides", "conventions.clip_after_nms", "conventions.edge_cases"),
+        *("conventions.clip_detections", "conventions.smallest_box", "conventions.suppression"),
+        *("conventions.suppression_sigma", "conventions.suppression_least_score"),
+        "conventions.suppression_across_classes",
     ),
 }
 OPEN_IN_BUILDERS = (
     *("proposals", "score_threshold", "nms_threshold", "detections_per_image"),
-    *(f"conventions.{name}" for name in ("image_mean", "image_std", "batch_norm_eps", "stride_in_1x1")),
+    *(f"conventions.{name}" for name in ("image_mean", "image_std", "batch_norm_eps", "stride_in_1x1", "keep_ratio")),
 )
 """Settings of `INFERENCE` that the detectors of torchvision's builders have; the builder decides the others."""
 

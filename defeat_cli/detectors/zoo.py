@@ -10,6 +10,7 @@ from torchvision.models import detection
 from defeat_cli.config.architecture import Architecture
 from defeat_cli.detectors.backbones import finish_body, mobilenet_stage_ends
 from defeat_cli.detectors.contract import Detector
+from defeat_cli.detectors.conventions import refuse_thinning, transform_settings
 from defeat_cli.detectors.faster_rcnn import FasterRCNNDetector, build_faster_rcnn
 from defeat_cli.detectors.fcos import FCOSDetector, build_fcos
 from defeat_cli.detectors.retinanet import RetinaNetDetector, build_retinanet
@@ -25,6 +26,7 @@ def build_by_name(architecture: Architecture, num_classes: int, short_side: list
     The builder decides what the detector is made of. Image sizes, thresholds, counts and the backbone's norms and
     frozen stages come from the architecture, which has the builder's own where nobody says otherwise.
     """
+    refuse_thinning(architecture)
     a = architecture
     if a.detector.startswith("fasterrcnn"):
         settings = {
@@ -45,10 +47,7 @@ def build_by_name(architecture: Architecture, num_classes: int, short_side: list
         weights=None,
         weights_backbone=None,
         num_classes=num_classes + 1,
-        min_size=tuple(short_side),
-        max_size=long_side,
-        image_mean=architecture.conventions.image_mean,
-        image_std=architecture.conventions.image_std,
+        **transform_settings(architecture, short_side, long_side),
         **settings,
     )
     body = model.backbone.body
