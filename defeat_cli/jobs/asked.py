@@ -65,12 +65,12 @@ def ask(
 
 def _data(given: Mapping[str, Given], named: Recipe, weights: Weights, checkpoint: str) -> tuple[Data, list[str]]:
     """The data section in force. A folder on the command line is read as it is, and never drawn."""
-    remembered = (weights.recipe or {}).get("data") or {}
+    remembered = (weights.recipe or {}).get("data") or {}  # checked as a mapping when it was read
     own = {name: remembered[name] for name in (*SOURCE, "workers") if remembered.get(name) is not None}
     sections = {name.split(".")[1] for name in given if name.startswith("data.")}
     spoken = {name: getattr(named.data, name) for name in (*SOURCE, "workers") if name in sections}
     notes = []
-    if "path" in own:
+    if isinstance(own.get("path"), str):
         own["path"] = _found(own["path"], weights, checkpoint)
     if "path" in spoken and not _same(spoken["path"], own.get("path")):
         names = [name for name in own if name.endswith(("annotations", "images")) and name not in spoken]

@@ -10,6 +10,7 @@ import torch
 from rich.table import Table
 
 from defeat_cli import session
+from defeat_cli.config.schema import validate
 from defeat_cli.console import Reporter, counting, errors_table, metrics_table
 from defeat_cli.data.formats.voc import is_voc, voc_ap50
 from defeat_cli.detectors.loading import load_detector
@@ -98,7 +99,9 @@ def _precision(asked: Asked, device: torch.device, reporter: Reporter) -> str:
     """As it was said, else as the run evaluated that the checkpoint comes from, where the device can."""
     if "run.precision" in asked.given:
         return asked.recipe.run.precision
-    trained = ((asked.weights.recipe or {}).get("run") or {}).get("precision", "fp32")
+    run = (asked.weights.recipe or {}).get("run")
+    remembered = {name: value for name, value in run.items() if name == "precision"} if isinstance(run, dict) else {}
+    trained = validate({"run": remembered}, f"{asked.weights.origin}: the recipe in it").run.precision
     if trained == "fp32" or device.type == "cuda":
         return trained
     reporter.warn(f"its own run evaluated in {trained}, which needs a CUDA device; here it is fp32")
