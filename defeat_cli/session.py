@@ -115,7 +115,11 @@ def assemble(recipe: Recipe, teacher: str | None = None, like: Session | None = 
         notes += inherit(recipe.student.inherit, student, supervisor)
         if recipe.distillation.terms:
             terms, remarks = build_terms(
-                recipe.distillation.terms, student, supervisor, class_map=recipe.distillation.class_map
+                recipe.distillation.terms,
+                student,
+                supervisor,
+                class_map=recipe.distillation.class_map,
+                own_size=recipe.teacher.size == "own",
             )
             notes += remarks
     distiller = Distiller(
@@ -219,6 +223,7 @@ def build_terms(
     student: Detector,
     teacher: Detector,
     class_map: Mapping[str, str] | None = None,
+    own_size: bool = False,
 ) -> tuple[dict[str, Term], list[Note]]:
     """The terms of a pair by name, and what a user should know of them.
 
@@ -233,13 +238,16 @@ def build_terms(
             continue
         settings = vars(sections[name])
         try:
-            terms[name] = kind(student, teacher, class_map=class_map, **settings)
+            term = kind(student, teacher, class_map=class_map, **settings)
+            if own_size and term.own_size_obstacle is not None:
+                raise TermError(f"teacher.size: own: {term.own_size_obstacle}")
         except TermError as reason:
             if not kind.dispensable:
                 raise TermError(f"distillation.{name}: {reason}") from None
             notes.append(Note(f"{name} distillation is off: {reason}", warning=True))
             continue
-        notes += [Note(text, warning=True) for text in terms[name].notes]
+        terms[name] = term
+        notes += [Note(text, warning=True) for text in term.notes]
     if not terms:
         reasons = "; ".join(note.text for note in notes)
         raise TermError(f"nothing is left to distil ({reasons}). Switch another term on, or train without a teacher")

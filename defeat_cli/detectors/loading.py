@@ -33,6 +33,7 @@ from defeat_cli.config.schema import merged
 from defeat_cli.detectors.contract import Detector
 from defeat_cli.detectors.zoo import build_detector
 from defeat_cli.errors import CheckpointError, RecipeError
+from defeat_cli.text import listed
 
 UNTOLD = ("proposals", "score_threshold", "nms_threshold", "detections_per_image", "anchor_sizes")
 """Settings that have to be assumed where a checkpoint states none."""
@@ -113,7 +114,7 @@ def load_detector(
     if weights.classes is None and classes is not None:
         assumptions.append(
             f"{origin} does not name its {len(names)} classes: taken to be the data's, in the data's order "
-            f"({_listed(names)})"
+            f"({listed(names)})"
         )
     meaning = Meaning(architecture, weights.classes or classes, **sides)
     notes = [*weights.notes, *([f"in force: {'; '.join(changed)}"] if changed else [])]
@@ -266,7 +267,3 @@ def _names(weights: Weights, classes: list[str] | None) -> list[str]:
             "Give the data it was trained on"
         )
     return classes
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")

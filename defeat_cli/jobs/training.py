@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +36,23 @@ def train(
     overwrite: bool = False,
     quiet: bool = False,
     title: str = "student",
+    until: int | None = None,
+    known_teacher: Callable[[], dict[str, Any] | None] = lambda: None,
 ) -> dict[str, Any]:
     """Run a recipe in a folder, to the end.
 
     Everything that can be wrong with the input is found before anything is written or trained.
+
+    Args:
+        until: epoch after whose evaluation the run stops, saved; None goes on to the last.
+        known_teacher: gives the teacher's figures on the validation images where somebody has them already.
 
     Returns:
         What `results.json` holds: `student`, and `teacher` and `plain` where there are any, each with COCO figures.
 
     Raises:
         DefeatError: the recipe, data, teacher, device or folder cannot be used.
-        Interrupted: asked to stop; `resume` goes on.
+        Interrupted: asked to stop, or at `until`; `resume` goes on.
     """
     reporter = Reporter(title, quiet)
     run = RunFolder(folder)
@@ -70,13 +77,13 @@ def train(
     if resume and (run / LAST).is_file():
         training.load_state_dict(native.load(run / LAST)["training"])
     run.forget_after(training.step)
-    _fit(session, run, training, reporter, teacher_ap)
+    _fit(session, run, training, reporter, teacher_ap, until)
 
     best = native.load(run / BEST)
     native.write_atomically(run / STUDENT, native.exported(best, str(run / BEST)))
     results: dict[str, Any] = {"student": best["metrics"], "training_seconds": round(training.seconds, 1)}
     if session.teacher is not None and match_classes(session.validation_data.classes, session.teacher.classes):
-        results["teacher"] = score(session, session.teacher, reporter)
+        results["teacher"] = known_teacher() or score(session, session.teacher, reporter)
     draw_curves(run.metrics(), run / CURVES, list(session.distiller.terms))
     if recipe.run.compare_plain and session.teacher is not None:
         results["plain"] = _sub_run(plain_recipe(recipe), folder / "plain", overwrite, quiet, "plain student")[
@@ -162,8 +169,15 @@ def score(session: Session, detector: Detector, reporter: Reporter, *, subset: A
     return metrics
 
 
-def _fit(session: Session, run: RunFolder, training: Training, reporter: Reporter, teacher_ap: float | None) -> None:
-    """Train to the last epoch, saving checkpoints in our own format."""
+def _fit(
+    session: Session,
+    run: RunFolder,
+    training: Training,
+    reporter: Reporter,
+    teacher_ap: float | None,
+    until: int | None,
+) -> None:
+    """Train to the last epoch or `until`, saving checkpoints in our own format."""
     recipe, data = session.recipe, session.training_data
     loader = training_loader(
         data,
@@ -208,6 +222,7 @@ def _fit(session: Session, run: RunFolder, training: Training, reporter: Reporte
             save=save,
             reporter=reporter,
             autocast=sessions.AUTOCAST[recipe.run.precision],
+            until=until,
         )
     finally:
         reporter.end()
