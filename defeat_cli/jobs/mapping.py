@@ -82,7 +82,12 @@ def visualize(
     supervisor = distiller = None
     if teacher is not None:
         loaded = load_detector(
-            teacher, asked.given, section="teacher.architecture", classes=truth and truth.classes, ignored=NOT_DRAWN
+            teacher,
+            asked.given,
+            section="teacher.architecture",
+            classes=truth and truth.classes,
+            sizes=(loaded.meaning.short_side, loaded.meaning.long_side),
+            ignored=NOT_DRAWN,
         )
         loaded.tell(reporter, "teacher: ")
         supervisor = loaded.detector.to(device)
