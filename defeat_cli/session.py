@@ -16,8 +16,9 @@ from defeat_cli.config import schema as recipes
 from defeat_cli.config.architecture import Architecture
 from defeat_cli.config.schema import Data, Recipe
 from defeat_cli.config.terms import TermSettings
-from defeat_cli.data.dataset import CocoDataset, open_split
+from defeat_cli.data.dataset import DetectionDataset
 from defeat_cli.data.formats.shapes import draw_shapes
+from defeat_cli.data.opening import open_split
 from defeat_cli.detectors.backbones import load_backbone_weights
 from defeat_cli.detectors.contract import Detector
 from defeat_cli.detectors.zoo import build_detector
@@ -47,8 +48,8 @@ class Session:
 
     recipe: Recipe
     device: torch.device
-    training_data: CocoDataset
-    validation_data: CocoDataset
+    training_data: DetectionDataset
+    validation_data: DetectionDataset
     student: Detector
     teacher: Detector | None
     distiller: Distiller
@@ -154,7 +155,7 @@ def loader_processes(workers: int) -> int:
     return min(workers, os.cpu_count() or 1)
 
 
-def open_data(data: Data, split: str, *, train: bool, seed: int = 0) -> CocoDataset:
+def open_data(data: Data, split: str, *, train: bool, seed: int = 0) -> DetectionDataset:
     """One split of the recipe's data; draws the embedded data set first where that is asked for.
 
     Raises:
@@ -164,7 +165,7 @@ def open_data(data: Data, split: str, *, train: bool, seed: int = 0) -> CocoData
         raise DataError("no data: give a folder with --data, or data.path in the recipe")
     if data.format == "shapes":
         draw_shapes(Path(data.path), **data.shapes.model_dump())
-    return open_split(
+    opened = open_split(
         Path(data.path),
         split,
         format="coco" if data.format == "shapes" else data.format,
@@ -174,6 +175,8 @@ def open_data(data: Data, split: str, *, train: bool, seed: int = 0) -> CocoData
         flip=data.flip if train else 0.0,
         seed=seed,
     )
+    opened.refuse_vanishing(data.short_side, data.long_side)
+    return opened
 
 
 @dataclass(frozen=True)

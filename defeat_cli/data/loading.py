@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from defeat_cli.data.annotations import Id
-from defeat_cli.data.dataset import CocoDataset, Sample
+from defeat_cli.data.dataset import DetectionDataset, Sample
 from defeat_cli.errors import DataError
 
 PREFETCH = 4
@@ -95,7 +95,7 @@ class Loader(DataLoader):
 
 
 def training_loader(
-    dataset: CocoDataset,
+    dataset: DetectionDataset,
     batch_size: int,
     workers: int,
     seed: int = 0,

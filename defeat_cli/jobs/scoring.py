@@ -14,11 +14,11 @@ from defeat_cli.checkpoints.loading import TORCHVISION_PREFIX, file_of
 from defeat_cli.config import schema as recipes
 from defeat_cli.config.schema import Recipe
 from defeat_cli.console import counting, errors_table, metrics_table
-from defeat_cli.data.formats.voc import is_voc, voc_ap50
 from defeat_cli.data.loading import evaluation_loader
 from defeat_cli.engine.detection_errors import error_report
 from defeat_cli.engine.evaluation import evaluate
 from defeat_cli.engine.runs import RECIPE, write_json
+from defeat_cli.engine.voc_ap import voc_ap50
 from defeat_cli.errors import DataError
 
 
@@ -84,11 +84,11 @@ def score(
             on_batch=advance,
             keep_detections=detections,
         )
-    if is_voc(Path(recipe.data.path)):
+    if data.layout == "voc":
         metrics["VOC_AP50"] = voc_ap50(detections, data.coco.dataset)["AP50"]
     if error_types:
         metrics["errors"] = error_report(detections, data.coco).to_dict()
-    return Score(f"{checkpoint} on {len(data)} {split} images", metrics, detections)
+    return Score(f"{checkpoint} on {len(data)} {split} images", metrics, data.in_own_ids(detections))
 
 
 def recipe_of(checkpoint: str, name: str | None, changes: dict[str, Any]) -> tuple[Recipe, bool]:

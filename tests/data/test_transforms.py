@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
-from defeat_cli.data.transforms import ORIENTATION, horizontal_flip, image_size, read_image
+from defeat_cli.data.transforms import horizontal_flip, image_size, read_image
 from defeat_cli.errors import DataError
 
 HEIGHT, WIDTH = 5, 7
@@ -108,7 +108,7 @@ UPRIGHT = {
 @pytest.mark.parametrize("orientation", UPRIGHT)
 def test_exif_orientation_is_applied(tmp_path: Path, colors: np.ndarray, orientation: int) -> None:
     exif = Image.Exif()
-    exif[ORIENTATION] = orientation
+    exif[ExifTags.Base.Orientation] = orientation
     Image.fromarray(colors).save(tmp_path / "a.png", exif=exif)
     upright = UPRIGHT[orientation](colors)
     assert image_size(tmp_path / "a.png") == upright.shape[:2]
@@ -118,14 +118,14 @@ def test_exif_orientation_is_applied(tmp_path: Path, colors: np.ndarray, orienta
 
 def test_exif_orientation_is_left_where_annotations_are_of_the_stored_image(tmp_path: Path, colors: np.ndarray) -> None:
     exif = Image.Exif()
-    exif[ORIENTATION] = 6
+    exif[ExifTags.Base.Orientation] = 6
     Image.fromarray(colors).save(tmp_path / "a.png", exif=exif)
     assert (as_array(read_image(tmp_path / "a.png", (HEIGHT, WIDTH))) == colors).all()
 
 
 def test_unknown_orientation_is_upright(tmp_path: Path, colors: np.ndarray) -> None:
     exif = Image.Exif()
-    exif[ORIENTATION] = 9
+    exif[ExifTags.Base.Orientation] = 9
     Image.fromarray(colors).save(tmp_path / "a.png", exif=exif)
     assert (as_array(read_image(tmp_path / "a.png")) == colors).all()
 
