@@ -133,7 +133,7 @@ class _CocoReader:
         self.image_keys: dict[Id, int] = {}
         self.category_keys: dict[Id, int] = {}
         self.images, self.categories = array("q"), array("q")
-        self.boxes, self.areas = array("d"), array("d")
+        self.numbers = array("d")
         self.crowd = bytearray()
         self.parsers: dict[str, Callable[[dict], Any]] = {
             "images": _image, "categories": _category, "annotations": self._annotation
@@ -171,8 +171,8 @@ class _CocoReader:
         used = category_of[np.frombuffer(self.categories, dtype=np.int64)]
         categories, used, notes = _without_parent(categories, used)
         _refuse_duplicates([name for _, name, _ in categories], f"{self.origin}: categories: name")
-        boxes = np.frombuffer(self.boxes, dtype=np.float64).reshape(-1, 4)
-        areas = np.frombuffer(self.areas, dtype=np.float64)
+        numbers = np.frombuffer(self.numbers, dtype=np.float64).reshape(-1, 5)
+        boxes, areas = numbers[:, :4].copy(), numbers[:, 4]
         return Annotations(
             origin=self.origin,
             classes=[row[1] for row in categories],
@@ -190,19 +190,23 @@ class _CocoReader:
 
     def _annotation(self, row: dict) -> None:
         """Checked and packed at once: a file's polygons need many times the memory of its boxes."""
-        image, category = _id(row, "image_id"), _id(row, "category_id")
+        image, category = row.get("image_id"), row.get("category_id")
+        if type(image) is not int or type(category) is not int:
+            image, category = _id(row, "image_id"), _id(row, "category_id")
         box = row.get("bbox")
         if type(box) is not list or len(box) != 4:
             found = f"found {_shown(box)}" if "bbox" in row else "there is none"
             raise _FaultError(f"bbox must be four numbers, [x, y, width, height]; {found}")
-        if any(type(side) is not float or not math.isfinite(side) for side in box):
-            box = [_number(side) for side in box]
-        if None in box:
-            raise _FaultError(f"bbox must be four finite numbers, [x, y, width, height]; found {_shown(row['bbox'])}")
+        x, y, width, height = box
+        if not (type(x) is type(y) is type(width) is type(height) is float and math.isfinite(x + y + width + height)):
+            x, y, width, height = box = [_number(side) for side in box]
+            if None in box:
+                found = _shown(row["bbox"])
+                raise _FaultError(f"bbox must be four finite numbers, [x, y, width, height]; found {found}")
         area = row.get("area")
         if area is None:
             area = math.nan
-        elif (type(area) is not float or not math.isfinite(area)) and (area := _number(area)) is None:
+        elif (area := _number(area)) is None:
             raise _FaultError(f"area must be a number, found {_shown(row['area'])}")
         crowd = row.get("iscrowd")
         if crowd not in (0, 1, None, "0", "1"):
@@ -210,8 +214,7 @@ class _CocoReader:
         self.ids.append(row.get("id"))
         self.images.append(self.image_keys.setdefault(image, len(self.image_keys)))
         self.categories.append(self.category_keys.setdefault(category, len(self.category_keys)))
-        self.boxes.extend(box)
-        self.areas.append(area)
+        self.numbers.extend((x, y, width, height, area))
         self.crowd.append(int(crowd or 0))
 
     def _places(self, keys: dict[Id, int], ids: list[Id], used: array, key: str, what: str) -> np.ndarray:

@@ -145,16 +145,18 @@ class _Stream:
 
     def _entries(self) -> Iterator[Any]:
         self._expect("[")
-        first = True
-        while self._next() != "]":
-            if not first:
-                self._expect(",")
-            first = False
+        more = self._next() != "]"
+        while more:
             yield self._value()
+            if self.window.startswith(", ", self.at):  # as nearly every file has it: a shortcut for the next two lines
+                self.at += 2
+            elif more := self._next() == ",":
+                self.at += 1
         self._expect("]")
 
     def _value(self) -> Any:
-        self._next()
+        if self.window[self.at : self.at + 1] != "{":
+            self._next()
         while True:
             try:
                 value, end = self.decode(self.window, self.at)
