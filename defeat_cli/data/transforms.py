@@ -19,6 +19,9 @@ Transform = Callable[[Tensor, Target, np.random.Generator], tuple[Tensor, Target
 """Changes an image [3, H, W] uint8 and its target together, at random by the generator alone. It must survive pickling,
 because loader processes get it, and must leave its input as it is."""
 
+METADATA = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
+"""What Pillow would write anew after turning an image, and fails at where it is a little broken."""
+
 
 @dataclass(frozen=True)
 class RandomFlip:
@@ -58,10 +61,12 @@ def read_image(path: Path, expected_size: tuple[int, int] | None = None) -> Tens
     """
     try:
         with Image.open(path) as image:
+            image.load()
             stored, upright = (image.height, image.width), _upright_size(image)
             # Where only the stored image is of the annotated size, whoever drew the boxes saw it as it is stored.
             turn = expected_size is None or stored != tuple(expected_size) or upright == stored
-            image.load()
+            for key in METADATA:
+                image.info.pop(key, None)
             pixels = _as_rgb(ImageOps.exif_transpose(image) if turn else image)
     except Exception as error:  # Pillow's decoders raise nearly every kind of exception on broken files
         raise DataError(f"{path}: {_reason(error)}") from error
@@ -88,7 +93,8 @@ def image_size(path: Path) -> tuple[int, int]:
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:
     """(height, width) after the turn that EXIF asks for."""
-    lying = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    exif = Image.Image.getexif(image)  # a PNG's own looks behind the pixels too, and reads them all for that
+    lying = exif.get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
     return (image.width, image.height) if lying else (image.height, image.width)
 
 
