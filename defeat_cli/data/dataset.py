@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -235,6 +236,10 @@ class DetectionDataset(Dataset):
         if degenerate:
             fate = "left out of training" if train else "still in the ground truth, and will count as missed"
             notes.append(f"{_count(degenerate, 'box', 'boxes')} without area: {fate}")
+        folded = Counter(name.casefold() for name in self.classes if len(name) > 1)
+        alike = [name for name in self.classes if folded[name.casefold()] > 1]
+        if alike:
+            notes.append(f"classes that differ by case alone are classes of their own: {listed(alike, 8)}")
         present = set(self.annotations.labels[~self.annotations.crowd].tolist())
         absent = [name for label, name in enumerate(self.classes, start=1) if label not in present]
         if absent:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
@@ -29,7 +29,7 @@ class FileIndex:
     paths: relative to the folder, with `/`, sorted.
     """
 
-    def __init__(self, folder: Path, wanted=is_image) -> None:
+    def __init__(self, folder: Path, wanted: Callable[[str], bool] = is_image) -> None:
         self.folder = folder
         self.paths: list[str] = []
         seen = set()
@@ -52,7 +52,7 @@ class FileIndex:
         """File name without its suffix -> paths."""
         return self._grouped(lambda name: os.path.splitext(name)[0])
 
-    def _grouped(self, key) -> dict[str, list[str]]:
+    def _grouped(self, key: Callable[[str], str]) -> dict[str, list[str]]:
         groups = defaultdict(list)
         for path in self.paths:
             groups[key(path.rpartition("/")[2])].append(path)

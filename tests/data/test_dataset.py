@@ -143,6 +143,12 @@ def test_clean_data_has_no_notes(folder: Path) -> None:
     assert opened(folder, what).notes == []
 
 
+def test_classes_that_differ_by_case_are_told(folder: Path) -> None:
+    what = content()
+    what["categories"] += [{"id": 100 + i, "name": name} for i, name in enumerate(("Yak", "a", "A"))]
+    assert any("by case alone are classes of their own: yak, Yak" in note for note in opened(folder, what).notes)
+
+
 def test_data_without_any_box_is_refused(folder: Path) -> None:
     data = opened(folder, with_boxes())
     assert len(data) == 2

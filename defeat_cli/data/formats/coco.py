@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from defeat_cli.data.annotations import KEYS, Annotations, read_annotations
-from defeat_cli.data.formats.splits import DIVIDE, FOLDERS, NAMES, named_file, splits_of
+from defeat_cli.data.formats.splits import DIVIDE, FOLDERS, NAMES, named_file, part_of, splits_of
 from defeat_cli.data.images import place_images
 from defeat_cli.errors import DataError
 from defeat_cli.text import listed
@@ -43,20 +43,23 @@ def read(path: Path, split: str, annotations: str | None = None, images: str | N
 
 def _file_of(path: Path, files: Sequence[Path], split: str) -> Path:
     """The annotation file of a split; of `all`, the training one or the only one."""
-    wanted = "train" if split == "all" else split
+    wanted = part_of(split)
     for layout in LAYOUTS:
         for name in NAMES[wanted]:
             if path / layout.format(name) in files:
                 return path / layout.format(name)
     mine = [file for file in files if splits_of(file.relative_to(path).with_suffix("")) == {wanted}]
     if not mine and split == "all":
-        mine = files
+        mine = list(files)
+    mine = [
+        file for file in mine if not file.name.startswith("person_keypoints")
+    ] or mine  # COCO's own, beside instances
     if len(mine) == 1:
         return mine[0]
     setting = f"data.{wanted}_annotations"
     shown = listed([str(file.relative_to(path)) for file in mine or files], 6)
     if mine:
-        raise DataError(f"{path}: several annotation files are there for {split}: {shown}; name one by {setting}")
+        raise DataError(f"{path}: several annotation files can be the {wanted} data: {shown}; name one by {setting}")
     whole = "" if any(splits_of(file.relative_to(path)) for file in files) else f", or {DIVIDE}"
     raise DataError(
         f"{path}: no {wanted} data there. Looked for {', '.join(layout.format(wanted) for layout in LAYOUTS)}; "
@@ -90,7 +93,7 @@ def _is_coco(file: Path) -> bool:
 
 def _folders(path: Path, file: Path, split: str) -> list[Path]:
     """Where the images of an annotation file may be, likeliest first."""
-    wanted = "train" if split == "all" else split
+    wanted = part_of(split)
     own = re.sub(r"^(instances|annotations|labels)?[_.-]*", "", file.stem)  # train2017 of instances_train2017
     names = [name for name in dict.fromkeys((own, *NAMES[wanted])) if name]
     places = [path / name for name in names]

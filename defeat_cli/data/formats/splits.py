@@ -16,8 +16,13 @@ NAMES = {
 """Split -> what it may be called."""
 FOLDERS = ("images", "imgs", "img", "JPEGImages", "data")
 """What folders of images are called."""
-DIVIDE = "divide the data by data.val_fraction=0.2"
+DIVIDE = "set a part of the images apart by --set data.val_fraction=0.2"
 """What to do where nothing says which images validate."""
+
+
+def part_of(split: str) -> str:
+    """The split whose data and settings serve for a split: of `all`, what is to be divided, it is `train`."""
+    return "train" if split == "all" else split
 
 
 def splits_of(path: PurePath) -> set[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from defeat_cli.data.annotations import Annotations
-from defeat_cli.data.formats.splits import DIVIDE
+from defeat_cli.data.formats.splits import DIVIDE, part_of
 from defeat_cli.data.formats.voc_xml import Page, collect, image_of, read_page
 from defeat_cli.data.images import FileIndex, is_image
 from defeat_cli.data.reading import read_lines
@@ -42,7 +42,9 @@ def read(path: Path, split: str, annotations: str | None = None, images: str | N
         images: not for this layout, whose images are in `JPEGImages`.
     """
     if images is not None:
-        raise DataError(f"{path}: is in VOC's layout, whose images are in JPEGImages; leave data.{split}_images out")
+        raise DataError(
+            f"{path}: is in VOC's layout, whose images are in JPEGImages; leave data.{part_of(split)}_images out"
+        )
     found, files, notes, pages = [], [], [], []
     image_sets = find_image_sets(path, split, annotations)
     for folder in dict.fromkeys(image_set.folder for image_set in image_sets):

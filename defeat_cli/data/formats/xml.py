@@ -6,7 +6,7 @@ from pathlib import Path, PurePosixPath
 
 from defeat_cli.data.annotations import Annotations
 from defeat_cli.data.formats import voc
-from defeat_cli.data.formats.splits import DIVIDE, NAMES, splits_of
+from defeat_cli.data.formats.splits import DIVIDE, NAMES, part_of, splits_of
 from defeat_cli.data.formats.voc_xml import collect, image_of, read_page
 from defeat_cli.data.images import FileIndex
 from defeat_cli.errors import DataError
@@ -29,24 +29,24 @@ def read(path: Path, split: str, annotations: str | None = None, images: str | N
     Args:
         annotations, images: folders relative to `path`.
     """
+    wanted = part_of(split)
     for setting, name in (("annotations", annotations), ("images", images)):
         if name is not None and not (path / name).is_dir():
-            raise DataError(f"{path / name}: no such folder (data.{split}_{setting})")
+            raise DataError(f"{path / name}: no such folder (data.{wanted}_{setting})")
     xmls = FileIndex(path / (annotations or "."), _is_xml)
     if not xmls.paths:
         raise DataError(f"{xmls.folder}: no XML files there")
     split_of = {xml: splits_of(PurePosixPath(xml).parent) for xml in xmls.paths}
     chosen = xmls.paths
     if any(split_of.values()):
-        wanted = {"train" if split == "all" else split}
-        chosen = [xml for xml in xmls.paths if split_of[xml] == wanted]
+        chosen = [xml for xml in xmls.paths if split_of[xml] == {wanted}]
     elif split != "all" and annotations is None:
         raise DataError(f"{path}: its {len(chosen)} XML files are not divided into train and val; {DIVIDE}")
     if not chosen:
         there = sorted({name for splits in split_of.values() for name in splits})
         raise DataError(
-            f"{path}: no XML files in a folder called {' or '.join(NAMES[split])}; there is {', '.join(there)}. "
-            f"Name a folder by data.{split}_annotations"
+            f"{path}: no XML files in a folder called {' or '.join(NAMES[wanted])}; there is {', '.join(there)}. "
+            f"Name a folder by data.{wanted}_annotations"
         )
     pages = {xml: read_page(xmls.folder / xml) for xml in xmls.paths}
     index = FileIndex(path / (images or "."))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from defeat_cli.data.annotations import Annotations, from_objects, kind_of
-from defeat_cli.data.formats.splits import DIVIDE, NAMES, named_file, splits_of
+from defeat_cli.data.formats.splits import DIVIDE, NAMES, named_file, part_of, splits_of
 from defeat_cli.data.images import FileIndex, parts_of
 from defeat_cli.data.reading import read_lines, read_yaml
 from defeat_cli.data.transforms import image_size
@@ -167,7 +167,7 @@ def _images(path: Path, config: Config, split: str, named: str | None) -> list[s
     Raises:
         DataError: there are none.
     """
-    wanted = "train" if split == "all" else split
+    wanted = part_of(split)
     if named is not None:
         sources = [str(path / named)]
     elif wanted in config.entries:

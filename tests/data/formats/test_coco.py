@@ -96,6 +96,15 @@ def test_of_files_called_alike_the_one_whose_folders_agree_is_taken(tmp_path: Pa
         open_split(tmp_path, "train", train=False)
 
 
+def test_keypoints_and_captions_beside_are_not_taken(tmp_path: Path) -> None:
+    write_images(tmp_path / "train2014", "a.jpg")
+    for kind in ("instances", "person_keypoints"):
+        write_coco(tmp_path / f"annotations/{kind}_train2014.json", "a.jpg")
+    write_text(tmp_path / "annotations/captions_train2014.json", '{"images": [], "annotations": []}')
+    data = open_split(tmp_path, "train", train=True)
+    assert data.annotations.origin.endswith("instances_train2014.json")
+
+
 def test_one_file_is_divided(tmp_path: Path) -> None:
     names = [f"{i}.jpg" for i in range(10)]
     write_images(tmp_path / "images", *names)
@@ -108,7 +117,9 @@ def test_one_file_is_divided(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no val data there.*found annotations/instances_default\.json.*data\.val"):
         open_split(tmp_path, "val", train=False)
     write_coco(tmp_path / "other.json", *names)
-    with pytest.raises(DataError, match=r"several annotation files are there for all: annotations/inst.*, other\.json"):
+    with pytest.raises(
+        DataError, match=r"several annotation files can be the train data: annotations/inst.*, other\.json"
+    ):
         open_split(tmp_path, "train", train=False, val_fraction=0.3)
 
 

@@ -30,9 +30,7 @@ def test_undivided_folders(tmp_path: Path, images: str, xmls: str) -> None:
     assert sorted(files) == sorted({f"{images}/r-{i}.jpg".removeprefix("./") for i in range(10)})
     assert parts["train"].classes == parts["val"].classes == ["dog"]
     assert parts["val"][0].target["boxes"].tolist() == [[2, 1, 8, 5]]
-    with pytest.raises(
-        DataError, match=r"its 10 XML files are not divided into train and val; divide the data by data\.v"
-    ):
+    with pytest.raises(DataError, match=r"its 10 XML files are not divided into train and val; set a part"):
         open_split(tmp_path, "val", train=False)
 
 
@@ -58,6 +56,12 @@ def test_bad_cases_are_named(tmp_path: Path) -> None:
     write(tmp_path, "train", "train", "a", "b")
     with pytest.raises(DataError, match=r"no XML files in a folder called val or valid or validation; there is train"):
         open_split(tmp_path, "val", train=False)
+    (tmp_path / "train").rename(tmp_path / "test")
+    with pytest.raises(
+        DataError, match=r"no XML files in a folder called train or training; there is test\. Name a folder"
+    ):
+        open_split(tmp_path, "val", train=False, val_fraction=0.5)
+    (tmp_path / "test").rename(tmp_path / "train")
     with pytest.raises(DataError, match=r"nowhere: no such folder \(data\.train_images\)"):
         open_split(tmp_path, "train", images="nowhere", train=True)
     (tmp_path / "train/a.jpg").unlink()
