@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -93,8 +93,10 @@ def assemble(recipe: Recipe, teacher: str | None = None, like: Session | None = 
     has_teacher = checkpoint is not None or recipe.teacher.recipe is not None
     if recipe.run.compare_plain and not has_teacher:
         raise RecipeError("run.compare_plain compares with a student without a teacher, and this one has none")
+    if recipe.student.inherit and not has_teacher:
+        raise RecipeError("student.inherit: there is no teacher to inherit from; give one with --teacher")
     supervisor, terms = None, {}
-    if has_teacher and recipe.distillation.terms:
+    if has_teacher and (recipe.distillation.terms or recipe.student.inherit):
         if like is not None and like.teacher is not None and like.recipe.teacher == recipe.teacher and teacher is None:
             supervisor = like.teacher
         elif checkpoint is not None:
@@ -110,18 +112,26 @@ def assemble(recipe: Recipe, teacher: str | None = None, like: Session | None = 
             supervisor = build_student(teacher_recipe(recipe), training_data.classes)
         if recipe.teacher.size == "student":
             notes += _shown_at_size_of(student, supervisor)
-        terms, remarks = build_terms(
-            recipe.distillation.terms, student, supervisor, class_map=recipe.distillation.class_map
-        )
-        notes += remarks
-    distiller = Distiller(student, supervisor, terms, own_size=recipe.teacher.size == "own")
+        notes += inherit(recipe.student.inherit, student, supervisor)
+        if recipe.distillation.terms:
+            terms, remarks = build_terms(
+                recipe.distillation.terms, student, supervisor, class_map=recipe.distillation.class_map
+            )
+            notes += remarks
+    distiller = Distiller(
+        student,
+        supervisor if terms else None,
+        terms,
+        own_size=recipe.teacher.size == "own",
+        balance=recipe.distillation.balance,
+    )
     return Session(
         recipe,
         device,
         training_data,
         validation_data,
         student,
-        supervisor,
+        distiller.teacher,
         distiller,
         checkpoint is not None or not has_teacher,
         notes,
@@ -283,6 +293,28 @@ def build_terms(
         reasons = "; ".join(note.text for note in notes)
         raise TermError(f"nothing is left to distil ({reasons}). Switch another term on, or train without a teacher")
     return terms, notes
+
+
+def inherit(parts: Sequence[str], student: Detector, teacher: Detector) -> list[Note]:
+    """Start parts of the student (`neck`, `head`) as the teacher's, tensor by tensor where names and shapes agree.
+
+    Raises:
+        RecipeError: nothing of a part agrees.
+    """
+    notes = []
+    ours, theirs = student.model.state_dict(), teacher.model.state_dict()
+    for part in parts:
+        is_neck = part == "neck"
+        names = [n for n in ours if not n.startswith("backbone.body.") and n.startswith("backbone.") is is_neck]
+        shared = [name for name in names if name in theirs and theirs[name].shape == ours[name].shape]
+        if not shared:
+            raise RecipeError(
+                f"student.inherit: the teacher's {part} is another one, no tensor of it has the shape of the student's"
+            )
+        student.model.load_state_dict({**ours, **{name: theirs[name] for name in shared}})
+        ours = student.model.state_dict()
+        notes.append(Note(f"student: starts with the teacher's {part}, {len(shared)} of its {len(names)} tensors"))
+    return notes
 
 
 def _shown_at_size_of(student: Detector, teacher: Detector) -> list[Note]:

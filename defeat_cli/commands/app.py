@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,18 +10,45 @@ import typer
 from rich.markup import escape
 from typer.core import TyperGroup
 
-from defeat_cli.console import console, errors, results_table, show
+from defeat_cli import __version__
+from defeat_cli.commands import check, train
+from defeat_cli.commands.options import (
+    DataOption,
+    DeviceOption,
+    OutputOption,
+    QuietOption,
+    RecipeOption,
+    SetOption,
+    TeacherOption,
+    VariantsOption,
+    overrides,
+    required,
+)
+from defeat_cli.console import console, errors, show
 from defeat_cli.errors import DefeatError, Interrupted
+
+REFUSED_BY_THE_SYSTEM = {
+    errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.EMFILE,
+    errno.ENAMETOOLONG, errno.ENOENT, errno.EEXIST,
+}  # fmt: skip
+"""Disk full, no permission, a folder where a file should be, and the like: nothing that a traceback explains better."""
 
 
 class CleanErrors(TyperGroup):
-    """Prints bad input as one message with exit code 2; programming errors keep their traceback."""
+    """Prints bad input and what the system refuses as one message with exit code 2; programming errors keep their
+    traceback."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except DefeatError as error:
             errors.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+            raise typer.Exit(2) from None
+        except OSError as error:
+            if error.errno not in REFUSED_BY_THE_SYSTEM:
+                raise
+            place = f"{error.filename}: " if error.filename else ""
+            errors.print(f"[bold red]error:[/] {escape(f'{place}{error.strerror}')}", soft_wrap=True)
             raise typer.Exit(2) from None
         except Interrupted as stop:
             errors.print(f"[yellow]stopped:[/] {escape(str(stop))}", soft_wrap=True)
@@ -30,98 +58,23 @@ class CleanErrors(TyperGroup):
 app = typer.Typer(
     cls=CleanErrors,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
-    help="Distil a large object detector into a small one (DeFeat, CVPR 2021).",
 )
 
-RecipeOption = Annotated[
-    str | None, typer.Option("--recipe", "-r", help="A recipe file, or the name of a shipped recipe.")
-]
-TeacherOption = Annotated[
-    str | None,
-    typer.Option("--teacher", "-t", help="Teacher checkpoint, or torchvision:NAME. Without one: plain training."),
-]
-DataOption = Annotated[
-    str | None, typer.Option("--data", "-d", help="Data folder: COCO's layout, train.json/val.json/images, or VOC's.")
-]
-SetOption = Annotated[
-    list[str] | None, typer.Option("--set", help="Change a recipe key: optimizer.lr=0.01. Repeatable.")
-]
-DeviceOption = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
-VariantsOption = Annotated[
-    Path | None, typer.Option("--variants", help="YAML file with variants of your own: name -> recipe overrides.")
-]
-OutputOption = Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write to.")]
-OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Start again where the folder holds a run.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress; warnings and results only.")]
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        console.print(__version__)
+        raise typer.Exit
 
 
-def overrides(assignments: list[str] | None, **options: Any) -> dict[str, Any]:
-    """Dotted recipe overrides from `--set` and from options of their own (`data__path` is data.path)."""
-    from defeat_cli.config.yaml import parse_assignments
-
-    given = {key.replace("__", "."): value for key, value in options.items() if value is not None}
-    return {**parse_assignments(assignments or []), **given}
-
-
-@app.command()
-def train(
-    recipe: RecipeOption = None,
-    teacher: TeacherOption = None,
-    data: DataOption = None,
-    student_weights: Annotated[
-        str | None, typer.Option(help="Detector checkpoint that the student starts from.")
-    ] = None,
-    variant: Annotated[str | None, typer.Option(help="Distillation variant; see `defeat ablate --list`.")] = None,
-    variants: VariantsOption = None,
-    output: OutputOption = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")] = False,
-    overwrite: OverwriteOption = False,
-    device: DeviceOption = None,
-    seed: Annotated[int | None, typer.Option(help="Fixes everything random.")] = None,
-    plain: Annotated[
-        bool | None, typer.Option("--compare-plain", help="Also train the same student without the teacher.")
-    ] = None,
-    set_: SetOption = None,
-    quiet: QuietOption = False,
-    list_recipes: Annotated[bool, typer.Option("--list-recipes", help="Show the shipped recipes.")] = False,
+@app.callback()
+def defeat(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
 ) -> None:
-    """Distil a student from a teacher (or, without one, train a detector)."""
-    if list_recipes:
-        show_recipes()
-        return
-    from defeat_cli.config.schema import load
-    from defeat_cli.config.variants import find_variant, read_variants
-
-    changes = dict(find_variant(variant, read_variants(variants)).overrides) if variant else {}
-    changes |= overrides(
-        set_,
-        teacher__checkpoint=teacher,
-        data__path=data,
-        student__weights=student_weights,
-        run__device=device,
-        run__seed=seed,
-        run__compare_plain=plain,
-    )
-    chosen = load(required(recipe), changes)
-    folder = output or Path("runs") / chosen.run.name
-    from defeat_cli.jobs import training
-
-    results = training.train(chosen, folder, resume=resume, overwrite=overwrite, quiet=quiet)
-    show(results_table(results))
-    console.print(
-        f"written to {folder}/: student.pth (for torchvision), best.pt, results.json, curves.png", soft_wrap=True
-    )
-
-
-def show_recipes() -> None:
-    """Print the shipped recipes with their first comment line."""
-    from defeat_cli.config.schema import shipped_recipes
-
-    for name, path in shipped_recipes().items():
-        summary = path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
-        console.print(f"[bold]{name}[/]\n    {escape(summary)}", soft_wrap=True)
+    """Distil a large object detector into a small one (DeFeat, CVPR 2021)."""
 
 
 @app.command("eval")
@@ -219,15 +172,6 @@ def whole_numbers(option: str, text: str) -> list[int]:
         raise DefeatError(f"{option} {text}: expected whole numbers separated by commas, e.g. 0,1,2") from None
 
 
-def required(recipe: str | None) -> str:
-    """The recipe that a command cannot do without."""
-    if recipe is None:
-        raise DefeatError(
-            "no recipe: give --recipe quickstart, or a file (defeat train --list-recipes shows the shipped)"
-        )
-    return recipe
-
-
 def visualize_gradients(
     images: Annotated[list[str] | None, typer.Argument(help="Image files, folders or globs; none: the data's.")] = None,
     checkpoint: Annotated[
@@ -284,28 +228,6 @@ app.command("gradmap", help="The same as visualize-gradients.")(visualize_gradie
 
 
 @app.command()
-def check(
-    recipe: RecipeOption = None,
-    teacher: TeacherOption = None,
-    data: DataOption = None,
-    variant: Annotated[str | None, typer.Option(help="Distillation variant; see `defeat ablate --list`.")] = None,
-    device: DeviceOption = None,
-    set_: SetOption = None,
-) -> None:
-    """Tell what a run would do: detectors, how levels and classes pair up, active terms, memory, the teacher's AP."""
-    from defeat_cli.config.schema import load
-    from defeat_cli.config.variants import VARIANTS, find_variant
-
-    changes = dict(find_variant(variant, VARIANTS).overrides) if variant else {}
-    changes |= overrides(set_, teacher__checkpoint=teacher, data__path=data, run__device=device)
-    chosen = load(required(recipe), changes)
-    from defeat_cli.jobs import checking
-
-    for table in checking.check(chosen).tables:
-        show(table)
-
-
-@app.command()
 def convert(
     source: Annotated[str, typer.Argument(help="Checkpoint of mmdetection, detectron2, torchvision or this tool.")],
     target: Annotated[Path, typer.Argument(help="File for the plain state dict; its recipe is written beside it.")],
@@ -320,6 +242,10 @@ def convert(
 
     for line in converting.convert(source, target, architecture, overwrite):
         console.print(escape(line), soft_wrap=True)
+
+
+app.command("train")(train.train)
+app.command("check")(check.check)
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -37,6 +38,9 @@ class Student(Architecture):
     """ImageNet weights of the backbone: `imagenet` (downloaded by torchvision) or a file; null starts from scratch."""
     weights: str | None = None
     """Detector checkpoint to start from; `--student-weights`."""
+    inherit: list[Literal["neck", "head"]] = field(default_factory=list)
+    """Parts that start as the teacher's, where shapes agree (FGD's and MGD's `init_student`). Never compare a student
+    that inherits with one that does not: the plain student of a study or of `--compare-plain` inherits too."""
 
 
 class Teacher(Section):
@@ -98,6 +102,10 @@ class _Distillation(Section):
     """Steps over which terms grow linearly from 0 to their weight, where they do not say themselves."""
     class_map: dict[str, str] = {}
     """Teacher class name to student class name, where names differ."""
+    balance: Positive | None = None
+    """The pull that each term is to have: the norm of its gradient at the student's features as a share of the
+    detection loss's. Factors on the terms' weights are measured in the first steps and then fixed; null leaves the
+    weights as they are."""
 
     @property
     def terms(self) -> dict[str, TermSettings]:
@@ -119,7 +127,10 @@ class _Distillation(Section):
                 if kind is None:
                     problems.append(f"distillation.{name}: unknown key{nearest(name, cls.model_fields)}")
                 elif value is not None:
-                    sections[name] = TypeAdapter(kind).validate_python(value)
+                    try:
+                        sections[name] = TypeAdapter(kind).validate_python(value)
+                    except ValidationError as error:
+                        problems += [_problem(d, ("distillation", name)) for d in error.errors()]
         if problems:
             raise PydanticCustomError("sections", "\n  ".join(problems))
         return sections
@@ -194,6 +205,8 @@ class Run(Section):
     """Epochs between evaluations; the last epoch is always evaluated."""
     log_every: Count = 50
     """Steps between lines in metrics.jsonl."""
+    pull_every: Annotated[int, Field(ge=0)] = 100
+    """Steps between measurements of the terms' pulls, which cost about half a step; 0 measures none."""
     checkpoint_every: Count = 1000
     """Steps between saves of last.pt; it is saved after each epoch too."""
     compare_plain: bool = False
@@ -289,8 +302,9 @@ def validate(content: dict[str, Any], origin: str) -> Recipe:
     raise RecipeError("\n  ".join([f"{origin} cannot be used:", *problems]))
 
 
-def _problem(details: dict[str, Any]) -> str:
-    location = [str(part) for part in details["loc"]]
+def _problem(details: dict[str, Any], within: tuple[str, ...] = ()) -> str:
+    """One mistake in the user's dotted names; `within` is where the mistake's own location begins."""
+    location = [*within, *(str(part) for part in details["loc"])]
     dotted = ".".join(location)
     if details["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         keys = _fields(_section_at(location[:-1]))
@@ -316,7 +330,7 @@ def _section_at(location: list[str]) -> type | None:
     """The section that a dotted location names."""
     section: type | None = Recipe
     for part in location:
-        annotation = _fields(section).get(part)
+        annotation = _fields(section).get(part) or (_own_settings(part) if section is Distillation else None)
         section = next((kind for kind in (annotation, *get_args(annotation)) if _fields(kind)), None)
     return section
 

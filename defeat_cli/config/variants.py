@@ -58,9 +58,22 @@ VARIANTS = {
         "DeFeat, and backbone stages 2-4 as well",
         _only("neck", "head", "backbone", neck__mask="boxes", head__decoupled=True),
     ),
+    "pkd": Variant("PKD: features that correlate with the teacher's", _only("pkd")),
+    "cwd": Variant("CWD: channels that look where the teacher's do", _only("cwd")),
+    "fgd": Variant("FGD: focal and global imitation of the neck", _only("fgd")),
+    "mgd": Variant("MGD: the teacher's features generated from a masked student", _only("mgd")),
+    "frs": Variant("FRS: features and scores where the teacher is sure of an object", _only("frs")),
+    "fitnets": Variant("FitNets: imitation of every cell of the neck alike", _only("fitnets")),
+    "dist": Variant("DIST: class probabilities that correlate with the teacher's", _only("dist")),
+    "crosskd": Variant("CrossKD: the teacher's head on the student's features (one-stage pairs)", _only("crosskd")),
+    "defeat+pkd": Variant("DeFeat and PKD", _only("neck", "head", "pkd", neck__mask="boxes", head__decoupled=True)),
+    "crosskd+pkd": Variant("CrossKD and PKD (one-stage pairs)", _only("crosskd", "pkd")),
 }
 
-GROUPS = {"--all-masks": ("full", "fg-only", "bg-only", "neck", "gaussian", "fine-grained")}
+GROUPS = {
+    "--all-masks": ("full", "fg-only", "bg-only", "neck", "gaussian", "fine-grained"),
+    "--all-methods": ("neck", "defeat", "pkd", "cwd", "fgd", "mgd", "frs", "fitnets", "dist", "crosskd"),
+}
 """Options of `defeat ablate` that stand for several variants."""
 
 

@@ -4,6 +4,8 @@
     + Stages            stages, neck: backbone distillation
     + Anchored          anchors: masks that compare anchors with boxes
     + RegionClassifier  regions, classify: head distillation
+    + CellClassifier    cell_logits: where the detector is sure of an object
+    + DenseHead         towers, predict: cross-head distillation
 
 A term asks for the parts that it needs and says so where one is missing. `TorchvisionDetector` has what all torchvision
 detectors share; `FeatureDetector` makes a detector of any module, for terms at the neck.
@@ -182,7 +184,41 @@ class RegionClassifier(ABC):
         """
 
 
-class TorchvisionDetector(Detector, Stages, RegionClassifier):
+class CellClassifier(ABC):
+    """A detector whose head scores the cells of its features: for classes, or as places of objects."""
+
+    @abstractmethod
+    def cell_logits(self, features: list[Tensor]) -> list[Tensor]:
+        """Sigmoid logits of each level, [N, A, K, h, w]: A anchors a cell and K classes, K = 1 for objectness."""
+
+    @abstractmethod
+    def cell_obstacle(self, teacher: Detector) -> str | None:
+        """Why this detector's cells are not scored for the same anchors as a teacher's; None where they are."""
+
+
+class DenseHead(ABC):
+    """A detector with a class tower and a box tower of convolutions that run over every level of its features."""
+
+    @property
+    @abstractmethod
+    def tower_channels(self) -> tuple[int, int]:
+        """Channels of the class and of the box map before the last convolution of their towers."""
+
+    @abstractmethod
+    def towers(self, features: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Class and box map of each level, [N, C, h, w], before the last convolution of their towers."""
+
+    @abstractmethod
+    def predict(self, towers: list[tuple[Tensor, Tensor]], batch: Batch) -> list[tuple[Tensor, Tensor]]:
+        """What the last convolutions and the predictors make of such maps, one pair a level of this detector.
+
+        Returns:
+            For each level the class logits [N, h * w * A, K] and the boxes [N, h * w * A, 4], xyxy in network-input
+            pixels, not clipped. Float32 at least.
+        """
+
+
+class TorchvisionDetector(Detector, Stages, RegionClassifier, CellClassifier):
     """What torchvision's detectors share.
 
     It calls the model's own modules one at a time, so that the parts in turn give bit for bit what `model.forward`
@@ -244,6 +280,17 @@ class TorchvisionAnchors(Anchored):
         counts = [feature.shape[-2] * feature.shape[-1] * a_cell for feature in features]
         of_one_image = self.anchor_generator(ImageList(batch.pixels, batch.sizes[:1]), features)[0]
         return list(of_one_image.split(counts))
+
+
+def anchor_obstacle(ours: AnchorGenerator, theirs: AnchorGenerator) -> str | None:
+    """Why two detectors' anchors are not the same; None where each cell has the same ones in the same order, to a pixel
+    or a tenth of their side."""
+    pairs = list(zip(ours.cell_anchors, theirs.cell_anchors, strict=False))
+    if len(ours.cell_anchors) == len(theirs.cell_anchors) and all(
+        a.shape == b.shape and torch.allclose(a, b.to(a.device), rtol=0.1, atol=1.0) for a, b in pairs
+    ):
+        return None
+    return "the detectors have different anchors; their heads do not classify the same boxes"
 
 
 class FeatureDetector(Detector):

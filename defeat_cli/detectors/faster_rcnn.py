@@ -14,9 +14,11 @@ from defeat_cli.config.architecture import Architecture
 from defeat_cli.detectors.backbones import build_backbone
 from defeat_cli.detectors.contract import (
     Batch,
+    Detector,
     Regions,
     TorchvisionAnchors,
     TorchvisionDetector,
+    anchor_obstacle,
     at_least_float32,
     image_list,
 )
@@ -43,6 +45,16 @@ class FasterRCNNDetector(TorchvisionDetector, TorchvisionAnchors):
     @property
     def anchor_generator(self) -> AnchorGenerator:
         return self.model.rpn.anchor_generator
+
+    def cell_logits(self, features: list[Tensor]) -> list[Tensor]:
+        """The objectness of the region proposal network, [N, A, 1, h, w] a level."""
+        objectness, _ = self.model.rpn.head(features)
+        return [logits[:, :, None] for logits in objectness]
+
+    def cell_obstacle(self, teacher: Detector) -> str | None:
+        if not isinstance(teacher, FasterRCNNDetector):
+            return "one detector scores cells for classes, the other as places of objects"
+        return anchor_obstacle(self.anchor_generator, teacher.anchor_generator)
 
     @torch.no_grad()
     def regions(self, features: list[Tensor], batch: Batch) -> Regions:

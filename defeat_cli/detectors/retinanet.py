@@ -23,6 +23,9 @@ class RetinaNetDetector(OneStageDetector, TorchvisionAnchors):
     def anchor_generator(self) -> AnchorGenerator:
         return self.model.anchor_generator
 
+    def _decode(self, deltas: Tensor, anchors: Tensor) -> Tensor:
+        return self.model.box_coder.decode_single(deltas, anchors)
+
     def _compute_loss(
         self, owner: object, targets: list[Target], outputs: dict, anchors: list[Tensor], features: list[Tensor]
     ) -> object:

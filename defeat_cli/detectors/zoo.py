@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import nn
 from torchvision.models import detection
@@ -13,6 +13,7 @@ from defeat_cli.detectors.contract import Detector
 from defeat_cli.detectors.faster_rcnn import FasterRCNNDetector, build_faster_rcnn
 from defeat_cli.detectors.fcos import FCOSDetector, build_fcos
 from defeat_cli.detectors.retinanet import RetinaNetDetector, build_retinanet
+from defeat_cli.errors import DefeatError
 
 Build = Callable[[Architecture, int, list[int], int], nn.Module]
 """(architecture, classes without background, short sides, long side) -> torchvision model."""
@@ -55,6 +56,42 @@ DETECTORS: dict[str, tuple[type[Detector], Build]] = {
     "fcos_resnet50_fpn": (FCOSDetector, build_by_name),
 }
 """Detectors by the name that `student.detector` gives them: the contract's class, and what builds the model."""
+
+
+WRAPPERS: tuple[tuple[type[nn.Module], type[Detector]], ...] = (
+    (detection.FasterRCNN, FasterRCNNDetector),
+    (detection.RetinaNet, RetinaNetDetector),
+    (detection.FCOS, FCOSDetector),
+)
+"""torchvision's models, and what makes a detector of each."""
+
+
+def wrap(model: nn.Module, classes: Sequence[str]) -> Detector:
+    """A detector of a torchvision model, which stays the same object and is trained in place.
+
+    Args:
+        model: a `FasterRCNN`, `RetinaNet` or `FCOS`, on a backbone with an FPN.
+        classes: names, background not among them; label `i + 1` is `classes[i]`.
+
+    Raises:
+        DefeatError: another kind of model, or another number of classes.
+    """
+    kind = next((detector for known, detector in WRAPPERS if isinstance(model, known)), None)
+    if kind is None or not hasattr(getattr(model, "backbone", None), "fpn"):
+        raise DefeatError(
+            f"wrap: {type(model).__name__} is no Faster R-CNN, RetinaNet or FCOS of torchvision with an FPN; "
+            "FeatureDetector makes a detector of any module"
+        )
+    if kind is FasterRCNNDetector:
+        columns = model.roi_heads.box_predictor.cls_score.out_features
+    else:
+        columns = model.head.classification_head.num_classes
+    if columns != len(classes) + 1:
+        raise DefeatError(
+            f"wrap: the model was built with num_classes={columns}, which is {columns - 1} classes and background; "
+            f"{len(classes)} names were given"
+        )
+    return kind(model, classes)
 
 
 def build_detector(architecture: Architecture, classes: list[str], short_side: list[int], long_side: int) -> Detector:

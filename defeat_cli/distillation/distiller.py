@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from defeat_cli.detectors.contract import Detector, Target
-from defeat_cli.distillation.terms import Term, View
+from defeat_cli.detectors.contract import Detector, Stages, Target
+from defeat_cli.distillation.balance import Balance, pulls
+from defeat_cli.distillation.terms import Loss, Term, View
 
 
 @dataclass(frozen=True)
@@ -17,10 +18,12 @@ class StepLosses:
 
     weighted: what is summed into the total loss; a loss whose weight is 0 is not among them.
     raw: detached values before weight and schedule, for the log; `neck_fg/P3` is the value at one level.
+    pull: how strongly each term pulls at full weight; see `balance.pulls`. Empty where it was not asked for.
     """
 
     weighted: dict[str, Tensor] = field(default_factory=dict)
     raw: dict[str, Tensor] = field(default_factory=dict)
+    pull: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Distiller(nn.Module):
@@ -34,6 +37,8 @@ class Distiller(nn.Module):
         teacher: frozen, in eval mode throughout; None trains the student plainly.
         terms: by name; they may hold parameters of their own, which are trained too.
         own_size: the teacher sees images at its own size, not at the student's.
+        balance: the pull that every term is to have, by a factor on its weight that is measured in the first steps;
+            None leaves the weights as they are.
     """
 
     def __init__(
@@ -43,6 +48,7 @@ class Distiller(nn.Module):
         terms: Mapping[str, Term] | None = None,
         *,
         own_size: bool = False,
+        balance: float | None = None,
     ) -> None:
         super().__init__()
         if terms and teacher is None:
@@ -51,6 +57,7 @@ class Distiller(nn.Module):
         self.teacher = teacher.eval().requires_grad_(False) if teacher is not None else None
         self.terms = nn.ModuleDict(terms or {})
         self.own_size = own_size
+        self.balance = Balance(list(self.terms), balance) if balance is not None and terms else None
 
     def train(self, mode: bool = True) -> Distiller:
         """Switch the student and terms; the teacher stays in eval mode."""
@@ -68,28 +75,58 @@ class Distiller(nn.Module):
         return View(self.student, batch), View(self.teacher, theirs, frozen=True)
 
     def forward(
-        self, images: list[Tensor], targets: list[Target], strength: float | Mapping[str, float | None] = 1.0
+        self,
+        images: list[Tensor],
+        targets: list[Target],
+        strength: float | Mapping[str, float | None] = 1.0,
+        *,
+        measure: bool = False,
     ) -> StepLosses:
         """Every loss of one batch.
 
         Args:
             images, targets: as `Detector.prepare` takes them; labels are the student's.
             strength: factor in [0, 1] on the terms, or on each by name; a term whose factor is None is off.
+            measure: fill in `pull` too, which takes a backward pass through the heads for each term. Needs gradients.
+                A balance wants it where `balancing` says so.
         """
         student, teacher = self.views(images, targets)
         losses = StepLosses()
-        for name, value in self.student.losses(student.features, student.batch).items():
+        for name, value in student.detector.losses(student.features, student.batch).items():
             losses.weighted[name] = value
             losses.raw[name] = value.detach()
-        for name, term in self.terms.items():
-            factor = strength.get(name) if isinstance(strength, Mapping) else strength
-            if factor is None:
-                continue
-            for part, loss in term(student, teacher).items():
+        detection = list(losses.weighted.values())
+        factors = {name: strength.get(name) if isinstance(strength, Mapping) else strength for name in self.terms}
+        computed = {name: self.terms[name](student, teacher) for name, factor in factors.items() if factor is not None}
+        if computed and measure:
+            losses.pull.update(_pulls(student, detection, computed))
+        gains = self._gains(losses.pull)
+        for name, parts in computed.items():
+            for part, loss in parts.items():
                 full = f"{name}_{part}" if part else name
                 losses.raw[full] = loss.value.detach()
                 for detail, value in loss.parts.items():
                     losses.raw[f"{full}/{detail}"] = value
                 if loss.weight > 0:
-                    losses.weighted[full] = loss.weight * factor * loss.value
+                    weighted = loss.weight * factors[name] * loss.value
+                    losses.weighted[full] = gains[name] * weighted if name in gains else weighted
         return losses
+
+    def balancing(self, step: int, warmup_steps: int = 0) -> bool:
+        """Whether a balance measures pulls at a step, counted from 0; see `TermSettings.measured_at`."""
+        return self.balance is not None and any(t.settings.measured_at(step, warmup_steps) for t in self.terms.values())
+
+    def _gains(self, pull: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Factors on the terms' weights; none without a balance."""
+        if self.balance is None:
+            return {}
+        if self.training:
+            self.balance.add(pull)
+        return self.balance.factors()
+
+
+def _pulls(student: View, detection: list[Tensor], computed: Mapping[str, Mapping[str, Loss]]) -> dict[str, Tensor]:
+    """The pull of each term at full weight, at the student's features or else at its backbone stages."""
+    together = {name: sum(loss.weight * loss.value for loss in parts.values()) for name, parts in computed.items()}
+    places = [student.features, *([student.stages] if isinstance(student.detector, Stages) else [])]
+    return pulls(sum(detection), together, *places)

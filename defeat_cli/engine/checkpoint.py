@@ -22,7 +22,7 @@ class Training:
 
     step: optimizer steps done; epochs: epochs done and evaluated; best_ap: best AP so far.
     seconds: time spent training, evaluation left out.
-    sums: running sums of the logged values since the last log line, on the device; count: steps in them.
+    sums: running sums of the logged values since the last log line, on the device; counts: how many are in each.
     """
 
     distiller: Distiller
@@ -34,7 +34,7 @@ class Training:
     best_ap: float = -math.inf
     seconds: float = 0.0
     sums: dict[str, Tensor] = field(default_factory=dict)
-    count: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
 
     @property
     def evaluated(self) -> Detector:
@@ -46,6 +46,7 @@ class Training:
         return {
             "student": self.distiller.student.model.state_dict(),
             "terms": self.distiller.terms.state_dict(),
+            "balance": self.distiller.balance.state_dict() if self.distiller.balance is not None else None,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "ema": self.ema.state_dict() if self.ema is not None else None,
@@ -54,13 +55,15 @@ class Training:
             "best_ap": self.best_ap,
             "seconds": self.seconds,
             "sums": self.sums,
-            "count": self.count,
+            "counts": self.counts,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state; it must come from the same recipe, and name all that trains."""
         self.distiller.student.model.load_state_dict(state["student"])
         self.distiller.terms.load_state_dict(state["terms"])
+        if self.distiller.balance is not None:
+            self.distiller.balance.load_state_dict(state["balance"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:
@@ -68,7 +71,7 @@ class Training:
         device = next(self.distiller.parameters()).device
         self.step, self.epochs, self.best_ap = state["step"], state["epochs"], state["best_ap"]
         self.sums = {name: value.to(device) for name, value in state["sums"].items()}
-        self.count, self.seconds = state["count"], state["seconds"]
+        self.counts, self.seconds = dict(state["counts"]), state["seconds"]
 
 
 def make_ema(student: Detector, decay: float) -> AveragedModel:

@@ -41,11 +41,12 @@ def train_step(
     strength: float | Mapping[str, float | None],
     clip_norm: float | None,
     autocast: torch.dtype | None,
+    measure: bool = False,
 ) -> StepLosses:
     """One optimizer step on one or more batches, whose gradients are averaged.
 
     Args:
-        strength: of the distillation terms; see `Distiller.forward`.
+        strength, measure: of the distillation terms; see `Distiller.forward`.
 
     Returns:
         The losses of the last batch.
@@ -62,7 +63,7 @@ def train_step(
         images = [image.to(device, non_blocking=True) for image in images]
         targets = [{key: value.to(device, non_blocking=True) for key, value in target.items()} for target in targets]
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-            losses = training.distiller(images, targets, strength)
+            losses = training.distiller(images, targets, strength, measure=measure and part == len(batches) - 1)
         total = torch.stack([value.float() for value in losses.weighted.values()]).sum()
         scaler.scale(total / len(batches)).backward()
         # Asked only after backward is queued: on a GPU the host waits here while the device works.
@@ -110,7 +111,7 @@ def fit(
     steps_per_epoch = math.ceil(loader.batch_sampler.batches_per_epoch / accumulate)
     steps = steps_per_epoch * epochs
     schedule, terms = recipe.schedule.model_dump(), recipe.distillation.terms
-    clock = _Clock(training)
+    clock, proportion = _Clock(training), _Proportion(reporter)
     reporter.begin(training.step, steps, epochs)
     metrics: dict[str, Any] = {}
     with stop_requested() as stop:
@@ -123,6 +124,7 @@ def fit(
                     name: settings.strength(training.step, steps, recipe.distillation.warmup_steps)
                     for name, settings in terms.items()
                 }
+                due = bool(recipe.run.pull_every) and training.step % recipe.run.pull_every == 0
                 losses = train_step(
                     training,
                     batches,
@@ -131,6 +133,7 @@ def fit(
                     strength=strength,
                     clip_norm=recipe.optimizer.clip_norm,
                     autocast=autocast,
+                    measure=due or training.distiller.balancing(training.step, recipe.distillation.warmup_steps),
                 )
                 _add(training, losses)
                 clock.tick(sum(len(images) for images, _, _ in batches))
@@ -139,6 +142,7 @@ def fit(
                     entry |= _averages(training) | clock.speed()
                     run.log(entry)
                     reporter.logged(entry)
+                    proportion.look(entry["pull"])
                 reporter.stepped(training.step)
                 if stop():
                     save(training, LAST, metrics)
@@ -165,24 +169,44 @@ def _groups(loader: Iterable[TrainingBatch], size: int) -> Iterator[list[Trainin
 
 def _add(training: Training, losses: StepLosses) -> None:
     """Add a step's values to the running sums, without waiting for the device."""
-    for kind, values in (("weighted", losses.weighted), ("raw", losses.raw)):
+    for kind, values in (("weighted", losses.weighted), ("raw", losses.raw), ("pull", losses.pull)):
         for name, value in values.items():
             key = f"{kind}/{name}"
             value = value.detach().double()
             training.sums[key] = training.sums[key] + value if key in training.sums else value
-    training.count += 1
+            training.counts[key] = training.counts.get(key, 0) + 1
 
 
 def _averages(training: Training) -> dict[str, Any]:
     """Averages since the last log line, which start anew."""
-    sums = torch.stack(list(training.sums.values())) / training.count
-    averages: dict[str, Any] = {"weighted": {}, "raw": {}}
-    for key, value in zip(training.sums, sums.tolist(), strict=True):
+    sums = torch.stack(list(training.sums.values())).tolist()
+    averages: dict[str, Any] = {"weighted": {}, "raw": {}, "pull": {}}
+    for key, value in zip(training.sums, sums, strict=True):
         kind, _, name = key.partition("/")
-        averages[kind][name] = value
+        averages[kind][name] = value / training.counts[key]
     averages["loss"] = sum(averages["weighted"].values())
-    training.sums, training.count = {}, 0
+    training.sums, training.counts = {}, {}
     return averages
+
+
+class _Proportion:
+    """Warns, once a term, where it has pulled far harder than the detection loss in several log lines on end."""
+
+    MOST, LINES = 20.0, 5
+
+    def __init__(self, reporter: Any) -> None:
+        self.reporter = reporter
+        self.lines: dict[str, int] = {}
+
+    def look(self, pull: Mapping[str, float]) -> None:
+        """Take in the pulls of a log line; those that were not measured in it say nothing."""
+        for name, value in pull.items():
+            self.lines[name] = self.lines.get(name, 0) + 1 if value > self.MOST else 0
+            if self.lines[name] == self.LINES:
+                self.reporter.warn(
+                    f"{name} has long pulled {value:.0f} times as hard as the detection loss; lower its weights, or "
+                    "let distillation.balance set them"
+                )
 
 
 class _Clock:

@@ -49,9 +49,11 @@ def check(recipe: Recipe) -> Check:
     images, targets = [image.to(session.device)], [{key: value.to(session.device) for key, value in target.items()}]
 
     detectors = {"teacher": teacher, "student": student}
+    terms, pull = _losses(distiller, images, targets)
     facts: dict[str, Any] = {
         "detectors": {name: _describe(d, images) for name, d in detectors.items() if d is not None},
-        "terms": _terms(distiller, images, targets),
+        "terms": terms,
+        "pull": pull,
         "memory_gib": round(_memory(distiller, images, targets, recipe) / 2**30, 2),
     }
     if isinstance(student, Anchored):
@@ -108,11 +110,13 @@ def _anchor_fit(student: Detector, data: DetectionDataset) -> float:
     return torch.cat(best).mean().item() if best else 1.0
 
 
-def _terms(distiller: Distiller, images: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, float]:
-    """Every loss term of one step on one image, at full weight."""
+def _losses(
+    distiller: Distiller, images: list[Tensor], targets: list[dict[str, Tensor]]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Every loss of one step on one image, at full weight, and how hard each term pulls."""
     distiller.train()
-    losses = distiller(images, targets)
-    return {name: value.item() for name, value in losses.weighted.items()}
+    losses = distiller(images, targets, measure=True)
+    return tuple({name: value.item() for name, value in of.items()} for of in (losses.weighted, losses.pull))
 
 
 def _memory(distiller: Distiller, images: list[Tensor], targets: list[dict[str, Tensor]], recipe: Recipe) -> float:
@@ -182,6 +186,8 @@ def _run_table(facts: dict[str, Any], recipe: Recipe) -> Table:
     table.add_column("", justify="right")
     for name, value in facts["terms"].items():
         table.add_row(f"{name}, one image at full weight", f"{value:.4g}")
+    for name, value in facts["pull"].items():
+        table.add_row(f"pull of {name} (1: as hard as the detection loss)", f"{value:.3g}")
     if "anchor_fit" in facts:
         table.add_row("mean IoU of a box's best anchor", f"{facts['anchor_fit']:.2f}")
     table.add_row(f"memory at batch size {recipe.data.batch_size}, estimated", f"{facts['memory_gib']:.2f} GiB")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,14 +63,14 @@ def train(
     if not session.teacher_is_trained:
         session = assemble(recipe, teacher=train_teacher(recipe, folder, overwrite, quiet))
     tell(session, reporter)
-    score_teacher(session, reporter)
+    teacher_ap = score_teacher(session, reporter)
 
     run.open(recipe, resume=resume, overwrite=overwrite)
     training = begin(recipe, session.distiller, session.device)
     if resume and (run / LAST).is_file():
         training.load_state_dict(native.load(run / LAST)["training"])
     run.forget_after(training.step)
-    _fit(session, run, training, reporter)
+    _fit(session, run, training, reporter, teacher_ap)
 
     best = native.load(run / BEST)
     native.write_atomically(run / STUDENT, best["student"])
@@ -88,10 +87,10 @@ def train(
 
 
 def plain_recipe(recipe: Recipe) -> Recipe:
-    """The same recipe without a teacher."""
-    content = recipe.model_dump()
-    content["teacher"] = Teacher().model_dump()
-    content["run"]["compare_plain"] = False
+    """The same recipe without a term. The teacher stays where the student inherits from it: so must the plain one."""
+    content = recipes.merged(recipe.model_dump(), {recipes.ONLY: [], "run.compare_plain": False})
+    if not recipe.student.inherit:
+        content["teacher"] = Teacher().model_dump()
     return recipes.validate(content, "the plain student's recipe")
 
 
@@ -169,7 +168,7 @@ def score(session: Session, detector: Detector, reporter: Reporter, *, subset: A
     return metrics
 
 
-def _fit(session: Session, run: RunFolder, training: Training, reporter: Reporter) -> None:
+def _fit(session: Session, run: RunFolder, training: Training, reporter: Reporter, teacher_ap: float | None) -> None:
     """Train to the last epoch, saving checkpoints in our own format."""
     recipe, data = session.recipe, session.training_data
     loader = training_loader(
@@ -192,13 +191,26 @@ def _fit(session: Session, run: RunFolder, training: Training, reporter: Reporte
             content["training"] = training.state_dict()
         native.save(run / name, content)
 
+    warned = False
+
+    def evaluated(student: Detector) -> dict[str, Any]:
+        nonlocal warned
+        metrics = score(session, student, reporter)
+        if teacher_ap is not None and metrics["AP"] >= teacher_ap and not warned:
+            warned = True
+            reporter.warn(
+                f"the student (AP {percent(metrics['AP'])}) is as good as its teacher (AP {percent(teacher_ap)} on a "
+                "few images); a better teacher has more to give"
+            )
+        return metrics
+
     try:
         fit(
             training,
             loader,
             run,
             recipe,
-            evaluate=partial(score, session, reporter=reporter),
+            evaluate=evaluated,
             save=save,
             reporter=reporter,
             autocast=sessions.AUTOCAST[recipe.run.precision],

@@ -34,3 +34,9 @@ def test_it_decays_from_start_to_stop():
     # From step 0 to step 8 (80% of 10): a quarter of the way at step 2, half at 4.
     assert strengths((0, 2, 4, 8), stop=0.8, decay="linear") == [1.0, 0.75, 0.5, None]
     assert strengths((2, 4), stop=0.8, decay="cosine") == pytest.approx([0.5 * (1 + math.sqrt(0.5)), 0.5])
+
+
+def test_a_balance_measures_twenty_times_over_the_warm_up():
+    settings = TermSettings(start=10)
+    assert [s for s in range(200) if settings.measured_at(s, 100)] == list(range(10, 110, 5))
+    assert [s for s in range(200) if settings.measured_at(s, 0)] == list(range(10, 30))

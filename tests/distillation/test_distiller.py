@@ -31,7 +31,18 @@ TERMS = {
     "head": HEAD,
     "defeat": NECK | HEAD,
     "defeat+backbone": NECK | HEAD | BACKBONE,
+    "pkd": {"pkd"},
+    "cwd": {"cwd"},
+    "fgd": {"fgd_fg", "fgd_bg", "fgd_attention", "fgd_relation"},
+    "mgd": {"mgd"},
+    "frs": {"frs_features", "frs_classes"},
+    "fitnets": {"fitnets"},
+    "dist": {"dist_regions", "dist_classes"},
+    "defeat+pkd": NECK | HEAD | {"pkd"},
+    "crosskd": None,
+    "crosskd+pkd": None,
 }
+"""Losses by variant; None where a two-stage pair cannot have it."""
 
 
 def detector(seed, fpn_channels=8, classes=CLASSES, **architecture):
@@ -79,6 +90,10 @@ def distilled(pair, distillation):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_each_variant_has_the_terms_it_names_and_no_other(variant, pair, batch):
+    if TERMS[variant] is None:
+        with pytest.raises(TermError, match="crosskd is for pairs of one-stage detectors"):
+            terms_of(variant, pair, batch)
+        return
     terms = terms_of(variant, pair, batch)
     distilled = {name: value.item() for name, value in terms.weighted.items() if not name.startswith("loss_")}
     assert set(distilled) == TERMS[variant]

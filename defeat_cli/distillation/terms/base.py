@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from defeat_cli.config.terms import TermSettings
-from defeat_cli.detectors.contract import Batch, Detector, Regions, Stages, scaled
+from defeat_cli.detectors.contract import Batch, Detector, Regions, Stages, at_least_float32, scaled
 from defeat_cli.errors import TermError
 
 
@@ -34,6 +34,13 @@ class View:
     frozen: bool = False
     _logits: list[tuple[Regions, Tensor]] = field(default_factory=list)
 
+    @classmethod
+    def of_features(cls, detector: Detector, batch: Batch, features: list[Tensor], frozen: bool = False) -> View:
+        """A view whose features are given, e.g. cut loose from the backbone to ask for gradients at them."""
+        view = cls(detector, batch, frozen)
+        view.__dict__["features"] = features
+        return view
+
     @cached_property
     def stages(self) -> list[Tensor]:
         """Backbone stages, finest first; for detectors that are `Stages`."""
@@ -47,6 +54,12 @@ class View:
             if isinstance(self.detector, Stages):
                 return self.detector.neck(self.stages)
             return self.detector.features(self.batch)
+
+    @cached_property
+    def cell_logits(self) -> list[Tensor]:
+        """Logits of each level's cells; for detectors that are `CellClassifier`."""
+        with self._gradients():
+            return [at_least_float32(logits) for logits in self.detector.cell_logits(self.features)]
 
     @cached_property
     def regions(self) -> Regions:

@@ -15,6 +15,7 @@ from defeat_cli.distillation.losses import imitation_loss
 from defeat_cli.distillation.masks import MASKS, backbone_masks
 from defeat_cli.distillation.terms.base import Loss, View
 from defeat_cli.distillation.terms.levels import LevelTerm
+from defeat_cli.distillation.terms.scores import scores_obstacle, teacher_scores
 
 BACKBONE_STRIDES = (8, 16, 32)
 """Stages 2-4 of the published code, by what they mean in any backbone."""
@@ -23,12 +24,12 @@ BACKBONE_STRIDES = (8, 16, 32)
 class _Imitation(LevelTerm):
     """The mean over levels of the decoupled squared error, foreground and background apart."""
 
-    def masks(self, student: View) -> list[Tensor]:
-        """[N, h, w] for each of the student's levels: how much each cell is foreground."""
+    def masks(self, student: View, teacher: View) -> list[Tensor]:
+        """[N, h, w] for each of the student's levels that has a partner: how much each cell is foreground."""
         raise NotImplementedError
 
     def forward(self, student: View, teacher: View) -> dict[str, Loss]:
-        masks = self.masks(student)
+        masks = self.masks(student, teacher)
         names, losses = [], []
         for level in self.compared(student, teacher):
             names.append(level.name)
@@ -59,10 +60,14 @@ class Neck(_Imitation):
                 "fine-grained masks compare anchors with boxes, and the student's detector has no anchors; use mask: "
                 "boxes or gaussian"
             )
+        if settings.get("mask") == "teacher" and (reason := scores_obstacle(teacher)):
+            return f"mask: teacher: {reason}"
         return super().obstacle(student, teacher, class_map=class_map, **settings)
 
-    def masks(self, student: View) -> list[Tensor]:
+    def masks(self, student: View, teacher: View) -> list[Tensor]:
         settings = self.settings
+        if settings.mask == "teacher":
+            return teacher_scores(student, teacher, self.pairs)
         return MASKS[settings.mask](
             [target["boxes"] for target in student.batch.targets],
             [tuple(feature.shape[-2:]) for feature in student.features],
@@ -84,7 +89,7 @@ class Backbone(_Imitation):
     def adapter(self, student_channels: int, teacher_channels: int) -> Adapter:
         return Adapter(student_channels, teacher_channels, relu=True)
 
-    def masks(self, student: View) -> list[Tensor]:
+    def masks(self, student: View, teacher: View) -> list[Tensor]:
         boxes = [target["boxes"] for target in student.batch.targets]
         shapes = [tuple(stage.shape[-2:]) for stage in student.stages]
         return backbone_masks(boxes, shapes, [level.stride for level in self.levels])

@@ -54,7 +54,8 @@ class LevelTerm(Term):
         self.adapters = nn.ModuleList(
             self.adapter(self.levels[s].channels, self.teacher_levels[t].channels) for s, t in self.pairs
         )
-        left_out = [level.stride for i, level in enumerate(self.levels) if i not in {s for s, _ in self.pairs}]
+        shared = {s for s, _ in self.shared(student, teacher)}
+        left_out = [level.stride for i, level in enumerate(self.levels) if i not in shared]
         if left_out and self.strides is None:
             self.notes.append(f"student levels of strides {left_out} have no partner in the teacher, not distilled")
 
@@ -63,13 +64,18 @@ class LevelTerm(Term):
         return nn.Identity()
 
     @classmethod
-    def match(cls, student: Detector, teacher: Detector) -> list[tuple[int, int]]:
-        """(student, teacher) indices of the levels that are compared."""
+    def shared(cls, student: Detector, teacher: Detector) -> list[tuple[int, int]]:
+        """(student, teacher) indices of the levels of equal stride, among `strides`."""
         of_student, of_teacher = (
             [level.stride for level in levels_of(detector, cls.place)] for detector in (student, teacher)
         )
         pairs = match_levels(of_student, of_teacher)
         return [(s, t) for s, t in pairs if cls.strides is None or of_student[s] in cls.strides]
+
+    @classmethod
+    def match(cls, student: Detector, teacher: Detector) -> list[tuple[int, int]]:
+        """(student, teacher) indices of the levels that are compared: all that are shared."""
+        return cls.shared(student, teacher)
 
     @classmethod
     def obstacle(
