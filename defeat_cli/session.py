@@ -16,7 +16,7 @@ from defeat_cli.config import schema as recipes
 from defeat_cli.config.architecture import Architecture
 from defeat_cli.config.schema import Data, Recipe
 from defeat_cli.config.terms import TermSettings
-from defeat_cli.data.dataset import DetectionDataset
+from defeat_cli.data.dataset import DetectionDataset, overlap
 from defeat_cli.data.formats.shapes import draw_shapes
 from defeat_cli.data.opening import open_split
 from defeat_cli.detectors.backbones import load_backbone_weights
@@ -83,8 +83,9 @@ def assemble(recipe: Recipe, teacher: str | None = None, like: Session | None = 
         validation_data = open_data(recipe.data, "val", train=False)
     for text in [*training_data.notes, *(f"validation: {note}" for note in validation_data.notes)]:
         notes.append(Note(text))
-    if not validation_data.coco.getAnnIds(iscrowd=False):
-        raise DataError("the validation images have no boxes: there is nothing to score on")
+    shared = overlap(training_data, validation_data)
+    if shared is not None:
+        notes.append(Note(shared, warning=True))
     student = build_student(recipe, training_data.classes)
     if recipe.student.norm == "frozen" and recipe.student.backbone_weights is None and recipe.student.weights is None:
         text = "student.norm is frozen and nothing is pretrained, so nothing is normalised; use norm: batch"

@@ -183,16 +183,21 @@ class DetectionDataset(Dataset):
                 f"side of {long_side} its short side is 0 pixels. Leave it out, crop it, or raise data.long_side"
             )
 
-    def refuse_boxless(self) -> None:
+    def refuse_boxless(self, what: str) -> None:
         """Refuse data that nothing can be learned from nor scored on.
+
+        Args:
+            what: these images, for the message, e.g. `validation`.
 
         Raises:
             DataError: no image has a box.
         """
         if not len(self._boxes):
             held = len(self.annotations.labels)
-            why = f"its {held} boxes are crowds or without area" if held else "there are no boxes"
-            raise DataError(f"{self.annotations.origin}: nothing to learn or to score: {why}")
+            but = f" but {held} crowds or boxes without area" if held else ""
+            raise DataError(
+                f"{self.annotations.origin}: the {what} images have no boxes{but}: nothing to learn or to score"
+            )
 
     def _refuse_missing(self) -> None:
         """One listing a folder, not one question a file: there may be 100,000 of them on a network disk."""

@@ -72,7 +72,7 @@ def open_split(
         content = keep_classes(content, classes)
     transforms = [RandomFlip(flip)] if train and flip else []
     dataset = DetectionDataset(content, folder, train, transforms, seed, layout=name)
-    dataset.refuse_boxless()
+    dataset.refuse_boxless({"train": "training", "val": "validation"}.get(split, split))
     dataset.notes[:0] = notes
     return dataset
 

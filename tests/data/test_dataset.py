@@ -153,11 +153,11 @@ def test_data_without_any_box_is_refused(folder: Path) -> None:
     data = opened(folder, with_boxes())
     assert len(data) == 2
     assert data[0].target["boxes"].shape == (0, 4)
-    with pytest.raises(DataError, match=r"train\.json: nothing to learn or to score: there are no boxes"):
-        data.refuse_boxless()
-    with pytest.raises(DataError, match=r"its 1 boxes are crowds or without area"):
-        opened(folder, with_boxes([1, 1, 0, 0])).refuse_boxless()
-    opened(folder, with_boxes([1, 1, 2, 2])).refuse_boxless()
+    with pytest.raises(DataError, match=r"train\.json: the test images have no boxes: nothing to learn"):
+        data.refuse_boxless("test")
+    with pytest.raises(DataError, match="images have no boxes but 1 crowds or boxes without area"):
+        opened(folder, with_boxes([1, 1, 0, 0])).refuse_boxless("training")
+    opened(folder, with_boxes([1, 1, 2, 2])).refuse_boxless("training")
 
 
 def test_boxes_that_are_shares_of_the_image_are_recognised(folder: Path) -> None:

@@ -85,7 +85,7 @@ def test_what_cannot_be_used_is_refused(simple: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no split 'vall'; use train, val, test"):
         open_split(simple, "vall", train=False)
     write_coco(simple / "val.json", "0.jpg", annotations=[])
-    with pytest.raises(DataError, match=r"val\.json: nothing to learn or to score: there are no boxes"):
+    with pytest.raises(DataError, match=r"val\.json: the validation images have no boxes: nothing to"):
         open_split(simple, "val", train=False)
     with pytest.raises(DataError, match=r"val\.json: has 1 image; data\.val_fraction needs two"):
         open_split(simple, "val", annotations="val.json", train=False, val_fraction=0.5)
