@@ -87,15 +87,16 @@ def _recognised(path: Path, format: str, annotations: str | None) -> tuple[str, 
         return format, path, []
     if path.is_file() or (annotations is not None and annotations.endswith(".json")):
         return "coco", path, []
-    found = _layouts(path)
+    found, notes = _layouts(path), []
     if not found:
         inner = {child: _layouts(child) for child in sorted(path.iterdir()) if child.is_dir()}
         inner = {child: names for child, names in inner.items() if names}
         if len(inner) != 1:
             raise DataError(_unknown(path, list(inner)))
         ((path, found),) = inner.items()
-    others = f"; it is also like {', '.join(found[1:])}, which data.format chooses" if found[1:] else ""
-    notes = [f"{path}: read as {found[0]}{others}"] if others or found[0] not in ("coco", "voc") else []
+        notes = [f"{path}: taken, the only folder with data in the one given"]
+    if found[1:]:
+        notes.append(f"{path}: read as {found[0]}; it is also like {', '.join(found[1:])}, which data.format chooses")
     return found[0], path, notes
 
 

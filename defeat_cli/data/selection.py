@@ -32,7 +32,7 @@ def divide(annotations: Annotations, split: str, fraction: float, seed: int) -> 
     shuffled = by_name[np.random.default_rng(seed).permutation(total)]
     count = min(max(round(fraction * total), 1), total - 1)
     chosen = np.sort(shuffled[:count] if split == "val" else shuffled[count:])
-    note = f"{len(chosen)} of {total} images, for data.val_fraction sets {count} of them apart for validation"
+    note = f"data.val_fraction sets {count} of {total} images apart for validation"
     return _of_images(annotations, chosen, note)
 
 

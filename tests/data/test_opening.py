@@ -39,7 +39,9 @@ def test_a_folder_in_several_layouts_is_told(tmp_path: Path) -> None:
 
 def test_one_folder_too_high(tmp_path: Path) -> None:
     write_yolo(tmp_path / "archive/set", train=["a"])
-    assert len(open_split(tmp_path / "archive", "train", train=True)) == 1
+    data = open_split(tmp_path / "archive", "train", train=True)
+    assert data.file_name(0) == "images/train/a.jpg"
+    assert data.notes[0].endswith("archive/set: taken, the only folder with data in the one given")
     write_yolo(tmp_path / "archive/other", train=["a"])
     with pytest.raises(DataError, match=r"Folders inside are in a layout: name one of .*archive/other, .*archive/set"):
         open_split(tmp_path / "archive", "train", train=True)
@@ -61,7 +63,7 @@ def test_dividing_is_by_image_and_seed(simple: Path, fraction: float) -> None:
     write_coco(simple / "train.json", **content)
     assert sorted(files("val")) == val
     data = open_split(simple, "val", train=False, val_fraction=fraction)
-    assert any(f"{len(val)} of 10 images, for data.val_fraction sets {len(val)} of them apart" in n for n in data.notes)
+    assert any(f"data.val_fraction sets {len(val)} of 10 images apart for validation" in note for note in data.notes)
     assert data[0].target["boxes"].tolist() == [[2, 1, 8, 5]]
 
 
