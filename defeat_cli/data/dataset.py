@@ -238,6 +238,9 @@ class DetectionDataset(Dataset):
         notes = list(self.annotations.notes)
         if clipped and train:
             notes.append(f"{_count(clipped, 'box reaches', 'boxes reach')} beyond the image and is clipped in training")
+        total = len(self.annotations.boxes)
+        if clipped > total / 2 and total >= FEW_BOXES:
+            notes.append(f"{clipped} of {total} boxes reach beyond their images: are they of images of another size?")
         if degenerate:
             fate = "left out of training" if train else "still in the ground truth, and will count as missed"
             notes.append(f"{_count(degenerate, 'box', 'boxes')} without area: {fate}")

@@ -61,7 +61,7 @@ def open_split(
     if split not in NAMES:
         raise DataError(f"no split {split!r}; use {', '.join(NAMES)}")
     path = Path(path)
-    if not path.exists():
+    if not os.path.exists(path):
         raise DataError(f"{path}: no such folder")
     name, path, notes = _recognised(path, format, annotations)
     divided = val_fraction is not None and split != "test"

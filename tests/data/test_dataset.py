@@ -137,6 +137,14 @@ def test_boxes_are_clipped_and_degenerate_ones_dropped(folder: Path) -> None:
     assert len(data.notes) == 4
 
 
+def test_boxes_of_images_of_another_size_are_told(folder: Path) -> None:
+    large = with_boxes([30, 15, 5, 20], [2, 2, 30, 5], [12, 8, 20, 20], [1, 1, 2, 2])
+    assert any("3 of 4 boxes reach beyond their images" in note for note in opened(folder, large, train=False).notes)
+    del large["annotations"][0]
+    large["annotations"].append({"id": 9, "image_id": 7, "category_id": 0, "bbox": [1, 1, 2, 2]})
+    assert not any("their images" in note for note in opened(folder, large, train=False).notes)
+
+
 def test_clean_data_has_no_notes(folder: Path) -> None:
     what = content()
     what["annotations"][2]["iscrowd"] = 0

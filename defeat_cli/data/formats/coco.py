@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,13 +32,12 @@ def read(path: Path, split: str, annotations: str | None = None, images: str | N
     """
     folder = path if path.is_dir() else path.parent
     file = named_file(folder, annotations) if annotations is not None else _file_of(folder, _files(path), split)
+    if images is not None and not os.path.isdir(folder / images):
+        raise DataError(f"{folder / images}: no such folder (data.{part_of(split)}_images)")
     content = read_annotations(file)
-    names, place, notes = place_images(
-        content.file_names,
-        [folder / images] if images is not None else _folders(folder, file, split),
-        folder,
-        content.origin,
-    )
+    beneath = folder / (images or ".")
+    folders = _folders(folder, file, split) if images is None else [beneath]
+    names, place, notes = place_images(content.file_names, folders, beneath, content.origin)
     return content.placed(names, notes), place
 
 
@@ -51,9 +51,8 @@ def _file_of(path: Path, files: Sequence[Path], split: str) -> Path:
     mine = [file for file in files if splits_of(file.relative_to(path).with_suffix("")) == {wanted}]
     if not mine and split == "all":
         mine = list(files)
-    mine = [
-        file for file in mine if not file.name.startswith("person_keypoints")
-    ] or mine  # COCO's own, beside instances
+    if len(mine) > 1:  # COCO's own are beside the instances
+        mine = [file for file in mine if not file.name.startswith("person_keypoints")]
     if len(mine) == 1:
         return mine[0]
     setting = f"data.{wanted}_annotations"

@@ -104,21 +104,19 @@ def image_of(page: Page, index: FileIndex, near: Sequence[str]) -> str:
         DataError: several images answer.
     """
     stem = page.file.stem
-    named = parts_of(page.filename or "")[-1:]
-    by_name = index.by_name.get(named[0], []) if named else []
-    by_stem = index.by_stem.get(stem, [])
-    if by_name and by_stem and os.path.splitext(named[0])[0] != stem:
+    named = (parts_of(page.filename or "") or [""])[-1]
+    stem_named = os.path.splitext(named)[0] or stem
+    by_name, by_stem = index.by_name.get(named, []), index.by_stem.get(stem, [])
+    if by_name and by_stem and stem_named != stem:
         raise DataError(
             f"{page.file}: is it of {by_name[0]}, its <filename>, or of {by_stem[0]}, which is called like it? "
             "Rename one, or correct <filename>"
         )
-    stem_named = os.path.splitext(named[0])[0] if named else stem
-    stem_named = os.path.splitext(named[0])[0] if named else stem
     found = _nearest(by_name or by_stem or index.by_stem.get(stem_named, []), "/".join(near))
     if len(found) > 1:
         why = "its <filename> names both" if by_name else f"its <filename> is {page.filename!r}, which is not there"
         raise DataError(f"{page.file}: its image can be {' or '.join(found[:3])}: {why}; correct <filename>")
-    return found[0] if found else "/".join([*near, page.filename if stem_named == stem and named else f"{stem}.jpg"])
+    return found[0] if found else "/".join([*near, named if named and stem_named == stem else f"{stem}.jpg"])
 
 
 def _nearest(paths: Sequence[str], folder: str) -> list[str]:

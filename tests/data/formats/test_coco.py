@@ -132,7 +132,14 @@ def test_files_and_folders_that_the_user_names(tmp_path: Path) -> None:
     assert files(open_split(tmp_path, "train", images="other", train=False)) == [tmp_path / "other/a.jpg"]
     absolute = str(tmp_path / "mine.json")
     assert files(open_split(tmp_path, "val", annotations=absolute, train=False)) == [tmp_path / "images/a.jpg"]
-    with pytest.raises(DataError, match=r"gone\.json: no such file; .* holds images, mine\.json, other, train\.json"):
+    with pytest.raises(DataError, match=r"gone: no such folder \(data\.train_images\)"):
+        open_split(tmp_path, "train", images="gone", train=False)
+    write_images(tmp_path / "empty", "b.jpg")
+    with pytest.raises(DataError, match=r"none of its 1 images is there .* anywhere in .*empty; name the folder"):
+        open_split(tmp_path, "train", images="empty", train=False)
+    with pytest.raises(
+        DataError, match=r"gone\.json: no such file; .* holds empty, images, mine\.json, other, train\.json"
+    ):
         open_split(tmp_path, "train", annotations="gone.json", train=False)
 
 
