@@ -11,9 +11,8 @@ from pathlib import Path
 import torch
 
 from defeat_cli.checkpoints.loading import load_weights
-from defeat_cli.checkpoints.weights import Weights, load_strict
+from defeat_cli.checkpoints.weights import load_strict
 from defeat_cli.config import schema as recipes
-from defeat_cli.config.architecture import Architecture
 from defeat_cli.config.schema import Data, Recipe
 from defeat_cli.config.terms import TermSettings
 from defeat_cli.data.dataset import DetectionDataset, overlap
@@ -21,10 +20,11 @@ from defeat_cli.data.formats.shapes import draw_shapes
 from defeat_cli.data.opening import open_split
 from defeat_cli.detectors.backbones import load_backbone_weights
 from defeat_cli.detectors.contract import Detector
+from defeat_cli.detectors.loading import load_teacher
 from defeat_cli.detectors.zoo import build_detector
 from defeat_cli.distillation.distiller import Distiller
 from defeat_cli.distillation.terms import TERMS, Term
-from defeat_cli.errors import CheckpointError, DataError, RecipeError, RunError, TermError
+from defeat_cli.errors import DataError, RecipeError, RunError, TermError
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -81,6 +81,8 @@ def assemble(recipe: Recipe, teacher: str | None = None, like: Session | None = 
     else:
         training_data = open_data(recipe.data, "train", train=True, seed=recipe.run.seed)
         validation_data = open_data(recipe.data, "val", train=False)
+    for opened in (training_data, validation_data):
+        opened.refuse_vanishing(recipe.data.short_side, recipe.data.long_side)
     for text in [*training_data.notes, *(f"validation: {note}" for note in validation_data.notes)]:
         notes.append(Note(text))
     shared = overlap(training_data, validation_data)
@@ -101,14 +103,15 @@ def assemble(recipe: Recipe, teacher: str | None = None, like: Session | None = 
         if like is not None and like.teacher is not None and like.recipe.teacher == recipe.teacher and teacher is None:
             supervisor = like.teacher
         elif checkpoint is not None:
-            loaded = load_detector(
+            loaded = load_teacher(
                 checkpoint,
-                architecture=recipe.teacher.architecture,
+                recipe.teacher.architecture,
                 classes=training_data.classes,
-                data=recipe.data,
+                sizes=(recipe.data.short_side[-1], recipe.data.long_side),
             )
             supervisor = loaded.detector
-            notes += [Note(f"teacher: {text}") for text in loaded.weights.notes]
+            notes += [Note(f"teacher: {text}") for text in loaded.notes]
+            notes += [Note(f"teacher: {text}", warning=True) for text in loaded.assumptions]
         else:
             supervisor = build_student(teacher_recipe(recipe), training_data.classes)
         if recipe.teacher.size == "student":
@@ -116,7 +119,11 @@ def assemble(recipe: Recipe, teacher: str | None = None, like: Session | None = 
         notes += inherit(recipe.student.inherit, student, supervisor)
         if recipe.distillation.terms:
             terms, remarks = build_terms(
-                recipe.distillation.terms, student, supervisor, class_map=recipe.distillation.class_map
+                recipe.distillation.terms,
+                student,
+                supervisor,
+                class_map=recipe.distillation.class_map,
+                own_size=recipe.teacher.size == "own",
             )
             notes += remarks
     distiller = Distiller(
@@ -176,7 +183,7 @@ def open_data(data: Data, split: str, *, train: bool, seed: int = 0) -> Detectio
         raise DataError("no data: give a folder with --data, or data.path in the recipe")
     if data.format == "shapes":
         draw_shapes(Path(data.path), **data.shapes.model_dump())
-    opened = open_split(
+    return open_split(
         Path(data.path),
         split,
         format="coco" if data.format == "shapes" else data.format,
@@ -186,55 +193,6 @@ def open_data(data: Data, split: str, *, train: bool, seed: int = 0) -> Detectio
         flip=data.flip if train else 0.0,
         seed=seed,
     )
-    opened.refuse_vanishing(data.short_side, data.long_side)
-    return opened
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A detector from a checkpoint, and what was read of it (`weights.notes`)."""
-
-    detector: Detector
-    weights: Weights
-
-
-def load_detector(
-    checkpoint: str,
-    *,
-    architecture: Architecture | None = None,
-    classes: list[str] | None = None,
-    data: Data | None = None,
-) -> Loaded:
-    """A detector from a checkpoint of any format.
-
-    Args:
-        checkpoint: a file, or `torchvision:NAME`.
-        architecture: for a plain state dict that does not say what it is; not needed by other formats.
-        classes: names for a state dict that does not name its classes; must be as many.
-        data: image sizes for a checkpoint that does not record its own.
-
-    Raises:
-        CheckpointError: it cannot be read, does not say what it is, or does not fit what it is said to be.
-    """
-    weights = load_weights(checkpoint, architecture)
-    names = weights.classes
-    if names is None:
-        if classes is None or len(classes) != weights.num_classes:
-            have = f"the data has {len(classes)}" if classes is not None else "no data was given"
-            raise CheckpointError(
-                f"{checkpoint}: has {weights.num_classes} classes and does not name them; {have}. "
-                "Give the data it was trained on"
-            )
-        names = classes
-    data = data or Data()
-    detector = build_detector(
-        weights.architecture,
-        names,
-        short_side=[weights.short_side or data.short_side[-1]],
-        long_side=weights.long_side or data.long_side,
-    )
-    load_strict(detector.model, weights.state_dict, checkpoint)
-    return Loaded(detector, weights)
 
 
 def build_student(recipe: Recipe, classes: list[str]) -> Detector:
@@ -269,6 +227,7 @@ def build_terms(
     student: Detector,
     teacher: Detector,
     class_map: Mapping[str, str] | None = None,
+    own_size: bool = False,
 ) -> tuple[dict[str, Term], list[Note]]:
     """The terms of a pair by name, and what a user should know of them.
 
@@ -283,13 +242,16 @@ def build_terms(
             continue
         settings = vars(sections[name])
         try:
-            terms[name] = kind(student, teacher, class_map=class_map, **settings)
+            term = kind(student, teacher, class_map=class_map, **settings)
+            if own_size and term.own_size_obstacle is not None:
+                raise TermError(f"teacher.size: own: {term.own_size_obstacle}")
         except TermError as reason:
             if not kind.dispensable:
                 raise TermError(f"distillation.{name}: {reason}") from None
             notes.append(Note(f"{name} distillation is off: {reason}", warning=True))
             continue
-        notes += [Note(text, warning=True) for text in terms[name].notes]
+        terms[name] = term
+        notes += [Note(text, warning=True) for text in term.notes]
     if not terms:
         reasons = "; ".join(note.text for note in notes)
         raise TermError(f"nothing is left to distil ({reasons}). Switch another term on, or train without a teacher")

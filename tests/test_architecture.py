@@ -20,6 +20,7 @@ ALLOWED = {
     "data": {"data", "errors", "text"},
     "distillation": {"distillation", "detectors", "config", "errors", "text"},
     "engine": {"engine", "distillation", "detectors", "data", "config", "errors", "files"},
+    "ablation": {"ablation", "engine", "config", "console", "errors", "files", "text"},
     "session": {"distillation", "detectors", "data", "checkpoints", "config", "errors"},
 }
 """What each part may import of ours. Parts not named here stand on top and may import anything."""

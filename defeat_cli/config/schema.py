@@ -9,14 +9,15 @@ import difflib
 import re
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model, model_validator
 from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
+from typing_extensions import is_typeddict
 
-from defeat_cli.config.architecture import STRICT, Architecture
+from defeat_cli.config.architecture import STRICT, Architecture, SomeSettings
 from defeat_cli.config.terms import DEFAULT_TERMS, SETTINGS, TermSettings
 from defeat_cli.config.types import Count, Fraction, NonNegative, Positive
 from defeat_cli.config.yaml import read_yaml
@@ -50,8 +51,9 @@ class Teacher(Section):
     """A checkpoint file, `torchvision:NAME` for torchvision's COCO weights, `shipped:NAME`; `--teacher`."""
     recipe: str | None = None
     """Recipe that trains the teacher first, where no checkpoint is given."""
-    architecture: Architecture | None = None
-    """For a plain state dict, which does not say what it is; null reads it from the keys where it can."""
+    architecture: SomeSettings | None = None
+    """Settings of the teacher in place of its checkpoint's own, e.g. `score_threshold`, or what a plain state dict
+    does not tell (`anchor_sizes`). They cannot change what its weights are of."""
     size: Literal["student", "own"] = "student"
     """The image size that it sees: the student's (cheapest: images are prepared once), or the one that it was trained
     with (its features are resized to the student's grid, its regions scaled)."""
@@ -321,6 +323,8 @@ def _problem(details: dict[str, Any], within: tuple[str, ...] = ()) -> str:
 
 def _fields(section: type | None) -> dict[str, Any]:
     """Keys of a section and their types; none where there is no such section."""
+    if section is not None and is_typeddict(section):
+        return get_type_hints(section)
     if section is None or not hasattr(section, "__pydantic_fields__"):
         return {}
     return {name: info.annotation for name, info in section.__pydantic_fields__.items()}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from defeat_cli.detectors.contract import Detector, Stages, Target
 from defeat_cli.distillation.balance import Balance, pulls
 from defeat_cli.distillation.terms import Loss, Term, View
+from defeat_cli.errors import TermError
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,9 @@ class Distiller(nn.Module):
         own_size: the teacher sees images at its own size, not at the student's.
         balance: the pull that every term is to have, by a factor on its weight that is measured in the first steps;
             None leaves the weights as they are.
+
+    Raises:
+        TermError: `own_size` with a term that cannot have it.
     """
 
     def __init__(
@@ -53,6 +57,9 @@ class Distiller(nn.Module):
         super().__init__()
         if terms and teacher is None:
             raise ValueError("terms need a teacher")
+        for name, term in (terms or {}).items():
+            if own_size and term.own_size_obstacle is not None:
+                raise TermError(f"teacher.size: own: distillation.{name} cannot have it: {term.own_size_obstacle}")
         self.student = student
         self.teacher = teacher.eval().requires_grad_(False) if teacher is not None else None
         self.terms = nn.ModuleDict(terms or {})

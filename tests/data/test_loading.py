@@ -122,14 +122,14 @@ def test_batches_do_not_depend_on_workers_nor_on_what_was_read_before(data: Dete
 
 
 def test_evaluation_keeps_the_order(data: DetectionDataset) -> None:
-    batches = list(evaluation_loader(data, 4, workers=0))
-    assert [ids for _, _, ids in batches] == [[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11]]
+    batches = list(evaluation_loader(data, workers=0))
+    assert [ids for _, _, ids in batches] == [[number] for number in range(1, 12)]
     images, targets, _ = batches[0]
     assert isinstance(images, list)
     assert images[0].dtype == torch.uint8
     assert set(targets[0]) == {"boxes", "labels"}
-    few = evaluation_loader(Subset(data, [7, 2]), 4, workers=0)
-    assert [ids for _, _, ids in few] == [[8, 3]]
+    few = evaluation_loader(Subset(data, [7, 2]), workers=0)
+    assert [ids for _, _, ids in few] == [[8], [3]]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -140,5 +140,5 @@ def test_a_broken_image_is_one_clear_message(tmp_path: Path, workers: int) -> No
     content = {"images": images, "categories": [{"id": 1, "name": "a"}], "annotations": []}
     data = DetectionDataset(parse_annotations(content, "a"), tmp_path, False)
     with pytest.raises(DataError) as caught:
-        list(evaluation_loader(data, 2, workers))
+        list(evaluation_loader(data, workers))
     assert str(caught.value) == f"{tmp_path / 'bad.png'}: is not an image that can be read"
