@@ -15,8 +15,9 @@ from defeat_cli.checkpoints.weights import load_strict
 from defeat_cli.config import schema as recipes
 from defeat_cli.config.schema import Data, Recipe
 from defeat_cli.config.terms import TermSettings
-from defeat_cli.data.dataset import CocoDataset, open_split
+from defeat_cli.data.dataset import DetectionDataset, overlap
 from defeat_cli.data.formats.shapes import draw_shapes
+from defeat_cli.data.opening import open_split
 from defeat_cli.detectors.backbones import load_backbone_weights
 from defeat_cli.detectors.contract import Detector
 from defeat_cli.detectors.loading import load_teacher
@@ -47,8 +48,8 @@ class Session:
 
     recipe: Recipe
     device: torch.device
-    training_data: CocoDataset
-    validation_data: CocoDataset
+    training_data: DetectionDataset
+    validation_data: DetectionDataset
     student: Detector
     teacher: Detector | None
     distiller: Distiller
@@ -80,10 +81,13 @@ def assemble(recipe: Recipe, teacher: str | None = None, like: Session | None = 
     else:
         training_data = open_data(recipe.data, "train", train=True, seed=recipe.run.seed)
         validation_data = open_data(recipe.data, "val", train=False)
+    for opened in (training_data, validation_data):
+        opened.refuse_vanishing(recipe.data.short_side, recipe.data.long_side)
     for text in [*training_data.notes, *(f"validation: {note}" for note in validation_data.notes)]:
         notes.append(Note(text))
-    if not validation_data.coco.getAnnIds(iscrowd=False):
-        raise DataError("the validation images have no boxes: there is nothing to score on")
+    shared = overlap(training_data, validation_data)
+    if shared is not None:
+        notes.append(Note(shared, warning=True))
     student = build_student(recipe, training_data.classes)
     if recipe.student.norm == "frozen" and recipe.student.backbone_weights is None and recipe.student.weights is None:
         text = "student.norm is frozen and nothing is pretrained, so nothing is normalised; use norm: batch"
@@ -169,7 +173,7 @@ def loader_processes(workers: int) -> int:
     return min(workers, os.cpu_count() or 1)
 
 
-def open_data(data: Data, split: str, *, train: bool, seed: int = 0) -> CocoDataset:
+def open_data(data: Data, split: str, *, train: bool, seed: int = 0) -> DetectionDataset:
     """One split of the recipe's data; draws the embedded data set first where that is asked for.
 
     Raises:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from defeat_cli.data.annotations import Annotations
-from defeat_cli.data.dataset import MIN_SIDE, CocoDataset
+from defeat_cli.data.dataset import MIN_SIDE, DetectionDataset
 from defeat_cli.data.transforms import read_image
 from defeat_cli.detectors.contract import Batch, Detector, Target
 from defeat_cli.distillation.pairing import match_classes
@@ -95,7 +95,7 @@ def find_images(
     return [Source(path) if place is None else _annotated(path, annotations, place) for path, place in chosen]
 
 
-def images_of(dataset: CocoDataset, limit: int | None = None) -> list[Source]:
+def images_of(dataset: DetectionDataset, limit: int | None = None) -> list[Source]:
     """The images of a data set with their ground truth; at most `limit`, from the front."""
     count = min(len(dataset), limit or len(dataset))
     return [_annotated(dataset.images / dataset.file_name(i), dataset.annotations, i) for i in range(count)]

@@ -17,7 +17,7 @@ from defeat_cli.config.schema import Distillation, Recipe, merged, validate
 from defeat_cli.config.terms import NeckSettings
 from defeat_cli.console import Reporter, counting
 from defeat_cli.data.annotations import Annotations, read_annotations
-from defeat_cli.data.dataset import CocoDataset
+from defeat_cli.data.dataset import DetectionDataset
 from defeat_cli.detectors.loading import load_detector, load_teacher
 from defeat_cli.distillation.distiller import Distiller
 from defeat_cli.errors import DataError, DefeatError, RecipeError
@@ -127,7 +127,7 @@ def _images(
         raise DataError(f"no split {split!r}; use train or val")
     if not inputs and recipe.data.path is None:
         raise DataError("nothing to look at: give images, or a data folder with --data")
-    dataset: CocoDataset | None = None
+    dataset: DetectionDataset | None = None
     if not inputs or (data_given and file is None):
         dataset = session.open_data(recipe.data, split, train=False)
     if not inputs:

@@ -12,11 +12,11 @@ from rich.table import Table
 from defeat_cli import session
 from defeat_cli.config.schema import validate
 from defeat_cli.console import Reporter, counting, errors_table, metrics_table
-from defeat_cli.data.formats.voc import is_voc, voc_ap50
 from defeat_cli.detectors.loading import load_detector
 from defeat_cli.engine.detection_errors import error_report
 from defeat_cli.engine.evaluation import evaluate
 from defeat_cli.engine.runs import write_json
+from defeat_cli.engine.voc_ap import voc_ap50
 from defeat_cli.errors import DataError
 from defeat_cli.jobs.asked import DETECTOR, Asked, ask, data_settings
 
@@ -73,6 +73,8 @@ def score(
     precision = _precision(asked, device, reporter)
     data = session.open_data(recipe.data, split, train=False)
     loaded = load_detector(asked.weights, asked.given, classes=data.classes)
+    resize = loaded.detector.model.transform
+    data.refuse_vanishing(resize.min_size, resize.max_size)
     for note in [*asked.notes, *data.notes]:
         reporter.note(note)
     loaded.tell(reporter)
@@ -88,11 +90,13 @@ def score(
         )
     if metrics["AP"] < 0:
         raise DataError(f"{recipe.data.path}: the {split} images have no boxes: there is nothing to score on")
-    if is_voc(Path(recipe.data.path)):
+    if data.layout == "voc":
         metrics["VOC_AP50"] = voc_ap50(detections, data.coco.dataset)["AP50"]
     if error_types:
         metrics["errors"] = error_report(detections, data.coco).to_dict()
-    return Score(f"{checkpoint} on {len(data)} {split} images of {recipe.data.path}", metrics, detections)
+    return Score(
+        f"{checkpoint} on {len(data)} {split} images of {recipe.data.path}", metrics, data.in_own_ids(detections)
+    )
 
 
 def _precision(asked: Asked, device: torch.device, reporter: Reporter) -> str:

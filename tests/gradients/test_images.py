@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from defeat_cli.data.annotations import read_annotations
-from defeat_cli.data.dataset import CocoDataset
+from defeat_cli.data.dataset import DetectionDataset
 from defeat_cli.errors import DataError
 from defeat_cli.gradients.images import distinct_names, find_images, images_of
 
@@ -75,7 +75,7 @@ def test_images_called_alike_get_files_of_their_own(tmp_path: Path):
 
 
 def test_annotated_boxes_are_those_of_the_data_set(shapes: Path):
-    dataset = CocoDataset(shapes / "val.json", shapes / "images", train=False)
+    dataset = DetectionDataset(read_annotations(shapes / "val.json"), shapes / "images", train=False)
     for source, sample in zip(images_of(dataset), dataset, strict=False):
         assert torch.equal(source.objects.boxes, sample.target["boxes"])
         assert [dataset.classes.index(name) + 1 for name in source.objects.classes] == sample.target["labels"].tolist()
