@@ -183,15 +183,19 @@ def open_data(data: Data, split: str, *, train: bool, seed: int = 0) -> Detectio
         raise DataError("no data: give a folder with --data, or data.path in the recipe")
     if data.format == "shapes":
         draw_shapes(Path(data.path), **data.shapes.model_dump())
+    named = "train" if data.val_fraction is not None and split != "test" else split
     return open_split(
         Path(data.path),
         split,
         format="coco" if data.format == "shapes" else data.format,
-        annotations=data.train_annotations if split == "train" else data.val_annotations,
-        images=data.train_images if split == "train" else data.val_images,
+        annotations=getattr(data, f"{named}_annotations", None),
+        images=getattr(data, f"{named}_images", None),
         train=train,
         flip=data.flip if train else 0.0,
         seed=seed,
+        val_fraction=data.val_fraction,
+        split_seed=data.split_seed,
+        classes=data.classes,
     )
 
 

@@ -17,7 +17,11 @@ from defeat_cli.config.given import COMMAND_LINE, Given, understood
 from defeat_cli.config.schema import Data, Recipe, validate
 from defeat_cli.detectors.loading import hint
 
-SOURCE = ("path", "format", "train_annotations", "val_annotations", "train_images", "val_images", "shapes")
+SPLITS = ("train", "val", "test")
+SOURCE = (
+    *("path", "format", "val_fraction", "split_seed", "classes", "shapes"),
+    *(f"{split}_{what}" for split in SPLITS for what in ("annotations", "images")),
+)
 """Settings of `data` that say where images and boxes are, and so belong together."""
 
 DETECTOR = (*(f"student.{name}" for name in (*STRUCTURE, *INFERENCE)), *(f"data.{side}" for side in SIZES))
@@ -25,8 +29,9 @@ DETECTOR = (*(f"student.{name}" for name in (*STRUCTURE, *INFERENCE)), *(f"data.
 
 def data_settings(split: str) -> list[str]:
     """Settings that say where the data of a split is, by dotted name."""
-    other = "train" if split == "val" else "val"
-    return [f"data.{name}" for name in SOURCE if not name.startswith(other)]
+    # Where the training images are divided, theirs are the validation's too.
+    others = tuple(f"{other}_" for other in SPLITS if other != split and not (split == "val" and other == "train"))
+    return [f"data.{name}" for name in SOURCE if name == "val_fraction" or not name.startswith(others)]
 
 
 @dataclass(frozen=True)

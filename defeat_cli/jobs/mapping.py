@@ -123,8 +123,6 @@ def _images(
     """The images, and the annotations that know them where there are such."""
     if limit is not None and limit < 1:
         raise DataError(f"--limit {limit}: must be at least 1")
-    if split not in ("train", "val"):
-        raise DataError(f"no split {split!r}; use train or val")
     if not inputs and recipe.data.path is None:
         raise DataError("nothing to look at: give images, or a data folder with --data")
     dataset: DetectionDataset | None = None

@@ -64,8 +64,6 @@ def score(
     Raises:
         DefeatError: the checkpoint, settings, data or device cannot be used.
     """
-    if split not in ("train", "val"):
-        raise DataError(f"no split {split!r}; use train or val")
     settings = (*DETECTOR, *data_settings(split), "data.workers", "run.device", "run.precision")
     asked = ask(checkpoint, recipe_name, changes or {}, command="eval", settings=settings)
     recipe, reporter = asked.recipe, Reporter("eval", quiet)
