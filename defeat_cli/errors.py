@@ -20,6 +20,10 @@ class CheckpointError(DefeatError):
     """A checkpoint that cannot be read, or does not fit the detector it is meant for."""
 
 
+class TermError(DefeatError):
+    """A distillation term that a pair of detectors cannot have."""
+
+
 class RunError(DefeatError):
     """A run or study folder, or a device, that cannot be used as asked."""
 

@@ -1,37 +1,152 @@
-"""From a recipe to objects: the only module that knows both sides."""
+"""From a recipe to objects: the one place that knows both sides. `train`, `check` and `ablate` use it alike."""
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from defeat_cli.checkpoints.loading import load_weights
-from defeat_cli.checkpoints.weights import Weights, load_strict
-from defeat_cli.config.architecture import Architecture
-from defeat_cli.config.schema import Data, Distillation, Optimizer, Recipe, Schedule
+from defeat_cli.checkpoints.weights import load_strict
+from defeat_cli.config import schema as recipes
+from defeat_cli.config.schema import Data, Recipe
+from defeat_cli.config.terms import TermSettings
 from defeat_cli.data.dataset import CocoDataset, open_split
 from defeat_cli.data.formats.shapes import draw_shapes
 from defeat_cli.detectors.backbones import load_backbone_weights
 from defeat_cli.detectors.contract import Detector
+from defeat_cli.detectors.loading import load_teacher
 from defeat_cli.detectors.zoo import build_detector
 from defeat_cli.distillation.distiller import Distiller
-from defeat_cli.distillation.pairing import match_classes
-from defeat_cli.engine.loop import Training, lr_factor, make_ema
-from defeat_cli.errors import CheckpointError, DataError, RecipeError, RunError
+from defeat_cli.distillation.terms import TERMS, Term
+from defeat_cli.errors import DataError, RecipeError, RunError, TermError
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Note:
+    """A sentence for the user; a warning deserves attention."""
+
+    text: str
+    warning: bool = False
+
+
+@dataclass
+class Session:
+    """Everything that a run of a recipe is made of.
+
+    teacher: None where the student is trained plainly.
+    teacher_is_trained: False while the recipe's own teacher is still to be trained; `teacher` then has random weights.
+    notes: what a user should know before the run, in order.
+    """
+
+    recipe: Recipe
+    device: torch.device
+    training_data: CocoDataset
+    validation_data: CocoDataset
+    student: Detector
+    teacher: Detector | None
+    distiller: Distiller
+    teacher_is_trained: bool = True
+    notes: list[Note] = field(default_factory=list)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps from the first to the last."""
+        batches = math.ceil(len(self.training_data) / self.recipe.data.batch_size)
+        return self.recipe.schedule.epochs * math.ceil(batches / self.recipe.optimizer.accumulate)
+
+
+def assemble(recipe: Recipe, teacher: str | None = None, like: Session | None = None) -> Session:
+    """Data, student, teacher and terms of a recipe. Nothing is trained, and nothing written but drawn data.
+
+    Args:
+        teacher: checkpoint in place of the recipe's. Without one a teacher that the recipe is to train first
+            (`teacher.recipe`) stands there untrained, so that what cannot work is found before it is trained.
+        like: a session whose data and teacher serve again where the recipe names the same, as in a study.
+
+    Raises:
+        DefeatError: something that the recipe names cannot be used. All that `train` refuses is refused here.
+    """
+    device = choose_device(recipe.run.device, recipe.run.precision)
+    notes: list[Note] = []
+    if like is not None and (like.recipe.data, like.recipe.run.seed) == (recipe.data, recipe.run.seed):
+        training_data, validation_data = like.training_data, like.validation_data
+    else:
+        training_data = open_data(recipe.data, "train", train=True, seed=recipe.run.seed)
+        validation_data = open_data(recipe.data, "val", train=False)
+    for text in [*training_data.notes, *(f"validation: {note}" for note in validation_data.notes)]:
+        notes.append(Note(text))
+    if not validation_data.coco.getAnnIds(iscrowd=False):
+        raise DataError("the validation images have no boxes: there is nothing to score on")
+    student = build_student(recipe, training_data.classes)
+    if recipe.student.norm == "frozen" and recipe.student.backbone_weights is None and recipe.student.weights is None:
+        text = "student.norm is frozen and nothing is pretrained, so nothing is normalised; use norm: batch"
+        notes.append(Note(text, warning=True))
+    checkpoint = teacher or recipe.teacher.checkpoint
+    has_teacher = checkpoint is not None or recipe.teacher.recipe is not None
+    if recipe.run.compare_plain and not has_teacher:
+        raise RecipeError("run.compare_plain compares with a student without a teacher, and this one has none")
+    if recipe.student.inherit and not has_teacher:
+        raise RecipeError("student.inherit: there is no teacher to inherit from; give one with --teacher")
+    supervisor, terms = None, {}
+    if has_teacher and (recipe.distillation.terms or recipe.student.inherit):
+        if like is not None and like.teacher is not None and like.recipe.teacher == recipe.teacher and teacher is None:
+            supervisor = like.teacher
+        elif checkpoint is not None:
+            loaded = load_teacher(
+                checkpoint,
+                recipe.teacher.architecture,
+                classes=training_data.classes,
+                sizes=(recipe.data.short_side[-1], recipe.data.long_side),
+            )
+            supervisor = loaded.detector
+            notes += [Note(f"teacher: {text}") for text in loaded.notes]
+            notes += [Note(f"teacher: {text}", warning=True) for text in loaded.assumptions]
+        else:
+            supervisor = build_student(teacher_recipe(recipe), training_data.classes)
+        if recipe.teacher.size == "student":
+            notes += _shown_at_size_of(student, supervisor)
+        notes += inherit(recipe.student.inherit, student, supervisor)
+        if recipe.distillation.terms:
+            terms, remarks = build_terms(
+                recipe.distillation.terms,
+                student,
+                supervisor,
+                class_map=recipe.distillation.class_map,
+                own_size=recipe.teacher.size == "own",
+            )
+            notes += remarks
+    distiller = Distiller(
+        student,
+        supervisor if terms else None,
+        terms,
+        own_size=recipe.teacher.size == "own",
+        balance=recipe.distillation.balance,
+    )
+    return Session(
+        recipe,
+        device,
+        training_data,
+        validation_data,
+        student,
+        distiller.teacher,
+        distiller,
+        checkpoint is not None or not has_teacher,
+        notes,
+    )
 
 
 def choose_device(name: str, precision: str = "fp32") -> torch.device:
     """The device of a name; `auto` takes CUDA where there is one.
 
     Raises:
-        RunError: CUDA asked for where there is none, or a precision that the device has not.
+        RunError: CUDA asked for where there is none, or a precision that the device does not have.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -76,53 +191,6 @@ def open_data(data: Data, split: str, *, train: bool, seed: int = 0) -> CocoData
     )
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """A detector from a checkpoint, and what was read of it (`weights.notes`)."""
-
-    detector: Detector
-    weights: Weights
-
-
-def load_detector(
-    checkpoint: str,
-    *,
-    architecture: Architecture | None = None,
-    classes: list[str] | None = None,
-    data: Data | None = None,
-) -> Loaded:
-    """A detector from a checkpoint of any format.
-
-    Args:
-        checkpoint: a file, or `torchvision:NAME`.
-        architecture: for a plain state dict that does not say what it is; not needed by other formats.
-        classes: names for a state dict that does not name its classes; must be as many.
-        data: image sizes for a checkpoint that does not record its own.
-
-    Raises:
-        CheckpointError: it cannot be read, does not say what it is, or does not fit what it is said to be.
-    """
-    weights = load_weights(checkpoint, architecture)
-    names = weights.classes
-    if names is None:
-        if classes is None or len(classes) != weights.num_classes:
-            have = f"the data has {len(classes)}" if classes is not None else "no data was given"
-            raise CheckpointError(
-                f"{checkpoint}: has {weights.num_classes} classes and does not name them; {have}. "
-                "Give the data it was trained on"
-            )
-        names = classes
-    data = data or Data()
-    detector = build_detector(
-        weights.architecture,
-        names,
-        short_side=[weights.short_side or data.short_side[-1]],
-        long_side=weights.long_side or data.long_side,
-    )
-    load_strict(detector.model, weights.state_dict, checkpoint)
-    return Loaded(detector, weights)
-
-
 def build_student(recipe: Recipe, classes: list[str]) -> Detector:
     """The student with its starting weights. Its random weights depend on `run.seed` alone.
 
@@ -142,98 +210,82 @@ def build_student(recipe: Recipe, classes: list[str]) -> Detector:
     return student
 
 
-def build_distiller(
-    distillation: Distillation, student: Detector, teacher: Detector | None, say: Callable[[str], None]
-) -> Distiller:
-    """The step's module. Terms that this pair of detectors cannot have are switched off, and `say` is told why.
+def teacher_recipe(recipe: Recipe) -> Recipe:
+    """The recipe of the teacher that `teacher.recipe` names, on this recipe's data and device."""
+    own = recipes.load(recipe.teacher.recipe)
+    own.data = recipe.data.model_copy(update={"batch_size": own.data.batch_size})
+    own.run.device = recipe.run.device
+    return own
+
+
+def build_terms(
+    sections: Mapping[str, TermSettings],
+    student: Detector,
+    teacher: Detector,
+    class_map: Mapping[str, str] | None = None,
+    own_size: bool = False,
+) -> tuple[dict[str, Term], list[Note]]:
+    """The terms of a pair by name, and what a user should know of them.
+
+    A term that a pair can do without is left out where the pair cannot have it, and that is a warning.
 
     Raises:
-        RecipeError: a mask that the student cannot have.
-        CheckpointError: the pair has nothing at all to distil.
+        TermError: the pair cannot have a term, or is left without any; says why.
     """
-    settings = distillation.model_dump(exclude={"warmup_steps", "class_map"})
-    if teacher is None or not distillation.active:
-        return Distiller(student, None)
-    if settings["neck"] and settings["mask"] == "fine-grained" and not student.has_anchors:
-        raise RecipeError(
-            "distillation.mask: fine-grained masks compare anchors with boxes, and the student's detector has no "
-            "anchors; use boxes or gaussian"
+    terms, notes = {}, []
+    for name, kind in TERMS.items():
+        if name not in sections:
+            continue
+        settings = vars(sections[name])
+        try:
+            term = kind(student, teacher, class_map=class_map, **settings)
+            if own_size and term.own_size_obstacle is not None:
+                raise TermError(f"teacher.size: own: {term.own_size_obstacle}")
+        except TermError as reason:
+            if not kind.dispensable:
+                raise TermError(f"distillation.{name}: {reason}") from None
+            notes.append(Note(f"{name} distillation is off: {reason}", warning=True))
+            continue
+        terms[name] = term
+        notes += [Note(text, warning=True) for text in term.notes]
+    if not terms:
+        reasons = "; ".join(note.text for note in notes)
+        raise TermError(f"nothing is left to distil ({reasons}). Switch another term on, or train without a teacher")
+    return terms, notes
+
+
+def inherit(parts: Sequence[str], student: Detector, teacher: Detector) -> list[Note]:
+    """Start parts of the student (`neck`, `head`) as the teacher's, tensor by tensor where names and shapes agree.
+
+    Raises:
+        RecipeError: nothing of a part agrees.
+    """
+    notes = []
+    ours, theirs = student.model.state_dict(), teacher.model.state_dict()
+    for part in parts:
+        is_neck = part == "neck"
+        names = [n for n in ours if not n.startswith("backbone.body.") and n.startswith("backbone.") is is_neck]
+        shared = [name for name in names if name in theirs and theirs[name].shape == ours[name].shape]
+        if not shared:
+            raise RecipeError(
+                f"student.inherit: the teacher's {part} is another one, no tensor of it has the shape of the student's"
+            )
+        student.model.load_state_dict({**ours, **{name: theirs[name] for name in shared}})
+        ours = student.model.state_dict()
+        notes.append(Note(f"student: starts with the teacher's {part}, {len(shared)} of its {len(names)} tensors"))
+    return notes
+
+
+def _shown_at_size_of(student: Detector, teacher: Detector) -> list[Note]:
+    """Let the teacher resize images as the student does at evaluation: it is scored on what it supervises on."""
+    ours, theirs = student.model.transform, teacher.model.transform
+    before = (theirs.min_size[-1], theirs.max_size)
+    theirs.min_size, theirs.max_size = (ours.min_size[-1],), ours.max_size
+    if before == (theirs.min_size[-1], theirs.max_size):
+        return []
+    return [
+        Note(
+            f"teacher: sees images at the student's size, short side {theirs.min_size[-1]} and long side "
+            f"{theirs.max_size}; its own is {before[0]} and {before[1]} (teacher.size: own)"
         )
-    pairs = None
-    if settings["head"]:
-        pairs = match_classes(student.classes, teacher.classes, distillation.class_map)
-        reason = head_obstacle(student, teacher, pairs)
-        if reason:
-            settings["head"] = False
-            say(f"head distillation is off: {reason}")
-        elif len(pairs) < max(len(student.classes), len(teacher.classes)):
-            shared = ", ".join(student.classes[s] for s, _ in pairs[:8])
-            say(f"head distillation runs over {len(pairs)} shared classes ({shared}{', …' if len(pairs) > 8 else ''})")
-        if pairs == [(i, i) for i in range(len(student.classes))] and len(student.classes) == len(teacher.classes):
-            pairs = None
-    distiller = Distiller(student, teacher, class_pairs=pairs or None, **settings)
-    if distiller.neck and not distiller.neck_pairs:
-        raise CheckpointError(
-            f"no FPN level of the teacher (strides {teacher.strides}) has the stride of one of the student's "
-            f"({student.strides}): the neck cannot be distilled"
-        )
-    if not distiller.active:
-        raise CheckpointError("nothing is left to distil; switch distillation.neck on, or train without a teacher")
-    left_out = [s for i, s in enumerate(student.strides) if i not in {pair[0] for pair in distiller.neck_pairs}]
-    if distiller.neck and left_out:
-        say(f"student levels of strides {left_out} have no partner in the teacher and are not distilled")
-    return distiller
-
-
-def head_obstacle(student: Detector, teacher: Detector, pairs: list[tuple[int, int]]) -> str | None:
-    """Why the head term cannot be had for a pair of detectors, or None."""
-    if student.softmax != teacher.softmax:
-        return "one detector classifies proposals, the other anchors; there are no regions that both heads take"
-    if not student.softmax and (type(student) is not type(teacher) or student.strides != teacher.strides):
-        return "one-stage detectors of different kinds or strides classify different anchors"
-    if not student.softmax and not _same_anchors(student, teacher):
-        return "the detectors have different anchors; their heads do not classify the same boxes"
-    if not pairs:
-        return "teacher and student share no class; distillation.class_map can name pairs"
-    return None
-
-
-def _same_anchors(student: Detector, teacher: Detector) -> bool:
-    """Whether each cell has the same anchors in the same order, to a pixel or a tenth of their side."""
-    pairs = zip(student.anchor_generator.cell_anchors, teacher.anchor_generator.cell_anchors, strict=True)
-    return all(a.shape == b.shape and torch.allclose(a, b, rtol=0.1, atol=1.0) for a, b in pairs)
-
-
-def build_optimizer(optimizer: Optimizer, distiller: Distiller) -> torch.optim.Optimizer:
-    """SGD or AdamW over the student's trainable parameters and the adapters'."""
-    norms = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
-    norm_parameters = {
-        id(parameter)
-        for module in distiller.modules()
-        for name, parameter in module.named_parameters(recurse=False)
-        if isinstance(module, norms) or name == "bias"
-    }
-    trained = [parameter for parameter in distiller.parameters() if parameter.requires_grad]
-    norm_decay = optimizer.weight_decay if optimizer.norm_weight_decay is None else optimizer.norm_weight_decay
-    groups = [
-        {"params": [p for p in trained if id(p) not in norm_parameters], "weight_decay": optimizer.weight_decay},
-        {"params": [p for p in trained if id(p) in norm_parameters], "weight_decay": norm_decay},
     ]
-    groups = [group for group in groups if group["params"]]
-    if optimizer.name == "sgd":
-        return torch.optim.SGD(groups, lr=optimizer.lr, momentum=optimizer.momentum)
-    return torch.optim.AdamW(groups, lr=optimizer.lr, betas=tuple(optimizer.betas))
-
-
-def build_training(recipe: Recipe, distiller: Distiller, device: torch.device) -> Training:
-    """The distiller on its device, with optimizer, loss scaler and, where asked for, an average of the student."""
-    distiller.to(device)
-    scaler = torch.amp.GradScaler(device.type, enabled=recipe.run.precision == "fp16")
-    ema = make_ema(distiller.student, recipe.optimizer.ema) if recipe.optimizer.ema is not None else None
-    return Training(distiller, build_optimizer(recipe.optimizer, distiller), scaler, ema)
-
-
-def build_lr_factor(schedule: Schedule, steps_per_epoch: int) -> Callable[[int], float]:
-    """Step -> share of the learning rate."""
-    settings = schedule.model_dump()
-    return lambda step: lr_factor(step, steps_per_epoch=steps_per_epoch, **settings)

@@ -108,23 +108,24 @@ def guessed_classes(classes: int) -> tuple[list[str] | None, list[str]]:
     return coco_classes(classes), ["assumed, for the file does not name its classes: COCO's 80, in COCO's order"]
 
 
+def as_said(built: Architecture, said: Conventions) -> Architecture:
+    """The architecture with the channel order that the caller gave, which it was read with."""
+    return replace(built, conventions=replace(built.conventions, channels=said.channels))
+
+
 def assumptions(built: Architecture, short_side: int, long_side: int, why: str) -> list[str]:
-    """One note on each thing that decides the detections and is taken for granted."""
+    """One line on each thing that is taken for granted, but for thresholds and anchors."""
     conventions = built.conventions
-    mean, std = (
-        [round(255 * value, 3) for value in values] for values in (conventions.image_mean, conventions.image_std)
-    )
+    mean, std = ([round(255 * value, 3) for value in v] for v in (conventions.image_mean, conventions.image_std))
     stride = "1x1" if conventions.stride_in_1x1 else "3x3"
-    found = [f"pixels less {mean}, over {std} (RGB)", f"bottlenecks that stride in their {stride} convolution"]
-    found.append(f"anchors of {' '.join(f'{side:g}' for level in built.anchor_sizes for side in level)} pixels")
-    if built.detector == "faster_rcnn":
-        found.append(f"{built.proposals} proposals, suppressed at {built.proposal_nms_threshold}")
-    found += [
-        f"scores above {built.score_threshold}, suppressed at {built.nms_threshold}",
-        f"{built.detections_per_image} detections an image",
-        f"images of {short_side} pixels, {long_side} at most",
+    return [
+        f"assumed, for {why}: {what}"
+        for what in (
+            f"pixels less {mean}, over {std} (RGB)",
+            f"bottlenecks that stride in their {stride} convolution",
+            f"images of {short_side} pixels, {long_side} at most",
+        )
     ]
-    return [f"assumed, for {why}: {what}" for what in found]
 
 
 def renamed(state_dict: StateDict, tables: Tables, origin: str) -> tuple[StateDict, list[str]]:

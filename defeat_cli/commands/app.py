@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,18 +10,41 @@ import typer
 from rich.markup import escape
 from typer.core import TyperGroup
 
-from defeat_cli.console import console, errors, results_table, show
+from defeat_cli import __version__
+from defeat_cli.commands import ablate, check, train
+from defeat_cli.commands.options import (
+    DataOption,
+    DeviceOption,
+    QuietOption,
+    RecipeOption,
+    SetOption,
+    overrides,
+)
+from defeat_cli.console import console, errors, show
 from defeat_cli.errors import DefeatError, Interrupted
+
+REFUSED_BY_THE_SYSTEM = {
+    errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.EMFILE,
+    errno.ENAMETOOLONG, errno.ENOENT, errno.EEXIST,
+}  # fmt: skip
+"""Disk full, no permission, a folder where a file should be, and the like: nothing that a traceback explains better."""
 
 
 class CleanErrors(TyperGroup):
-    """Prints bad input as one message with exit code 2; programming errors keep their traceback."""
+    """Prints bad input and what the system refuses as one message with exit code 2; programming errors keep their
+    traceback."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except DefeatError as error:
             errors.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+            raise typer.Exit(2) from None
+        except OSError as error:
+            if error.errno not in REFUSED_BY_THE_SYSTEM:
+                raise
+            place = f"{error.filename}: " if error.filename else ""
+            errors.print(f"[bold red]error:[/] {escape(f'{place}{error.strerror}')}", soft_wrap=True)
             raise typer.Exit(2) from None
         except Interrupted as stop:
             errors.print(f"[yellow]stopped:[/] {escape(str(stop))}", soft_wrap=True)
@@ -30,98 +54,23 @@ class CleanErrors(TyperGroup):
 app = typer.Typer(
     cls=CleanErrors,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
-    help="Distil a large object detector into a small one (DeFeat, CVPR 2021).",
 )
 
-RecipeOption = Annotated[
-    str | None, typer.Option("--recipe", "-r", help="A recipe file, or the name of a shipped recipe.")
-]
-TeacherOption = Annotated[
-    str | None,
-    typer.Option("--teacher", "-t", help="Teacher checkpoint, or torchvision:NAME. Without one: plain training."),
-]
-DataOption = Annotated[
-    str | None, typer.Option("--data", "-d", help="Data folder: COCO's layout, train.json/val.json/images, or VOC's.")
-]
-SetOption = Annotated[
-    list[str] | None, typer.Option("--set", help="Change a recipe key: optimizer.lr=0.01. Repeatable.")
-]
-DeviceOption = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
-VariantsOption = Annotated[
-    Path | None, typer.Option("--variants", help="YAML file with variants of your own: name -> recipe overrides.")
-]
-OutputOption = Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write to.")]
-OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Start again where the folder holds a run.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress; warnings and results only.")]
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        console.print(__version__)
+        raise typer.Exit
 
 
-def overrides(assignments: list[str] | None, **options: Any) -> dict[str, Any]:
-    """Dotted recipe overrides from `--set` and from options of their own (`data__path` is data.path)."""
-    from defeat_cli.config.schema import parse_assignments
-
-    given = {key.replace("__", "."): value for key, value in options.items() if value is not None}
-    return {**parse_assignments(assignments or []), **given}
-
-
-@app.command()
-def train(
-    recipe: RecipeOption = None,
-    teacher: TeacherOption = None,
-    data: DataOption = None,
-    student_weights: Annotated[
-        str | None, typer.Option(help="Detector checkpoint that the student starts from.")
-    ] = None,
-    variant: Annotated[str | None, typer.Option(help="Distillation variant; see `defeat ablate --list`.")] = None,
-    variants: VariantsOption = None,
-    output: OutputOption = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")] = False,
-    overwrite: OverwriteOption = False,
-    device: DeviceOption = None,
-    seed: Annotated[int | None, typer.Option(help="Fixes everything random.")] = None,
-    plain: Annotated[
-        bool | None, typer.Option("--compare-plain", help="Also train the same student without the teacher.")
-    ] = None,
-    set_: SetOption = None,
-    quiet: QuietOption = False,
-    list_recipes: Annotated[bool, typer.Option("--list-recipes", help="Show the shipped recipes.")] = False,
+@app.callback()
+def defeat(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
 ) -> None:
-    """Distil a student from a teacher (or, without one, train a detector)."""
-    if list_recipes:
-        show_recipes()
-        return
-    from defeat_cli.config.schema import load
-    from defeat_cli.config.variants import find_variant, read_variants
-
-    changes = dict(find_variant(variant, read_variants(variants)).overrides) if variant else {}
-    changes |= overrides(
-        set_,
-        teacher__checkpoint=teacher,
-        data__path=data,
-        student__weights=student_weights,
-        run__device=device,
-        run__seed=seed,
-        run__compare_plain=plain,
-    )
-    chosen = load(required(recipe), changes)
-    folder = output or Path("runs") / chosen.run.name
-    from defeat_cli.jobs import training
-
-    results = training.train(chosen, folder, resume=resume, overwrite=overwrite, quiet=quiet)
-    show(results_table(results))
-    console.print(
-        f"written to {folder}/: student.pth (for torchvision), best.pt, results.json, curves.png", soft_wrap=True
-    )
-
-
-def show_recipes() -> None:
-    """Print the shipped recipes with their first comment line."""
-    from defeat_cli.config.schema import shipped_recipes
-
-    for name, path in shipped_recipes().items():
-        summary = path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
-        console.print(f"[bold]{name}[/]\n    {escape(summary)}", soft_wrap=True)
+    """Distil a large object detector into a small one (DeFeat, CVPR 2021)."""
 
 
 @app.command("eval")
@@ -130,7 +79,7 @@ def evaluate(
     data: DataOption = None,
     recipe: Annotated[
         str | None,
-        typer.Option("--recipe", "-r", help="Architecture of a plain state dict, and how the data is laid out."),
+        typer.Option("--recipe", "-r", help="Settings in place of the checkpoint's own, and where the data is."),
     ] = None,
     split: Annotated[str, typer.Option(help="train or val.")] = "val",
     per_class: Annotated[bool, typer.Option("--per-class", help="AP of each class.")] = False,
@@ -149,83 +98,6 @@ def evaluate(
     report.write(json_file, save_detections)
     for table in report.tables(per_class):
         show(table)
-
-
-@app.command()
-def ablate(
-    names: Annotated[list[str] | None, typer.Argument(help="Variants: fg-only bg-only neck … (see --list).")] = None,
-    recipe: RecipeOption = None,
-    teacher: TeacherOption = None,
-    data: DataOption = None,
-    seeds: Annotated[str, typer.Option(help="Seeds, e.g. 0,1,2. Three or more give confidence intervals.")] = "0",
-    variants: VariantsOption = None,
-    output: OutputOption = None,
-    jobs: Annotated[int | None, typer.Option(help="Runs side by side; one a GPU where there are several.")] = None,
-    sort: Annotated[str, typer.Option(help="What the table is sorted by: AP, AP50, … or given.")] = "AP",
-    report_only: Annotated[bool, typer.Option("--report-only", help="Rebuild the report; train nothing.")] = False,
-    show_masks: Annotated[
-        list[str] | None, typer.Option(help="Draw every mask kind over this image instead. Repeatable.")
-    ] = None,
-    list_variants: Annotated[bool, typer.Option("--list", help="Explain every variant in one line.")] = False,
-    device: DeviceOption = None,
-    set_: SetOption = None,
-    quiet: QuietOption = False,
-) -> None:
-    """Compare distillation variants over seeds. The same command goes on with a study that was stopped."""
-    from defeat_cli.config.schema import load
-    from defeat_cli.config.variants import read_variants
-
-    known = read_variants(variants)
-    if list_variants:
-        for name, variant in known.items():
-            console.print(f"[bold]{name:16}[/] {escape(variant.summary)}", soft_wrap=True)
-        return
-    if report_only:
-        show_report(output, sort)
-        return
-    changes = overrides(set_, teacher__checkpoint=teacher, data__path=data, run__device=device)
-    chosen = load(required(recipe), changes)
-    folder = output or Path("runs") / f"ablate-{chosen.run.name}"
-    if show_masks:
-        from defeat_cli.jobs.mapping import show_masks as draw
-
-        for path in draw(chosen, show_masks, folder):
-            console.print(f"written: {path}", soft_wrap=True)
-        return
-    from defeat_cli.ablation import study as ablation
-
-    study = ablation.plan(folder, names or [], known, whole_numbers("--seeds", seeds), chosen)
-    failures = ablation.run_study(study, jobs=jobs, sort=sort, quiet=quiet)
-    show_report(folder, sort)
-    if failures:
-        raise typer.Exit(1)
-
-
-def show_report(folder: Path | None, sort: str) -> None:
-    """Write and print the report of the study in a folder."""
-    if folder is None:
-        raise DefeatError("--report-only: name the study's folder with --output")
-    from defeat_cli.ablation import study as ablation
-
-    ablation.show(ablation.read_study(folder), sort)
-    console.print(f"written to {folder}/: study.csv, study.json, study.md, study.png", soft_wrap=True)
-
-
-def whole_numbers(option: str, text: str) -> list[int]:
-    """`0,1,2` as numbers."""
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise DefeatError(f"{option} {text}: expected whole numbers separated by commas, e.g. 0,1,2") from None
-
-
-def required(recipe: str | None) -> str:
-    """The recipe that a command cannot do without."""
-    if recipe is None:
-        raise DefeatError(
-            "no recipe: give --recipe quickstart, or a file (defeat train --list-recipes shows the shipped)"
-        )
-    return recipe
 
 
 def visualize_gradients(
@@ -284,42 +156,22 @@ app.command("gradmap", help="The same as visualize-gradients.")(visualize_gradie
 
 
 @app.command()
-def check(
-    recipe: RecipeOption = None,
-    teacher: TeacherOption = None,
-    data: DataOption = None,
-    variant: Annotated[str | None, typer.Option(help="Distillation variant; see `defeat ablate --list`.")] = None,
-    device: DeviceOption = None,
-    set_: SetOption = None,
-) -> None:
-    """Tell what a run would do: detectors, how levels and classes pair up, active terms, memory, the teacher's AP."""
-    from defeat_cli.config.schema import load
-    from defeat_cli.config.variants import VARIANTS, find_variant
-
-    changes = dict(find_variant(variant, VARIANTS).overrides) if variant else {}
-    changes |= overrides(set_, teacher__checkpoint=teacher, data__path=data, run__device=device)
-    chosen = load(required(recipe), changes)
-    from defeat_cli.jobs import checking
-
-    for table in checking.check(chosen).tables:
-        show(table)
-
-
-@app.command()
 def convert(
     source: Annotated[str, typer.Argument(help="Checkpoint of mmdetection, detectron2, torchvision or this tool.")],
     target: Annotated[Path, typer.Argument(help="File for the plain state dict; its recipe is written beside it.")],
     recipe: RecipeOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
+    set_: SetOption = None,
 ) -> None:
     """Convert a checkpoint into a plain torchvision state dict."""
-    from defeat_cli.config.schema import load
-
-    architecture = load(recipe).student if recipe else None
     from defeat_cli.jobs import converting
 
-    for line in converting.convert(source, target, architecture, overwrite):
-        console.print(escape(line), soft_wrap=True)
+    converting.convert(source, target, recipe, overrides(set_), overwrite)
+
+
+app.command("ablate")(ablate.ablate)
+app.command("train")(train.train)
+app.command("check")(check.check)
 
 
 def main() -> None:

@@ -7,15 +7,20 @@ from __future__ import annotations
 
 import difflib
 import re
+from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model, model_validator
 from pydantic.dataclasses import dataclass
+from pydantic_core import PydanticCustomError
+from typing_extensions import is_typeddict
 
-from defeat_cli.config.architecture import STRICT, Architecture
+from defeat_cli.config.architecture import STRICT, Architecture, SomeSettings
+from defeat_cli.config.terms import DEFAULT_TERMS, SETTINGS, TermSettings
 from defeat_cli.config.types import Count, Fraction, NonNegative, Positive
+from defeat_cli.config.yaml import read_yaml
 from defeat_cli.errors import RecipeError
 from defeat_cli.files import replacing
 
@@ -34,6 +39,9 @@ class Student(Architecture):
     """ImageNet weights of the backbone: `imagenet` (downloaded by torchvision) or a file; null starts from scratch."""
     weights: str | None = None
     """Detector checkpoint to start from; `--student-weights`."""
+    inherit: list[Literal["neck", "head"]] = field(default_factory=list)
+    """Parts that start as the teacher's, where shapes agree (FGD's and MGD's `init_student`). Never compare a student
+    that inherits with one that does not: the plain student of a study or of `--compare-plain` inherits too."""
 
 
 class Teacher(Section):
@@ -43,8 +51,12 @@ class Teacher(Section):
     """A checkpoint file, `torchvision:NAME` for torchvision's COCO weights, `shipped:NAME`; `--teacher`."""
     recipe: str | None = None
     """Recipe that trains the teacher first, where no checkpoint is given."""
-    architecture: Architecture | None = None
-    """For a plain state dict, which does not say what it is; null reads it from the keys where it can."""
+    architecture: SomeSettings | None = None
+    """Settings of the teacher in place of its checkpoint's own, e.g. `score_threshold`, or what a plain state dict
+    does not tell (`anchor_sizes`). They cannot change what its weights are of."""
+    size: Literal["student", "own"] = "student"
+    """The image size that it sees: the student's (cheapest: images are prepared once), or the one that it was trained
+    with (its features are resized to the student's grid, its regions scaled)."""
 
 
 class Shapes(Section):
@@ -82,35 +94,75 @@ class Data(Section):
     shapes: Shapes = Shapes()
 
 
-class Distillation(Section):
-    """Which terms supervise the student, and how strongly (DeFeat, section 3)."""
+class _Distillation(Section):
+    """Which terms supervise the student, each a section of settings; null switches one off."""
 
-    neck: bool = True
-    """Imitate the teacher's FPN features."""
-    head: bool = True
-    """Match the teacher's classification of its own proposals."""
-    backbone: bool = False
-    """Imitate backbone stages 2-4 as well."""
-    mask: Literal["boxes", "gaussian", "fine-grained", "full"] = "boxes"
-    """What counts as foreground in the neck."""
-    finest_scale: Positive = 56.0
-    """Object side, in pixels, that the first level begins at."""
-    alpha_fg: NonNegative = 4.0
-    alpha_bg: NonNegative = 16.0
-    decoupled_head: bool = True
-    """Foreground and background regions are averaged apart; false takes one average over all, with beta_fg."""
-    beta_fg: NonNegative = 2.0
-    beta_bg: NonNegative = 2.0
-    temperature_fg: Positive = 1.0
-    temperature_bg: Positive = 1.0
+    # Keys beyond the fields are terms that bring their own settings; any other is refused below.
+    model_config = ConfigDict(extra="allow")
+
     warmup_steps: Annotated[int, Field(ge=0)] = 2000
-    """Steps over which the distillation terms grow linearly from 0 to their weight."""
+    """Steps over which terms grow linearly from 0 to their weight, where they do not say themselves."""
     class_map: dict[str, str] = {}
     """Teacher class name to student class name, where names differ."""
+    balance: Positive | None = None
+    """The pull that each term is to have: the norm of its gradient at the student's features as a share of the
+    detection loss's. Factors on the terms' weights are measured in the first steps and then fixed; null leaves the
+    weights as they are."""
 
     @property
-    def active(self) -> bool:
-        return self.neck or self.head or self.backbone
+    def terms(self) -> dict[str, TermSettings]:
+        """The settings of the terms that are on, by name."""
+        sections = [*SETTINGS, *(self.model_extra or {})]
+        return {name: getattr(self, name) for name in sections if getattr(self, name) is not None}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_sections(cls, content: Any) -> Any:
+        if not isinstance(content, dict):
+            return content
+        sections, problems = dict(content), []
+        for name, value in content.items():
+            if name in MOVED and not (name in SETTINGS and (value is None or isinstance(value, dict))):
+                problems.append(f"distillation.{name}: {MOVED[name]}")
+            elif name not in cls.model_fields:
+                kind = _own_settings(name)
+                if kind is None:
+                    problems.append(f"distillation.{name}: unknown key{nearest(name, cls.model_fields)}")
+                elif value is not None:
+                    try:
+                        sections[name] = TypeAdapter(kind).validate_python(value)
+                    except ValidationError as error:
+                        problems += [_problem(d, ("distillation", name)) for d in error.errors()]
+        if problems:
+            raise PydanticCustomError("sections", "\n  ".join(problems))
+        return sections
+
+
+MOVED = {
+    **dict.fromkeys(
+        ("neck", "head", "backbone"), "is a section of settings, e.g. {alpha_bg: 8}; null switches it off, {} on"
+    ),
+    **{key: f"is distillation.neck.{key} now" for key in ("mask", "finest_scale")},
+    **{key: f"is distillation.neck.{key} now, and distillation.backbone.{key}" for key in ("alpha_fg", "alpha_bg")},
+    **{key: f"is distillation.head.{key} now" for key in ("beta_fg", "beta_bg", "temperature_fg", "temperature_bg")},
+    "decoupled_head": "is distillation.head.decoupled now",
+}
+"""Keys of the form that recipes had before terms had sections."""
+
+
+def _own_settings(name: str) -> type | None:
+    """The settings of a term that is not among the shipped ones."""
+    from defeat_cli.distillation.terms import TERMS  # imports torch, so only where such a term is asked for
+
+    return TERMS[name].Settings if name in TERMS else None
+
+
+Distillation = create_model(
+    "Distillation",
+    __base__=_Distillation,
+    __doc__=_Distillation.__doc__,
+    **{name: (settings | None, settings() if name in DEFAULT_TERMS else None) for name, settings in SETTINGS.items()},
+)
 
 
 class Optimizer(Section):
@@ -155,6 +207,8 @@ class Run(Section):
     """Epochs between evaluations; the last epoch is always evaluated."""
     log_every: Count = 50
     """Steps between lines in metrics.jsonl."""
+    pull_every: Annotated[int, Field(ge=0)] = 100
+    """Steps between measurements of the terms' pulls, which cost about half a step; 0 measures none."""
     checkpoint_every: Count = 1000
     """Steps between saves of last.pt; it is saved after each epoch too."""
     compare_plain: bool = False
@@ -173,30 +227,6 @@ class Recipe(Section):
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
     run: Run = Run()
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads `1e-4` as a number, as people write it, and refuses a key given twice."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
-
-
-def _unique_mapping(loader: _Loader, node: yaml.MappingNode) -> dict:
-    seen = set()
-    for key_node, _ in node.value:
-        key = loader.construct_object(key_node)
-        if key in seen:
-            raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", key_node.start_mark)
-        seen.add(key)
-    return loader.construct_mapping(node, deep=True)
-
-
-_Loader.add_constructor("tag:yaml.org,2002:map", _unique_mapping)
 
 
 def recipes_folder() -> Path:
@@ -225,47 +255,6 @@ def find_recipe(name: str) -> Path:
     )
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file that holds one mapping.
-
-    Raises:
-        RecipeError: it does not parse (with the line), or holds something else.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: cannot be read as text: {error}") from None
-    return _parsed_mapping(text, str(path))
-
-
-def _parsed_mapping(text: str, origin: str) -> dict[str, Any]:
-    try:
-        content = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f"{origin}:{mark.line + 1}" if mark else origin
-        raise RecipeError(f"{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise RecipeError(f"{origin}: expected a mapping of keys to values, found {type(content).__name__}")
-    return content
-
-
-def parse_assignments(assignments: list[str]) -> dict[str, Any]:
-    """`["optimizer.lr=1e-3"]` as dotted keys to YAML values."""
-    values = {}
-    for assignment in assignments:
-        key, separator, value = assignment.partition("=")
-        if not separator or not key:
-            raise RecipeError(f"--set {assignment}: expected dotted.key=value, e.g. optimizer.lr=0.01")
-        try:
-            values[key.strip()] = yaml.load(value, _Loader)
-        except yaml.YAMLError:
-            raise RecipeError(f"--set {assignment}: {value!r} is not a valid YAML value") from None
-    return values
-
-
 def merged(content: dict[str, Any], overrides: dict[str, Any], origin: str = "--set") -> dict[str, Any]:
     """A copy of nested `content` with dotted overrides set in it."""
     result = dict(content)
@@ -279,7 +268,25 @@ def merged(content: dict[str, Any], overrides: dict[str, Any], origin: str = "--
             place[parent] = dict(inner or {})
             place = place[parent]
         place[last] = value
+        if dotted == ONLY:
+            place.update(_only(place))
+            del place[last]
     return result
+
+
+ONLY = "distillation.only"
+"""`distillation.only: [neck, head]` switches these terms on, where they are not, and all others off. Not a key that is
+kept: it stands for what it does."""
+
+
+def _only(distillation: dict[str, Any]) -> dict[str, Any]:
+    """The sections of terms by which `only` is obeyed."""
+    wanted = distillation["only"]
+    if not isinstance(wanted, list) or not all(isinstance(name, str) for name in wanted):
+        raise RecipeError(f"{ONLY}: expected a list of terms, e.g. [neck, head] (got {wanted!r})")
+    on = {name: distillation.get(name) or {} for name in wanted}
+    terms = {*SETTINGS, *(name for name in distillation if name not in _Distillation.model_fields and name != "only")}
+    return {**dict.fromkeys(terms - set(wanted)), **on}
 
 
 def validate(content: dict[str, Any], origin: str) -> Recipe:
@@ -288,6 +295,8 @@ def validate(content: dict[str, Any], origin: str) -> Recipe:
     Raises:
         RecipeError: lists every unknown key, wrong type and value out of range, by dotted name.
     """
+    if isinstance(content.get("distillation"), dict) and "only" in content["distillation"]:
+        content = merged(content, {ONLY: content["distillation"]["only"]})
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
@@ -295,12 +304,15 @@ def validate(content: dict[str, Any], origin: str) -> Recipe:
     raise RecipeError("\n  ".join([f"{origin} cannot be used:", *problems]))
 
 
-def _problem(details: dict[str, Any]) -> str:
-    location = [str(part) for part in details["loc"]]
+def _problem(details: dict[str, Any], within: tuple[str, ...] = ()) -> str:
+    """One mistake in the user's dotted names; `within` is where the mistake's own location begins."""
+    location = [*within, *(str(part) for part in details["loc"])]
     dotted = ".".join(location)
     if details["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         keys = _fields(_section_at(location[:-1]))
         return f"{dotted}: unknown key{nearest(location[-1], keys)}"
+    if details["type"] == "sections":
+        return details["msg"]
     message = details["msg"].removeprefix("Value error, ").replace("Input should", "should")
     value = details["input"]
     shown = "" if isinstance(value, dict | BaseModel) else f" (got {value!r})"
@@ -311,6 +323,8 @@ def _problem(details: dict[str, Any]) -> str:
 
 def _fields(section: type | None) -> dict[str, Any]:
     """Keys of a section and their types; none where there is no such section."""
+    if section is not None and is_typeddict(section):
+        return get_type_hints(section)
     if section is None or not hasattr(section, "__pydantic_fields__"):
         return {}
     return {name: info.annotation for name, info in section.__pydantic_fields__.items()}
@@ -320,7 +334,7 @@ def _section_at(location: list[str]) -> type | None:
     """The section that a dotted location names."""
     section: type | None = Recipe
     for part in location:
-        annotation = _fields(section).get(part)
+        annotation = _fields(section).get(part) or (_own_settings(part) if section is Distillation else None)
         section = next((kind for kind in (annotation, *get_args(annotation)) if _fields(kind)), None)
     return section
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from defeat_cli.config.schema import nearest, read_yaml
+from defeat_cli.config.schema import ONLY, nearest
+from defeat_cli.config.yaml import read_yaml
 from defeat_cli.errors import RecipeError
 
 
@@ -21,40 +22,59 @@ class Variant:
     overrides: dict[str, Any] = field(default_factory=dict)
 
 
-def _places(neck: bool = False, head: bool = False, backbone: bool = False, **settings: Any) -> dict[str, Any]:
-    switches = {"neck": neck, "head": head, "backbone": backbone}
-    return {f"distillation.{key}": value for key, value in {**switches, **settings}.items()}
+def _only(*terms: str, **settings: Any) -> dict[str, Any]:
+    """Overrides that switch on these terms and no others; `neck__mask` is `distillation.neck.mask`."""
+    changes = {f"distillation.{key.replace('__', '.')}": value for key, value in settings.items()}
+    return {ONLY: list(terms), **changes}
 
 
 VARIANTS = {
-    "none": Variant("the student alone, no distillation: what every other variant is compared with", _places()),
+    "none": Variant("the student alone, no distillation: what every other variant is compared with", _only()),
     "full": Variant(
-        "neck: the whole feature map with one weight (M = 1 everywhere)", _places(neck=True, mask="full", alpha_bg=0.0)
+        "neck: the whole feature map with one weight (M = 1 everywhere)",
+        _only("neck", neck__mask="full", neck__alpha_bg=0.0),
     ),
-    "fg-only": Variant("neck: cells inside boxes only", _places(neck=True, mask="boxes", alpha_bg=0.0)),
-    "bg-only": Variant("neck: cells outside boxes only", _places(neck=True, mask="boxes", alpha_fg=0.0)),
-    "neck": Variant("neck: inside and outside, each with its own weight", _places(neck=True, mask="boxes")),
+    "fg-only": Variant("neck: cells inside boxes only", _only("neck", neck__mask="boxes", neck__alpha_bg=0.0)),
+    "bg-only": Variant("neck: cells outside boxes only", _only("neck", neck__mask="boxes", neck__alpha_fg=0.0)),
+    "neck": Variant("neck: inside and outside, each with its own weight", _only("neck", neck__mask="boxes")),
     "gaussian": Variant(
-        "neck: a Gaussian on each box and nothing outside (TADF)", _places(neck=True, mask="gaussian", alpha_bg=0.0)
+        "neck: a Gaussian on each box and nothing outside (TADF)",
+        _only("neck", neck__mask="gaussian", neck__alpha_bg=0.0),
     ),
     "fine-grained": Variant(
         "neck: cells with an anchor near a box and nothing else (FGFI)",
-        _places(neck=True, mask="fine-grained", alpha_bg=0.0),
+        _only("neck", neck__mask="fine-grained", neck__alpha_bg=0.0),
     ),
-    "head-all": Variant("head: one average over all regions", _places(head=True, decoupled_head=False)),
-    "head-fg": Variant("head: foreground regions only", _places(head=True, decoupled_head=True, beta_bg=0.0)),
-    "head-bg": Variant("head: background regions only", _places(head=True, decoupled_head=True, beta_fg=0.0)),
+    "head-all": Variant("head: one average over all regions", _only("head", head__decoupled=False)),
+    "head-fg": Variant("head: foreground regions only", _only("head", head__decoupled=True, head__beta_bg=0.0)),
+    "head-bg": Variant("head: background regions only", _only("head", head__decoupled=True, head__beta_fg=0.0)),
     "head": Variant(
-        "head: foreground and background regions, each with its own weight", _places(head=True, decoupled_head=True)
+        "head: foreground and background regions, each with its own weight", _only("head", head__decoupled=True)
     ),
     "defeat": Variant(
-        "DeFeat: neck + head, both decoupled", _places(neck=True, head=True, mask="boxes", decoupled_head=True)
+        "DeFeat: neck + head, both decoupled", _only("neck", "head", neck__mask="boxes", head__decoupled=True)
     ),
     "defeat+backbone": Variant(
         "DeFeat, and backbone stages 2-4 as well",
-        _places(neck=True, head=True, backbone=True, mask="boxes", decoupled_head=True),
+        _only("neck", "head", "backbone", neck__mask="boxes", head__decoupled=True),
     ),
+    "pkd": Variant("PKD: features that correlate with the teacher's", _only("pkd")),
+    "cwd": Variant("CWD: channels that look where the teacher's do", _only("cwd")),
+    "fgd": Variant("FGD: focal and global imitation of the neck", _only("fgd")),
+    "mgd": Variant("MGD: the teacher's features generated from a masked student", _only("mgd")),
+    "frs": Variant("FRS: features and scores where the teacher is sure of an object", _only("frs")),
+    "fitnets": Variant("FitNets: imitation of every cell of the neck alike", _only("fitnets")),
+    "dist": Variant("DIST: class probabilities that correlate with the teacher's", _only("dist")),
+    "crosskd": Variant("CrossKD: the teacher's head on the student's features (one-stage pairs)", _only("crosskd")),
+    "defeat+pkd": Variant("DeFeat and PKD", _only("neck", "head", "pkd", neck__mask="boxes", head__decoupled=True)),
+    "crosskd+pkd": Variant("CrossKD and PKD (one-stage pairs)", _only("crosskd", "pkd")),
 }
+
+GROUPS = {
+    "--all-masks": ("full", "fg-only", "bg-only", "neck", "gaussian", "fine-grained"),
+    "--all-methods": ("neck", "defeat", "pkd", "cwd", "fgd", "mgd", "frs", "fitnets", "dist", "crosskd"),
+}
+"""Options of `defeat ablate` that stand for several variants."""
 
 
 def read_variants(path: Path | None) -> dict[str, Variant]:
@@ -77,7 +97,7 @@ def read_variants(path: Path | None) -> dict[str, Variant]:
         if isinstance(overrides, dict) and set(overrides) == {"summary", "overrides"}:
             summary, overrides = overrides["summary"], overrides["overrides"]
         if not isinstance(overrides, dict) or not overrides:
-            raise RecipeError(f"{path}: {name}: expected recipe overrides, e.g. {{distillation.alpha_bg: 8}}")
+            raise RecipeError(f"{path}: {name}: expected recipe overrides, e.g. {{distillation.neck.alpha_bg: 8}}")
         flat = dict(_flattened(overrides))
         own[str(name)] = Variant(summary or ", ".join(f"{key}={value}" for key, value in flat.items()), flat)
     return {**VARIANTS, **own}

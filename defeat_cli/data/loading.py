@@ -112,9 +112,12 @@ def training_loader(
     return Loader(dataset, workers, batch_sampler=order, pin_memory=pin_memory)
 
 
-def evaluation_loader(dataset: Dataset, batch_size: int, workers: int, *, pin_memory: bool = False) -> Loader:
-    """Batches in the data set's order; a `Subset` will do."""
-    return Loader(dataset, workers, batch_size=batch_size, pin_memory=pin_memory)
+def evaluation_loader(dataset: Dataset, workers: int, *, pin_memory: bool = False) -> Loader:
+    """One image at a time in the data set's order; a `Subset` will do.
+
+    In a larger batch an image is padded to the size of others, which changes what is detected on it.
+    """
+    return Loader(dataset, workers, batch_size=1, pin_memory=pin_memory)
 
 
 def collate(samples: list[Sample | DataError]) -> LoadedBatch | DataError:

@@ -12,7 +12,16 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 
 from defeat_cli.config.architecture import Architecture
 from defeat_cli.detectors.backbones import build_backbone
-from defeat_cli.detectors.contract import Batch, Detector, Regions, at_least_float32, image_list
+from defeat_cli.detectors.contract import (
+    Batch,
+    Detector,
+    Regions,
+    TorchvisionAnchors,
+    TorchvisionDetector,
+    anchor_obstacle,
+    at_least_float32,
+    image_list,
+)
 from defeat_cli.detectors.conventions import (
     adopt_thinning,
     build_anchor_generator,
@@ -27,7 +36,7 @@ POOL_SIZE = 7
 """Side of the pooled features of one region."""
 
 
-class FasterRCNNDetector(Detector):
+class FasterRCNNDetector(TorchvisionDetector, TorchvisionAnchors):
     """`torchvision.models.detection.FasterRCNN`: its regions are proposals, its classifier a softmax."""
 
     softmax = True
@@ -41,6 +50,16 @@ class FasterRCNNDetector(Detector):
     @property
     def anchor_generator(self) -> AnchorGenerator:
         return self.model.rpn.anchor_generator
+
+    def cell_logits(self, features: list[Tensor]) -> list[Tensor]:
+        """The objectness of the region proposal network, [N, A, 1, h, w] a level."""
+        objectness, _ = self.model.rpn.head(features)
+        return [logits[:, :, None] for logits in objectness]
+
+    def cell_obstacle(self, teacher: Detector) -> str | None:
+        if not isinstance(teacher, FasterRCNNDetector):
+            return "one detector scores cells for classes, the other as places of objects"
+        return anchor_obstacle(self.anchor_generator, teacher.anchor_generator)
 
     @torch.no_grad()
     def regions(self, features: list[Tensor], batch: Batch) -> Regions:
@@ -61,7 +80,7 @@ class FasterRCNNDetector(Detector):
             batch.sizes,
         )
 
-    def detection_losses(self, features: list[Tensor], batch: Batch) -> dict[str, Tensor]:
+    def losses(self, features: list[Tensor], batch: Batch) -> dict[str, Tensor]:
         """`loss_classifier`, `loss_box_reg`, `loss_objectness`, `loss_rpn_box_reg`. Needs training mode."""
         named = self._named(features)
         proposals, rpn_losses = self.model.rpn(image_list(batch), named, batch.targets)

@@ -23,7 +23,11 @@ NORM_GROUPS = 32
 class FCOSDetector(OneStageDetector):
     """`torchvision.models.detection.FCOS`: points near the middle of a box are foreground, all others background."""
 
-    has_anchors = False
+    def _box_outputs(self, box_map: Tensor) -> Tensor:
+        return super()._box_outputs(box_map).relu()
+
+    def _decode(self, deltas: Tensor, anchors: Tensor) -> Tensor:
+        return self.model.box_coder.decode(deltas, anchors)
 
     def _compute_loss(
         self, owner: object, targets: list[Target], outputs: dict, anchors: list[Tensor], features: list[Tensor]

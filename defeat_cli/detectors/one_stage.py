@@ -6,26 +6,39 @@ from abc import abstractmethod
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torch import Tensor, nn
 
-from defeat_cli.detectors.contract import Batch, Detector, Regions, Target, at_least_float32, image_list
+from defeat_cli.detectors.contract import (
+    Batch,
+    DenseHead,
+    Detector,
+    RegionClassifier,
+    Regions,
+    Target,
+    TorchvisionDetector,
+    anchor_obstacle,
+    at_least_float32,
+    image_list,
+)
 
 
-class OneStageDetector(Detector):
+class OneStageDetector(TorchvisionDetector, DenseHead):
     """A detector whose regions are all anchors of an image, level after level, those of one cell side by side."""
 
     softmax = False
-
-    @property
-    def anchor_generator(self) -> AnchorGenerator:
-        return self.model.anchor_generator
 
     @abstractmethod
     def _compute_loss(
         self, owner: object, targets: list[Target], outputs: dict, anchors: list[Tensor], features: list[Tensor]
     ) -> object:
         """torchvision's `compute_loss` with `owner` as its `self`: it matches anchors, then calls `owner.head`."""
+
+    def region_obstacle(self, teacher: RegionClassifier) -> str | None:
+        if reason := super().region_obstacle(teacher):
+            return reason
+        if type(self) is not type(teacher) or self.strides != teacher.strides:
+            return "one-stage detectors of different kinds or strides classify different anchors"
+        return anchor_obstacle(self.model.anchor_generator, teacher.model.anchor_generator)
 
     @torch.no_grad()
     def regions(self, features: list[Tensor], batch: Batch) -> Regions:
@@ -35,7 +48,7 @@ class OneStageDetector(Detector):
         labels = [_label(target["labels"], of_image) for target, of_image in zip(batch.targets, matched, strict=True)]
         return Regions(anchors, labels, batch.sizes)
 
-    def detection_losses(self, features: list[Tensor], batch: Batch) -> dict[str, Tensor]:
+    def losses(self, features: list[Tensor], batch: Batch) -> dict[str, Tensor]:
         """The named losses of torchvision's head, in any mode."""
         outputs = {name: at_least_float32(output) for name, output in self.model.head(features).items()}
         anchors = self.model.anchor_generator(image_list(batch), features)
@@ -45,6 +58,62 @@ class OneStageDetector(Detector):
         """[N * A, K] sigmoid logits of all anchors; torchvision's unused background column is left out."""
         logits = self.model.head.classification_head(features)
         return logits[..., 1:].flatten(0, 1)
+
+    def cell_logits(self, features: list[Tensor]) -> list[Tensor]:
+        """Logits of the classes, [N, A, K, h, w] a level; torchvision's unused background column is left out."""
+        head = self.model.head.classification_head
+        maps = [head.cls_logits(head.conv(feature)) for feature in features]
+        return [logits.unflatten(1, (-1, head.num_classes))[:, :, 1:] for logits in maps]
+
+    def cell_obstacle(self, teacher: Detector) -> str | None:
+        if not isinstance(teacher, RegionClassifier):
+            return "the teacher does not score cells"
+        return self.region_obstacle(teacher)
+
+    @property
+    def tower_channels(self) -> tuple[int, int]:
+        return tuple(last[0].in_channels for _, last in self._split_towers())
+
+    def towers(self, features: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        (of_classes, _), (of_boxes, _) = self._split_towers()
+        return [(of_classes(feature), of_boxes(feature)) for feature in features]
+
+    def predict(self, towers: list[tuple[Tensor, Tensor]], batch: Batch) -> list[tuple[Tensor, Tensor]]:
+        (_, last_of_classes), (_, last_of_boxes) = self._split_towers()
+        classifier = self.model.head.classification_head
+        anchors = self.model.anchor_generator(image_list(batch), [class_map for class_map, _ in towers])[0]
+        outputs = []
+        for class_map, box_map in towers:
+            logits = _by_anchor(classifier.cls_logits(last_of_classes(class_map)), classifier.num_classes)
+            deltas = _by_anchor(self._box_outputs(last_of_boxes(box_map)), 4)
+            of_level, anchors = anchors[: deltas.shape[1]], anchors[deltas.shape[1] :]
+            boxes = self._decode(deltas.flatten(0, 1), of_level.repeat(len(deltas), 1)).view_as(deltas)
+            outputs.append((logits[..., 1:], boxes))
+        return outputs
+
+    def _split_towers(self) -> list[tuple[nn.Sequential, nn.Sequential]]:
+        """The class tower and the box tower, each before its last convolution and from there on."""
+        return [_split(head.conv) for head in (self.model.head.classification_head, self.model.head.regression_head)]
+
+    def _box_outputs(self, box_map: Tensor) -> Tensor:
+        """What the box predictor makes of the end of its tower: [N, C, h, w] -> [N, A * 4, h, w]."""
+        return self.model.head.regression_head.bbox_reg(box_map)
+
+    @abstractmethod
+    def _decode(self, deltas: Tensor, anchors: Tensor) -> Tensor:
+        """Boxes from predictor outputs and anchors: [R, 4] each -> [R, 4] xyxy pixels."""
+
+
+def _by_anchor(outputs: Tensor, columns: int) -> Tensor:
+    """Outputs of a map in the order of its anchors: [N, A * columns, h, w] -> [N, h * w * A, columns], float32."""
+    return at_least_float32(outputs.unflatten(1, (-1, columns)).permute(0, 3, 4, 1, 2).flatten(1, 3))
+
+
+def _split(tower: nn.Sequential) -> tuple[nn.Sequential, nn.Sequential]:
+    """A tower of convolutions, norms and activations, however nested, before its last convolution and from there on."""
+    layers = [layer for layer in tower.modules() if not list(layer.children())]
+    last = max(i for i, layer in enumerate(layers) if isinstance(layer, nn.Conv2d))
+    return nn.Sequential(*layers[:last]), nn.Sequential(*layers[last:])
 
 
 class _Matching:

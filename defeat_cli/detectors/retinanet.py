@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 from torchvision.models.detection import RetinaNet
+from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 from defeat_cli.config.architecture import Architecture
 from defeat_cli.detectors.backbones import build_backbone
-from defeat_cli.detectors.contract import Target
+from defeat_cli.detectors.contract import Target, TorchvisionAnchors
 from defeat_cli.detectors.conventions import (
     ConventionRetinaNet,
     build_anchor_generator,
@@ -20,8 +21,15 @@ ANCHOR_SIZES = [[float(int(side * 2 ** (third / 3))) for third in range(3)] for 
 """Anchor sides of P3 to P7 in pixels, whole as torchvision has them."""
 
 
-class RetinaNetDetector(OneStageDetector):
+class RetinaNetDetector(OneStageDetector, TorchvisionAnchors):
     """`torchvision.models.detection.RetinaNet`: anchors that overlap a box a little are ignored, label -1."""
+
+    @property
+    def anchor_generator(self) -> AnchorGenerator:
+        return self.model.anchor_generator
+
+    def _decode(self, deltas: Tensor, anchors: Tensor) -> Tensor:
+        return self.model.box_coder.decode_single(deltas, anchors)
 
     def _compute_loss(
         self, owner: object, targets: list[Target], outputs: dict, anchors: list[Tensor], features: list[Tensor]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor, nn
 
 INITIAL_STD = 1e-4
@@ -30,16 +28,3 @@ class Adapter(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """[N, C_student, h, w] -> [N, C_teacher, h, w]."""
         return self.activation(self.conv(features))
-
-
-def build_adapters(
-    student_channels: Sequence[int], teacher_channels: Sequence[int], relu: bool = False
-) -> nn.ModuleList:
-    """One adapter for each pair of levels, in order.
-
-    Args:
-        student_channels, teacher_channels: channels of each level, as the two detectors really give them.
-        relu: True for backbone stages, False for the neck.
-    """
-    pairs = zip(student_channels, teacher_channels, strict=True)
-    return nn.ModuleList(Adapter(student, teacher, relu) for student, teacher in pairs)

@@ -1,4 +1,4 @@
-"""The distillation losses: pure functions on tensors (DeFeat, section 3).
+"""The distillation losses: pure functions on tensors; DeFeat's (section 3) here, its rivals' from `rival_losses`.
 
 All compute in float32 at least, whatever autocast says; the teacher's side gets no gradient; a group that nothing
 belongs to gives an exact 0 that the student is still connected to.
@@ -8,9 +8,44 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from defeat_cli.distillation.reduction import in_full_precision, require_same, weighted_mean
+from defeat_cli.distillation.rival_losses import (
+    attention,
+    crosskd_box,
+    crosskd_class,
+    cwd_loss,
+    dist_loss,
+    fgd_attention_loss,
+    fgd_attention_parts,
+    fgd_focal,
+    frs_class_loss,
+    frs_loss,
+    mgd_loss,
+    moments,
+    pkd_loss,
+)
+
+__all__ = [
+    "attention",
+    "crosskd_box",
+    "crosskd_class",
+    "cwd_loss",
+    "dist_loss",
+    "fgd_attention_loss",
+    "fgd_attention_parts",
+    "fgd_focal",
+    "frs_class_loss",
+    "frs_loss",
+    "imitation_loss",
+    "mgd_loss",
+    "moments",
+    "pkd_loss",
+    "region_kl",
+    "region_kl_sigmoid",
+]
 
 
 def imitation_loss(
@@ -38,14 +73,8 @@ def imitation_loss(
     Raises:
         ValueError: shapes that do not go together.
     """
-    cells = (len(student), *student.shape[2:])
-    if student.shape != teacher.shape or mask.shape != cells or (valid is not None and valid.shape != cells):
-        raise ValueError(
-            f"student {tuple(student.shape)}, teacher {tuple(teacher.shape)}, mask {tuple(mask.shape)}"
-            + (f" and valid {tuple(valid.shape)}" if valid is not None else "")
-            + " do not describe the same cells"
-        )
-    student, teacher = _in_full_precision(student, teacher)
+    require_same("cells", student, teacher, mask=mask, valid=valid)
+    student, teacher = in_full_precision(student, teacher)
     foreground = mask.to(student.dtype)
     background = 1 - foreground
     if valid is not None:
@@ -53,8 +82,8 @@ def imitation_loss(
     error = (student - teacher).square().sum(dim=1)
     twice_channels = 2 * student.shape[1]
     return (
-        alpha_fg / twice_channels * _mean(error, foreground),
-        alpha_bg / twice_channels * _mean(error, background),
+        alpha_fg / twice_channels * weighted_mean(error, foreground),
+        alpha_bg / twice_channels * weighted_mean(error, background),
     )
 
 
@@ -121,15 +150,8 @@ def _decoupled(
     valid: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Weighted means of a divergence of [R, K] logits over foreground and over background regions."""
-    regions = student.shape[:1]
-    if student.shape != teacher.shape or foreground.shape != regions or (valid is not None and valid.shape != regions):
-        raise ValueError(
-            f"student logits {tuple(student.shape)}, teacher logits {tuple(teacher.shape)}, foreground "
-            f"{tuple(foreground.shape)}"
-            + (f" and valid {tuple(valid.shape)}" if valid is not None else "")
-            + " do not describe the same regions"
-        )
-    student, teacher = _in_full_precision(student, teacher)
+    require_same("regions", student, teacher, foreground=foreground, valid=valid)
+    student, teacher = in_full_precision(student, teacher)
     background = ~foreground
     if valid is not None:
         foreground, background = foreground & valid, background & valid
@@ -140,8 +162,8 @@ def _decoupled(
     kl_fg = at(temperature_fg)
     kl_bg = kl_fg if temperature_bg == temperature_fg else at(temperature_bg)
     return (
-        beta_fg * _mean(kl_fg, foreground.to(student.dtype)),
-        beta_bg * _mean(kl_bg, background.to(student.dtype)),
+        beta_fg * weighted_mean(kl_fg, foreground.to(student.dtype)),
+        beta_bg * weighted_mean(kl_bg, background.to(student.dtype)),
     )
 
 
@@ -157,15 +179,3 @@ def _sigmoid_kl(student: Tensor, teacher: Tensor) -> Tensor:
     yes = teacher.sigmoid() * (F.logsigmoid(teacher) - F.logsigmoid(student))
     no = (-teacher).sigmoid() * (F.logsigmoid(-teacher) - F.logsigmoid(-student))
     return (yes + no).sum(dim=1)
-
-
-def _in_full_precision(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in one dtype, float32 at least, the teacher without gradient."""
-    dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
-    return student.to(dtype), teacher.detach().to(dtype)
-
-
-def _mean(values: Tensor, weights: Tensor) -> Tensor:
-    """Weighted mean over all elements; where the weights sum to 0, an exact 0 connected to the values."""
-    total = weights.sum()
-    return (weights * values).sum() / torch.where(total > 0, total, 1)

@@ -141,6 +141,47 @@ def backbone_masks(boxes: Sequence[Tensor], shapes: Sequence[Shape], strides: Se
     return masks
 
 
+@torch.no_grad()
+def focal_masks(
+    boxes: Sequence[Tensor], shapes: Sequence[Shape], strides: Sequence[int], valid: Sequence[Tensor] | None = None
+) -> list[tuple[Tensor, Tensor]]:
+    """Weights that let every object count alike, and the background as much as one (FGD, arXiv 2111.11837).
+
+        fg = largest over the boxes on a cell of 1 / (rows columns),  bg = 1 / (cells outside all boxes)
+
+    A box covers the cells that `box_masks` gives it, on every level, and rows and columns are those on the map. FGD's
+    published code differs where it errs: its boxes are a cell too large at right and bottom, stretched in batches with
+    padding, and lost where a corner is negative; its background includes the padding.
+
+    Args:
+        boxes, shapes, strides: as in `box_masks`.
+        valid: [N, h, w] bool for each level; cells that are False weigh nothing. None takes all.
+
+    Returns:
+        fg and bg, [N, h, w] each, for each level: every box's cells weigh 1 together where no smaller box covers
+        them; an image's background weighs 1 together, or 0 where it has none.
+    """
+    padded = _padded(boxes)
+    images, count = padded.shape[:2]
+    x1, y1, x2, y2 = padded.unbind(-1)
+    masks = []
+    for level, ((height, width), stride) in enumerate(zip(shapes, strides, strict=True)):
+        rows, columns = _spans(y1, y2, stride, height), _spans(x1, x2, stride, width)
+        area = rows.sum(dim=2) * columns.sum(dim=2)
+        weighted_rows = rows.to(padded.dtype) / area.clamp(min=1)[..., None]
+        fg = padded.new_zeros(images, height, width)
+        step = max(1, MAX_ELEMENTS // (images * height * width))
+        for start in range(0, count, step):
+            some = slice(start, start + step)
+            fg = torch.maximum(fg, (weighted_rows[:, some, :, None] * columns[:, some, None, :]).amax(dim=1))
+        outside = fg == 0
+        if valid is not None:
+            fg, outside = fg * valid[level], outside & valid[level]
+        outside = outside.to(fg.dtype)
+        masks.append((fg, outside / outside.sum(dim=(1, 2), keepdim=True).clamp(min=1)))
+    return masks
+
+
 def valid_masks(valid: Tensor, shapes: Sequence[Shape], strides: Sequence[int] | None = None) -> list[Tensor]:
     """Cells in each image's own area, not in the padding of the batch.
 

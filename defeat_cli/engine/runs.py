@@ -66,6 +66,10 @@ class RunFolder:
         """Make the folder ready for a run of `recipe`; a new run starts without the files of an old one."""
         self.check(recipe, resume=resume, overwrite=overwrite)
         if self.exists and resume:
+            if self.prolonged_by(recipe):
+                for name in (RESULTS, STUDENT):  # of the shorter run: this one is not finished
+                    (self / name).unlink(missing_ok=True)
+                recipes.save(recipe, self / RECIPE)
             return
         self.path.mkdir(parents=True, exist_ok=True)
         for name in RUN_FILES:
@@ -76,9 +80,17 @@ class RunFolder:
         """Whether the run that was begun here is one of this recipe."""
         return self.exists and not self._differences(recipe)
 
+    def prolonged_by(self, recipe: Recipe) -> bool:
+        """Whether the recipe trains for more epochs than the run that was begun here."""
+        return recipe.schedule.epochs > recipes.load(str(self / RECIPE)).schedule.epochs
+
     def _differences(self, recipe: Recipe) -> list[str]:
         before = recipes.load(str(self / RECIPE)).model_dump()
-        return [f"{name}: {old!r} there, {new!r} here" for name, old, new in _differences(before, recipe.model_dump())]
+        return [
+            f"{name}: {old!r} there, {new!r} here"
+            for name, old, new in _differences(before, recipe.model_dump())
+            if not (name == "schedule.epochs" and new > old)
+        ]
 
     def results(self) -> dict[str, Any]:
         """The content of results.json."""
@@ -104,14 +116,14 @@ class RunFolder:
             temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
 
 
-NOT_COMPARED = {"run.device", "run.name", "data.workers", "run.log_every", "run.checkpoint_every"}
+NOT_COMPARED = {"run.device", "run.name", "data.workers", "run.log_every", "run.checkpoint_every", "run.pull_every"}
 """Recipe keys that may change when a run is resumed: they do not change what is computed."""
 
 
 def _differences(old: dict, new: dict, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    for key in old:
-        name = f"{prefix}{key}"
-        if isinstance(old[key], dict) and isinstance(new[key], dict):
-            yield from _differences(old[key], new[key], f"{name}.")
-        elif old[key] != new[key] and name not in NOT_COMPARED:
-            yield name, old[key], new[key]
+    for key in dict.fromkeys([*old, *new]):
+        name, there, here = f"{prefix}{key}", old.get(key), new.get(key)
+        if isinstance(there, dict) and isinstance(here, dict):
+            yield from _differences(there, here, f"{name}.")
+        elif there != here and name not in NOT_COMPARED:
+            yield name, there, here

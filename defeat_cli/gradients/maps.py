@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from defeat_cli.detectors.contract import Batch, Detector
-from defeat_cli.distillation.adapters import build_adapters
+from defeat_cli.distillation.adapters import Adapter
 from defeat_cli.distillation.losses import imitation_loss
 from defeat_cli.distillation.masks import box_masks, valid_masks
 from defeat_cli.distillation.pairing import match_levels
@@ -78,7 +78,7 @@ def gradient_maps(
     with losses_in_eval_mode(detector):
         features = _as_leaves(detector, batch)
         return _mean_magnitudes(
-            lambda: part_of(detector.detection_losses(features, batch), loss), features, samples, seed, reduce
+            lambda: part_of(detector.losses(features, batch), loss), features, samples, seed, reduce
         )
 
 
@@ -159,7 +159,7 @@ def neck_adapters(
             f"no level of the teacher ({teacher.strides}) has a stride of the student's {student.strides}"
         )
     if trained:
-        adapters = build_adapters(inner, outer)
+        adapters = nn.ModuleList(Adapter(i, o) for i, o in zip(inner, outer, strict=True))
         try:
             adapters.load_state_dict(trained)
         except RuntimeError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import box_iou
 
-from defeat_cli import session
 from defeat_cli.config.schema import Recipe
 from defeat_cli.console import Reporter
 from defeat_cli.data.dataset import CocoDataset
-from defeat_cli.detectors.contract import Detector
+from defeat_cli.detectors.contract import Anchored, Detector
 from defeat_cli.distillation.distiller import Distiller
 from defeat_cli.distillation.pairing import match_classes
-from defeat_cli.jobs import training
+from defeat_cli.jobs.training import score_teacher, tell
+from defeat_cli.session import assemble
 
 FITTED_IMAGES = 32
 GOOD_ANCHOR_FIT = 0.55
@@ -41,33 +41,23 @@ def check(recipe: Recipe) -> Check:
         DefeatError: the run could not be started.
     """
     reporter = Reporter("check")
-    device = session.choose_device(recipe.run.device, recipe.run.precision)
-    training_data = session.open_data(recipe.data, "train", train=True)
-    validation_data = session.open_data(recipe.data, "val", train=False)
-    student = session.build_student(recipe, training_data.classes)
-    teacher = None
-    if recipe.teacher.checkpoint is not None:
-        loaded = session.load_detector(
-            recipe.teacher.checkpoint,
-            architecture=recipe.teacher.architecture,
-            classes=training_data.classes,
-            data=recipe.data,
-        )
-        teacher = loaded.detector
-        for note in loaded.weights.notes:
-            reporter.note(f"teacher: {note}")
-    distiller = session.build_distiller(recipe.distillation, student, teacher, reporter.warn).to(device)
-    image, target, _ = training_data[0]
-    images, targets = [image.to(device)], [{key: value.to(device) for key, value in target.items()}]
+    session = assemble(recipe)
+    tell(session, reporter)
+    student, teacher, data = session.student, session.teacher, session.training_data
+    distiller = session.distiller.to(session.device)
+    image, target, _ = data[0]
+    images, targets = [image.to(session.device)], [{key: value.to(session.device) for key, value in target.items()}]
 
     detectors = {"teacher": teacher, "student": student}
+    terms, pull = _losses(distiller, images, targets)
     facts: dict[str, Any] = {
         "detectors": {name: _describe(d, images) for name, d in detectors.items() if d is not None},
-        "terms": _terms(distiller, images, targets),
+        "terms": terms,
+        "pull": pull,
         "memory_gib": round(_memory(distiller, images, targets, recipe) / 2**30, 2),
     }
-    if student.has_anchors:
-        facts["anchor_fit"] = _anchor_fit(student, training_data)
+    if isinstance(student, Anchored):
+        facts["anchor_fit"] = _anchor_fit(student, data)
         if facts["anchor_fit"] < GOOD_ANCHOR_FIT:
             reporter.warn(
                 f"the student's anchors fit the boxes badly: the best anchor of a box has an IoU of "
@@ -76,13 +66,16 @@ def check(recipe: Recipe) -> Check:
             )
     tables = [_detectors_table(facts["detectors"])]
     if teacher is not None:
-        facts["levels"] = _levels(distiller)
+        facts["levels"] = [
+            {"term": name, **asdict(pairing)} for name, term in distiller.terms.items() for pairing in term.pairings()
+        ]
         facts["classes"] = [
             (student.classes[s], teacher.classes[t])
             for s, t in match_classes(student.classes, teacher.classes, recipe.distillation.class_map)
         ]
         tables += [_levels_table(facts["levels"]), _classes_table(facts["classes"], student, teacher)]
-        facts["teacher_ap"] = training.check_teacher(teacher, recipe, validation_data, device, reporter)
+        if session.teacher_is_trained:
+            facts["teacher_ap"] = score_teacher(session, reporter)
     tables.append(_run_table(facts, recipe))
     return Check(tables, facts)
 
@@ -117,11 +110,13 @@ def _anchor_fit(student: Detector, data: CocoDataset) -> float:
     return torch.cat(best).mean().item() if best else 1.0
 
 
-def _terms(distiller: Distiller, images: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, float]:
-    """Every loss term of one step on one image, at full weight."""
+def _losses(
+    distiller: Distiller, images: list[Tensor], targets: list[dict[str, Tensor]]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Every loss of one step on one image, at full weight, and how hard each term pulls."""
     distiller.train()
-    terms = distiller(images, targets)
-    return {name: value.item() for name, value in terms.weighted.items()}
+    losses = distiller(images, targets, measure=True)
+    return tuple({name: value.item() for name, value in of.items()} for of in (losses.weighted, losses.pull))
 
 
 def _memory(distiller: Distiller, images: list[Tensor], targets: list[dict[str, Tensor]], recipe: Recipe) -> float:
@@ -148,32 +143,6 @@ def _memory(distiller: Distiller, images: list[Tensor], targets: list[dict[str, 
     return sum(weights.values()) + trained * (1 + states) + activations * recipe.data.batch_size * halved
 
 
-def _levels(distiller: Distiller) -> list[dict[str, Any]]:
-    """Pairs of levels and the adapter of each; a student level without a partner has none."""
-    student, teacher = distiller.student, distiller.teacher
-    rows = []
-    places = [
-        ("neck", student.levels, teacher.levels, distiller.neck_pairs, distiller.neck_adapters),
-        ("backbone", student.stage_levels, teacher.stage_levels, distiller.stage_pairs, distiller.stage_adapters),
-    ]
-    for place, of_student, of_teacher, pairs, adapters in places:
-        if not getattr(distiller, place):
-            continue
-        partner = {s: (t, adapter) for (s, t), adapter in zip(pairs, adapters, strict=True)}
-        for s, level in enumerate(of_student):
-            t, adapter = partner.get(s, (None, None))
-            rows.append(
-                {
-                    "place": place,
-                    "stride": level.stride,
-                    "student": level.channels,
-                    "teacher": None if t is None else of_teacher[t].channels,
-                    "adapter": None if adapter is None else list(adapter.conv.weight.shape),
-                }
-            )
-    return rows
-
-
 def _detectors_table(detectors: dict[str, dict[str, Any]]) -> Table:
     table = Table(title="Detectors, on the first training image")
     for column in ("", "kind", "classes", "parameters", "GFLOPs", "levels (stride: channels)"):
@@ -189,11 +158,11 @@ def _detectors_table(detectors: dict[str, dict[str, Any]]) -> Table:
 
 def _levels_table(levels: list[dict[str, Any]]) -> Table:
     table = Table(title="How the levels pair up")
-    for column in ("place", "stride", "student channels", "teacher channels", "adapter"):
-        table.add_column(column, justify="left" if column in ("place", "adapter") else "right")
+    for column in ("term", "stride", "student channels", "teacher channels", "adapter"):
+        table.add_column(column, justify="left" if column in ("term", "adapter") else "right")
     for row in levels:
-        adapter = "no partner, left out" if row["adapter"] is None else "x".join(map(str, row["adapter"]))
-        table.add_row(row["place"], str(row["stride"]), str(row["student"]), str(row["teacher"] or "-"), adapter)
+        adapter = "no partner, left out" if row["adapter"] is None else row["adapter"]
+        table.add_row(row["term"], str(row["stride"]), str(row["student"]), str(row["teacher"] or "-"), adapter)
     return table
 
 
@@ -217,6 +186,8 @@ def _run_table(facts: dict[str, Any], recipe: Recipe) -> Table:
     table.add_column("", justify="right")
     for name, value in facts["terms"].items():
         table.add_row(f"{name}, one image at full weight", f"{value:.4g}")
+    for name, value in facts["pull"].items():
+        table.add_row(f"pull of {name} (1: as hard as the detection loss)", f"{value:.3g}")
     if "anchor_fit" in facts:
         table.add_row("mean IoU of a box's best anchor", f"{facts['anchor_fit']:.2f}")
     table.add_row(f"memory at batch size {recipe.data.batch_size}, estimated", f"{facts['memory_gib']:.2f} GiB")

@@ -15,10 +15,12 @@ from itertools import islice
 
 import torch
 
-from defeat_cli import session
 from defeat_cli.config import schema as recipes
+from defeat_cli.config.yaml import parse_assignments
 from defeat_cli.data.loading import training_loader
+from defeat_cli.engine.checkpoint import begin
 from defeat_cli.engine.loop import train_step
+from defeat_cli.session import AUTOCAST, assemble
 
 
 def main() -> None:
@@ -31,28 +33,20 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[])
     options = parser.parse_args()
 
-    changes = recipes.parse_assignments(options.set)
+    changes = parse_assignments(options.set)
     changes |= {"data.path": options.data} if options.data else {}
     changes |= {"teacher.checkpoint": options.teacher} if options.teacher else {}
+    changes |= {"run.device": options.device, "run.compare_plain": False}
     recipe = recipes.load(options.recipe, changes)
-    device = session.choose_device(options.device, recipe.run.precision)
-    data = session.open_data(recipe.data, "train", train=True)
-    autocast = session.AUTOCAST[recipe.run.precision]
-    teacher = session.load_detector(recipe.teacher.checkpoint, classes=data.classes, data=recipe.data).detector
-    trainings = [
-        session.build_training(
-            recipe,
-            session.build_distiller(recipe.distillation, session.build_student(recipe, data.classes), t, print),
-            device,
-        )
-        for t in (None, teacher.to(device))
-    ]
-    plain, distilled = (training for training in trainings)
+    sessions = [assemble(recipes.load(options.recipe, {**changes, "distillation.only": []})), assemble(recipe)]
+    device, teacher = sessions[1].device, sessions[1].teacher
+    autocast = AUTOCAST[recipe.run.precision]
+    plain, distilled = (begin(recipe, each.distiller, device) for each in sessions)
 
     def step(training, batch):
         training.distiller.train()
         train_step(
-            training, [batch], seed=0, lr=1e-4, warm=1.0, clip_norm=recipe.optimizer.clip_norm, autocast=autocast
+            training, [batch], seed=0, lr=1e-4, strength=1.0, clip_norm=recipe.optimizer.clip_norm, autocast=autocast
         )
 
     def look(batch):
@@ -69,7 +63,7 @@ def main() -> None:
         "distilled step": lambda batch: step(distilled, batch),
     }
     seconds: dict[str, list[float]] = {name: [] for name in parts}
-    loader = training_loader(data, recipe.data.batch_size, 0, seed=0)
+    loader = training_loader(sessions[1].training_data, recipe.data.batch_size, 0, seed=0)
     for i, batch in enumerate(islice(loader, options.steps + 2)):
         for name, run in parts.items():
             began = time.perf_counter()

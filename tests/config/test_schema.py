@@ -6,6 +6,7 @@ import yaml
 from defeat_cli.config import schema as recipes
 from defeat_cli.config.schema import Recipe
 from defeat_cli.config.variants import VARIANTS, find_variant, read_variants
+from defeat_cli.config.yaml import parse_assignments
 from defeat_cli.errors import RecipeError
 
 
@@ -83,7 +84,7 @@ def test_no_such_recipe_names_the_nearest():
 
 def test_assignments_override_the_file(tmp_path):
     path = write(tmp_path, "optimizer: {lr: 0.5, momentum: 0.8}")
-    changes = recipes.parse_assignments(["optimizer.lr=1e-3", "data.short_side=[640, 800]", "run.name=null"])
+    changes = parse_assignments(["optimizer.lr=1e-3", "data.short_side=[640, 800]", "run.name=null"])
     loaded = recipes.load(path, changes)
     assert loaded.optimizer.lr == 1e-3
     assert loaded.optimizer.momentum == 0.8
@@ -93,7 +94,7 @@ def test_assignments_override_the_file(tmp_path):
 @pytest.mark.parametrize("assignment", ["optimizer.lr", "=3", "optimizer.lr=[1"])
 def test_an_assignment_of_another_form_is_refused(assignment):
     with pytest.raises(RecipeError, match="--set"):
-        recipes.parse_assignments([assignment])
+        parse_assignments([assignment])
 
 
 def test_an_assignment_to_an_unknown_key_is_refused():
@@ -118,8 +119,37 @@ def test_regnet_needs_widths_and_nothing_else_takes_them():
 @pytest.mark.parametrize("name", VARIANTS)
 def test_each_variant_is_a_valid_change_of_the_distillation_settings(name):
     loaded = recipes.load("quickstart", VARIANTS[name].overrides)
-    assert loaded.distillation.active is (name != "none")
+    assert bool(loaded.distillation.terms) is (name != "none")
     assert all(key.startswith("distillation.") for key in VARIANTS[name].overrides)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("alpha_fg", 3.0, r"distillation\.alpha_fg: is distillation\.neck\.alpha_fg now"),
+        ("decoupled_head", False, r"distillation\.decoupled_head: is distillation\.head\.decoupled now"),
+        ("head", False, r"distillation\.head: is a section of settings"),
+        ("hed", None, r"distillation\.hed: unknown key \(did you mean head\?\)"),
+        ("neck.alpha_gf", 1.0, r"distillation\.neck\.alpha_gf: unknown key \(did you mean alpha_fg\?\)"),
+        ("only", ["nck"], r"distillation\.nck: unknown key \(did you mean neck\?\)"),
+        ("only", "neck", r"distillation\.only: expected a list of terms"),
+    ],
+)
+def test_a_key_of_the_flat_form_or_of_no_term_is_refused_with_the_right_name(key, value, told):
+    with pytest.raises(RecipeError, match=told):
+        recipes.load(None, {f"distillation.{key}": value})
+
+
+def test_only_switches_terms_on_and_all_others_off_and_later_settings_win(tmp_path):
+    path = write(tmp_path, "distillation: {neck: {alpha_fg: 3.0}, backbone: {alpha_fg: 5.0}}")
+    only = recipes.load(path, {"distillation.only": ["backbone", "head"]}).distillation
+    assert list(only.terms) == ["head", "backbone"]
+    assert only.backbone.alpha_fg == 5.0
+    both = recipes.load(path, {"distillation.only": ["neck", "head"], "distillation.head": None}).distillation
+    assert list(both.terms) == ["neck"]
+    assert both.neck.alpha_fg == 3.0
+    inside = write(tmp_path, "distillation: {only: [head]}", "inside.yaml")
+    assert list(recipes.load(inside).distillation.terms) == ["head"]
 
 
 def test_a_misspelt_variant_gets_the_nearest_name():
@@ -130,14 +160,14 @@ def test_a_misspelt_variant_gets_the_nearest_name():
 def test_own_variants_join_the_shipped_ones(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(
-        "strong:\n  distillation: {alpha_bg: 32.0}\nslow:\n  optimizer.lr: 0.001\n"
-        "told:\n  summary: half the usual\n  overrides: {distillation.alpha_bg: 8.0}\n"
+        "strong:\n  distillation: {neck: {alpha_bg: 32.0}}\nslow:\n  optimizer.lr: 0.001\n"
+        "told:\n  summary: half the usual\n  overrides: {distillation.neck.alpha_bg: 8.0}\n"
     )
     own = read_variants(path)
-    assert own["strong"].overrides == {"distillation.alpha_bg": 32.0}
+    assert own["strong"].overrides == {"distillation.neck.alpha_bg": 32.0}
     assert own["slow"].overrides == {"optimizer.lr": 0.001}
-    assert (own["told"].summary, own["told"].overrides) == ("half the usual", {"distillation.alpha_bg": 8.0})
+    assert (own["told"].summary, own["told"].overrides) == ("half the usual", {"distillation.neck.alpha_bg": 8.0})
     assert set(VARIANTS) < set(own)
-    path.write_text("neck: {distillation.alpha_bg: 1.0}\n")
+    path.write_text("neck: {distillation.neck.alpha_bg: 1.0}\n")
     with pytest.raises(RecipeError, match="neck is a shipped variant"):
         read_variants(path)

@@ -12,7 +12,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import box_iou, sigmoid_focal_loss
 
 from defeat_cli.config.architecture import BACKBONES, DETECTOR_FAMILIES, TORCHVISION_BUILDERS, Architecture
-from defeat_cli.detectors.contract import Batch, Detector
+from defeat_cli.detectors.contract import Anchored, Batch, Detector
 from defeat_cli.detectors.fcos import FCOSDetector
 from defeat_cli.detectors.zoo import DETECTORS, build_detector
 
@@ -87,7 +87,7 @@ def test_parts_in_turn_give_torchvisions_own_losses(detector, batch, monkeypatch
     detector.train()
     theirs = own_losses(detector, batch, monkeypatch)
     torch.manual_seed(7)
-    ours = detector.detection_losses(detector.features(batch), batch)
+    ours = detector.losses(detector.features(batch), batch)
     assert list(ours) == list(theirs)
     for name, loss in ours.items():
         assert torch.equal(loss, theirs[name]), name
@@ -100,7 +100,7 @@ def test_gradients_are_torchvisions_own(detector, batch, monkeypatch):
     trained = [p for p in detector.parameters() if p.requires_grad]
     theirs = torch.autograd.grad(sum(own_losses(detector, batch, monkeypatch).values()), trained, allow_unused=True)
     torch.manual_seed(7)
-    losses = detector.detection_losses(detector.features(batch), batch)
+    losses = detector.losses(detector.features(batch), batch)
     ours = torch.autograd.grad(sum(losses.values()), trained, allow_unused=True)
     for one, other in zip(ours, theirs, strict=True):
         assert (one is None) == (other is None)
@@ -113,7 +113,7 @@ def test_a_batch_without_any_box(detector, monkeypatch):
     batch = detector.train().prepare(images, [targets[1], targets[1]])
     theirs = own_losses(detector, batch, monkeypatch)
     torch.manual_seed(7)
-    ours = detector.detection_losses(detector.features(batch), batch)
+    ours = detector.losses(detector.features(batch), batch)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     regions = detector.eval().regions(detector.features(batch), batch)
     assert all(bool((labels == 0).all()) for labels in regions.labels)
@@ -130,7 +130,7 @@ def test_through_preparation_to_rounding(detector):
     theirs = double.model(images, targets)
     torch.manual_seed(7)
     batch = double.prepare(images, targets)
-    ours = double.detection_losses(double.features(batch), batch)
+    ours = double.losses(double.features(batch), batch)
     for name, loss in theirs.items():
         torch.testing.assert_close(ours[name], loss, rtol=1e-5, atol=0, check_dtype=False)
 
@@ -155,10 +155,14 @@ def test_levels_are_those_of_the_features(detector, batch):
 
 
 def test_anchors_are_those_of_the_generator_level_by_level(detector, batch):
+    if isinstance(detector, FCOSDetector):
+        assert not isinstance(detector, Anchored)
+        return
     features = detector.features(batch)
     anchors = detector.anchors(features, batch)
+    a_cell = detector.anchor_generator.num_anchors_per_location()[0]
     for feature, of_level in zip(features, anchors, strict=True):
-        assert of_level.shape == (feature.shape[-2] * feature.shape[-1] * detector.anchors_per_cell, 4)
+        assert of_level.shape == (feature.shape[-2] * feature.shape[-1] * a_cell, 4)
     images = ImageList(batch.pixels, batch.sizes)
     for of_image in detector.anchor_generator(images, features):
         assert torch.equal(torch.cat(anchors), of_image)
@@ -187,7 +191,7 @@ def test_sampled_proposals_give_torchvisions_classification_loss(detector, batch
     detector.train()
     features = detector.features(batch)
     torch.manual_seed(7)
-    loss = detector.detection_losses(features, batch)["loss_classifier"]
+    loss = detector.losses(features, batch)["loss_classifier"]
     torch.manual_seed(7)
     regions = detector.regions(features, batch)
     assert torch.equal(F.cross_entropy(detector.classify(features, regions), torch.cat(regions.labels)), loss)
@@ -204,7 +208,7 @@ def test_proposals_are_labelled_by_overlap(detector, batch):
 @pytest.mark.parametrize("detector", ONE_STAGE, indirect=True)
 def test_labelled_anchors_give_torchvisions_focal_loss(detector, batch):
     features = detector.features(batch)
-    loss = detector.detection_losses(features, batch)["classification"]
+    loss = detector.losses(features, batch)["classification"]
     regions = detector.regions(features, batch)
     images = len(batch.sizes)
     logits = detector.classify(features, regions).unflatten(0, (images, -1))
@@ -256,7 +260,7 @@ def test_half_precision_leaves_boxes_alone(detector, batch):
         with torch.autocast("cpu", torch.bfloat16):
             features = detector.features(batch)
             regions = detector.regions(features, batch)
-            losses = detector.detection_losses(features, batch) if not detector.softmax else {}
+            losses = detector.losses(features, batch) if not detector.softmax else {}
     assert all(feature.dtype == torch.float32 for feature in features)
     assert all(boxes.dtype == torch.float32 for boxes in regions.boxes)
     assert all(loss.dtype == torch.float32 for loss in losses.values())

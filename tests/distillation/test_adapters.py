@@ -6,14 +6,11 @@ import math
 
 import torch
 
-from defeat_cli.distillation.adapters import Adapter, build_adapters
+from defeat_cli.distillation.adapters import Adapter
 
 
-def test_one_adapter_a_level_keeps_the_map_and_changes_the_channels():
-    adapters = build_adapters([8, 16], [32, 24])
-    features = [torch.randn(2, 8, 7, 9), torch.randn(2, 16, 4, 5)]
-    shapes = [tuple(adapter(f).shape) for adapter, f in zip(adapters, features, strict=True)]
-    assert shapes == [(2, 32, 7, 9), (2, 24, 4, 5)]
+def test_it_keeps_the_map_and_changes_the_channels():
+    assert Adapter(8, 32)(torch.randn(2, 8, 7, 9)).shape == (2, 32, 7, 9)
 
 
 def test_it_is_a_plain_convolution():
@@ -30,8 +27,7 @@ def test_it_is_a_plain_convolution():
 
 def test_backbone_adapters_end_with_a_relu():
     torch.manual_seed(0)
-    (neck,) = build_adapters([4], [4])
-    (backbone,) = build_adapters([4], [4], relu=True)
+    neck, backbone = Adapter(4, 4), Adapter(4, 4, relu=True)
     backbone.load_state_dict(neck.state_dict())
     features = torch.randn(1, 4, 6, 6)
     assert neck(features).min() < 0
@@ -47,7 +43,3 @@ def test_initial_weights():
     assert conv.weight.abs().max() > 3e-4
     bound = 1 / math.sqrt(128 * 9)
     assert 0.9 * bound < conv.bias.abs().max() <= bound
-
-
-def test_no_levels_no_adapters():
-    assert len(build_adapters([], [])) == 0

@@ -11,8 +11,9 @@ from defeat_cli.config.variants import VARIANTS
 from defeat_cli.distillation.distiller import Distiller
 from defeat_cli.distillation.losses import imitation_loss, region_kl
 from defeat_cli.distillation.masks import box_masks, valid_masks
+from defeat_cli.distillation.terms import TERMS as REGISTERED
 from defeat_cli.engine.loop import seed_step
-from defeat_cli.errors import CheckpointError
+from defeat_cli.errors import TermError
 
 CLASSES = ["a", "b", "c"]
 NECK, HEAD, BACKBONE = {"neck_fg", "neck_bg"}, {"head_fg", "head_bg"}, {"backbone_fg", "backbone_bg"}
@@ -30,7 +31,18 @@ TERMS = {
     "head": HEAD,
     "defeat": NECK | HEAD,
     "defeat+backbone": NECK | HEAD | BACKBONE,
+    "pkd": {"pkd"},
+    "cwd": {"cwd"},
+    "fgd": {"fgd_fg", "fgd_bg", "fgd_attention", "fgd_relation"},
+    "mgd": {"mgd"},
+    "frs": {"frs_features", "frs_classes"},
+    "fitnets": {"fitnets"},
+    "dist": {"dist_regions", "dist_classes"},
+    "defeat+pkd": NECK | HEAD | {"pkd"},
+    "crosskd": None,
+    "crosskd+pkd": None,
 }
+"""Losses by variant; None where a two-stage pair cannot have it."""
 
 
 def detector(seed, fpn_channels=8, classes=CLASSES, **architecture):
@@ -65,13 +77,23 @@ def settings(variant):
 
 def terms_of(variant, pair, batch, warm=1.0):
     torch.manual_seed(0)
-    distiller = session.build_distiller(settings(variant), *pair, lambda text: None).train()
+    distiller = distilled(pair, settings(variant)).train()
     seed_step(0, 0)
     return distiller(*batch, warm)
 
 
+def distilled(pair, distillation):
+    if not distillation.terms:
+        return Distiller(pair[0])
+    return Distiller(*pair, session.build_terms(distillation.terms, *pair)[0])
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_each_variant_has_the_terms_it_names_and_no_other(variant, pair, batch):
+    if TERMS[variant] is None:
+        with pytest.raises(TermError, match="crosskd is for pairs of one-stage detectors"):
+            terms_of(variant, pair, batch)
+        return
     terms = terms_of(variant, pair, batch)
     distilled = {name: value.item() for name, value in terms.weighted.items() if not name.startswith("loss_")}
     assert set(distilled) == TERMS[variant]
@@ -97,15 +119,16 @@ def test_variants_draw_the_same_training_samples(pair, batch):
 def test_terms_equal_the_pure_functions_on_the_detectors_own_outputs(pair, batch):
     student, teacher = pair
     torch.manual_seed(0)
-    distiller = Distiller(student, teacher, alpha_fg=3.0, alpha_bg=5.0, beta_fg=0.5, beta_bg=0.25, temperature_bg=2.0)
-    distiller.train()
+    neck = REGISTERED["neck"](student, teacher, alpha_fg=3.0, alpha_bg=5.0)
+    head = REGISTERED["head"](student, teacher, beta_fg=0.5, beta_bg=0.25, temperature_bg=2.0)
+    distiller = Distiller(student, teacher, {"neck": neck, "head": head}).train()
     seed_step(0, 7)
     terms = distiller(*batch, 0.5).weighted
 
     seed_step(0, 7)
     prepared = student.prepare(*batch)
     features = student.features(prepared)
-    student.detection_losses(features, prepared)  # draws the student's samples first, as the step does
+    student.losses(features, prepared)  # draws the student's samples first, as the step does
     theirs = teacher.features(prepared)
     regions = teacher.regions(theirs, prepared)
     shapes = [tuple(feature.shape[-2:]) for feature in features]
@@ -113,7 +136,7 @@ def test_terms_equal_the_pure_functions_on_the_detectors_own_outputs(pair, batch
     valid = valid_masks(prepared.valid, shapes, student.strides)
     levels = [
         imitation_loss(adapter(s), t, mask, 3.0, 5.0, valid=ok)
-        for adapter, s, t, mask, ok in zip(distiller.neck_adapters, features, theirs, masks, valid, strict=True)
+        for adapter, s, t, mask, ok in zip(neck.adapters, features, theirs, masks, valid, strict=True)
     ]
     for name, values in zip(("neck_fg", "neck_bg"), zip(*levels, strict=True), strict=True):
         torch.testing.assert_close(terms[name], 0.5 * torch.stack(values).mean())
@@ -126,14 +149,14 @@ def test_terms_equal_the_pure_functions_on_the_detectors_own_outputs(pair, batch
 
 
 def test_the_teacher_is_frozen_and_stays_in_eval_mode(pair, batch):
-    student, teacher = pair
+    teacher = pair[1]
     before = copy.deepcopy(teacher.state_dict())
-    distiller = Distiller(student, teacher).train()
+    distiller = distilled(pair, settings("neck")).train()
     sum(distiller(*batch).weighted.values()).backward()
     assert not teacher.training
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
     assert all(parameter.grad is None for parameter in teacher.parameters())
-    assert all(p.grad is not None for p in distiller.neck_adapters.parameters())
+    assert all(p.grad is not None for p in distiller.terms.parameters())
 
 
 def test_warm_up_scales_distillation_and_leaves_detection(pair, batch):
@@ -145,17 +168,17 @@ def test_warm_up_scales_distillation_and_leaves_detection(pair, batch):
 def test_shared_classes_only_reach_the_head(pair, batch):
     student, _ = pair
     teacher = detector(1, classes=["x", "B", "a", "y"])
-    said = []
     torch.manual_seed(0)
-    distiller = session.build_distiller(settings("head"), student, teacher, said.append).train()
-    assert said == ["head distillation runs over 2 shared classes (a, b)"]
+    terms, notes = session.build_terms(settings("head").terms, student, teacher)
+    assert [note.text for note in notes] == ["head distillation runs over 2 shared classes (a, b)"]
+    distiller = Distiller(student, teacher, terms).train()
     seed_step(0, 0)
     terms = distiller(*batch)
 
     seed_step(0, 0)
     prepared = student.prepare(*batch)
     features = student.features(prepared)
-    student.detection_losses(features, prepared)
+    student.losses(features, prepared)
     theirs = teacher.features(prepared)
     regions = teacher.regions(theirs, prepared)
     logits = student.classify(features, regions)[:, [0, 1, 2]]  # background, a, b
@@ -167,9 +190,5 @@ def test_shared_classes_only_reach_the_head(pair, batch):
 
 def test_no_shared_class_leaves_nothing_of_a_head_variant(pair):
     student, _ = pair
-    said = []
-    with pytest.raises(CheckpointError, match="nothing is left to distil"):
-        session.build_distiller(settings("head"), student, detector(1, classes=["x"]), said.append)
-    assert said == [
-        "head distillation is off: teacher and student share no class; distillation.class_map can name pairs"
-    ]
+    with pytest.raises(TermError, match=r"nothing is left to distil .* share no class; distillation\.class_map"):
+        session.build_terms(settings("head").terms, student, detector(1, classes=["x"]))

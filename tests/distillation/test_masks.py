@@ -9,6 +9,7 @@ import torch
 from oracles import masks as oracle
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from defeat_cli.config.terms import NeckSettings
 from defeat_cli.distillation import masks as masks_module
 from defeat_cli.distillation.masks import (
     MASKS,
@@ -329,10 +330,8 @@ class TestAllKinds:
             assert bool((mask[0] == (kind == "full")).all())
 
     def test_kinds_are_those_of_the_recipe(self):
-        from defeat_cli.config.schema import Distillation
-
         for kind in MASKS:
-            assert Distillation(mask=kind).mask == kind
+            assert NeckSettings(mask=kind).mask == kind
         assert set(MASKS) == {"boxes", "gaussian", "fine-grained", "full"}
 
     def test_finest_scale_reaches_the_kinds_that_have_one(self):

@@ -7,7 +7,8 @@ import signal
 import pytest
 import torch
 
-from defeat_cli.engine.loop import distillation_warmth, lr_factor, seed_step, stop_requested
+from defeat_cli.engine.loop import seed_step, stop_requested
+from defeat_cli.engine.optimization import lr_factor
 
 
 def test_steps_schedule_with_warm_up():
@@ -32,11 +33,6 @@ def test_cosine_schedule():
     assert factor(10) == pytest.approx(0.5 * (1 + math.sqrt(0.5)))  # cos 45 degrees
     assert factor(20) == pytest.approx(0.5)
     assert factor(40) == pytest.approx(0.0)
-
-
-def test_distillation_warms_up_linearly():
-    assert [distillation_warmth(step, 4) for step in (0, 1, 2, 4, 9)] == [0.0, 0.25, 0.5, 1.0, 1.0]
-    assert distillation_warmth(0, 0) == 1.0
 
 
 def test_a_steps_randomness_depends_on_seed_step_and_part_alone():

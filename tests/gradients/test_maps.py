@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from defeat_cli.config.architecture import Architecture
 from defeat_cli.detectors.contract import Batch, Detector, image_list
 from defeat_cli.detectors.zoo import build_detector
-from defeat_cli.distillation.adapters import build_adapters
+from defeat_cli.distillation.adapters import Adapter
 from defeat_cli.errors import CheckpointError, DefeatError
 from defeat_cli.gradients.maps import (
     LOSSES,
@@ -159,7 +159,7 @@ def test_maps_are_what_finite_differences_find(family: str, part: str):
         moved = [feature.clone() for feature in features]
         moved[level][place] += change
         torch.manual_seed(0)
-        return float(part_of(detector.detection_losses(moved, batch), part))
+        return float(part_of(detector.losses(moved, batch), part))
 
     strongest = sorted(range(5), key=lambda level: float(maps[level].max()))[-2:]
     with losses_in_eval_mode(detector), torch.no_grad():
@@ -173,7 +173,7 @@ def test_maps_are_what_finite_differences_find(family: str, part: str):
 def test_parts_of_the_loss_name_all_of_it(detector: Detector):
     batch = prepared(detector)
     detector.train()
-    names = set(detector.detection_losses(detector.features(batch), batch))
+    names = set(detector.losses(detector.features(batch), batch))
     detector.eval()
     parts = [set(terms) & names for terms in LOSSES.values()]
     assert set().union(*parts) == names
@@ -269,7 +269,7 @@ def test_distillation_maps_are_the_formulas():
 
 def test_adapters_come_from_training_or_are_not_needed_or_are_missed():
     student, wide = tiny_detector("faster_rcnn"), tiny_detector("faster_rcnn", channels=48)
-    trained = build_adapters([8] * 5, [48] * 5).state_dict()
+    trained = torch.nn.ModuleList(Adapter(8, 48) for _ in range(5)).state_dict()
     adapters = neck_adapters(student, wide, trained, "best.pt")
     assert torch.equal(adapters[3].conv.weight.float(), trained["3.conv.weight"])
     assert all(isinstance(adapter, nn.Identity) for adapter in neck_adapters(student, student, {}, "student.pth"))

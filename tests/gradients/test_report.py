@@ -19,7 +19,7 @@ from defeat_cli.data.annotations import read_annotations
 from defeat_cli.data.transforms import read_image
 from defeat_cli.detectors.contract import Detector
 from defeat_cli.detectors.zoo import build_detector
-from defeat_cli.distillation.adapters import build_adapters
+from defeat_cli.distillation.adapters import Adapter
 from defeat_cli.errors import CheckpointError, DataError, DefeatError
 from defeat_cli.gradients.images import distinct_names, find_images, images_of
 from defeat_cli.gradients.maps import gradient_maps
@@ -61,7 +61,7 @@ def checkpoint_of(folder: Path, shapes: Path, adapters: dict | None = None, **st
     )
     classes = read_annotations(shapes / "val.json").classes
     state = detector_of(recipe, classes).model.state_dict()
-    content = {"classes": classes, "student": state, "training": {"neck_adapters": adapters or {}}, "metrics": {}}
+    content = {"classes": classes, "student": state, "terms": adapters or {}, "metrics": {}}
     native.save(folder / "best.pt", {"recipe": recipe.model_dump(), **content})
     native.write_atomically(folder / "student.pth", state)
     recipes.save(recipe, folder / "recipe.yaml")
@@ -178,7 +178,7 @@ def test_a_teacher_stands_beside_and_can_say_where_the_objects_are(
         visualize(
             str(checkpoint), files(shapes, 1), tmp_path / "out", Settings(distillation=True), teacher=str(teacher)
         )
-    adapters = build_adapters([8] * 5, [16] * 5).state_dict()
+    adapters = {f"neck.adapters.{i}.{k}": v for i in range(5) for k, v in Adapter(8, 16).state_dict().items()}
     distilled = checkpoint_of(tmp_path_factory.mktemp("runs") / "distilled", shapes, adapters)
     report = visualize(
         str(distilled),
@@ -187,7 +187,7 @@ def test_a_teacher_stands_beside_and_can_say_where_the_objects_are(
         Settings(loss="distillation"),
         annotations=shapes / "val.json",
         teacher=str(teacher),
-        changes={"distillation.alpha_bg": 0.0},
+        changes={"distillation.neck.alpha_bg": 0.0},
     )
     rows = report.images[0]["distillation"]
     assert list(rows) == ["full", "fg-only", "bg-only", "neck"]

@@ -1,0 +1,39 @@
+"""`defeat check`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from defeat_cli.commands.options import (
+    DataOption,
+    DeviceOption,
+    RecipeOption,
+    SetOption,
+    TeacherOption,
+    overrides,
+    required,
+)
+from defeat_cli.console import show
+
+
+def check(
+    recipe: RecipeOption = None,
+    teacher: TeacherOption = None,
+    data: DataOption = None,
+    variant: Annotated[str | None, typer.Option(help="Distillation variant; see `defeat ablate --list`.")] = None,
+    device: DeviceOption = None,
+    set_: SetOption = None,
+) -> None:
+    """Tell what a run would do: detectors, how levels and classes pair up, active terms, memory, the teacher's AP."""
+    from defeat_cli.config.schema import load
+    from defeat_cli.config.variants import VARIANTS, find_variant
+
+    changes = dict(find_variant(variant, VARIANTS).overrides) if variant else {}
+    changes |= overrides(set_, teacher__checkpoint=teacher, data__path=data, run__device=device)
+    chosen = load(required(recipe), changes)
+    from defeat_cli.jobs import checking
+
+    for table in checking.check(chosen).tables:
+        show(table)

@@ -1,0 +1,87 @@
+"""`defeat train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from defeat_cli.commands.options import (
+    DataOption,
+    DeviceOption,
+    OutputOption,
+    OverwriteOption,
+    QuietOption,
+    RecipeOption,
+    SetOption,
+    TeacherOption,
+    VariantsOption,
+    overrides,
+    required,
+)
+from defeat_cli.console import console, results_table, show
+from defeat_cli.errors import DefeatError
+
+
+def train(
+    recipe: RecipeOption = None,
+    teacher: TeacherOption = None,
+    data: DataOption = None,
+    student_weights: Annotated[
+        str | None, typer.Option(help="Detector checkpoint that the student starts from.")
+    ] = None,
+    variant: Annotated[str | None, typer.Option(help="Distillation variant; see `defeat ablate --list`.")] = None,
+    variants: VariantsOption = None,
+    output: OutputOption = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")] = False,
+    overwrite: OverwriteOption = False,
+    device: DeviceOption = None,
+    seed: Annotated[int | None, typer.Option(help="Fixes everything random.")] = None,
+    plain: Annotated[
+        bool | None, typer.Option("--compare-plain", help="Also train the same student without the teacher.")
+    ] = None,
+    set_: SetOption = None,
+    quiet: QuietOption = False,
+    list_recipes: Annotated[bool, typer.Option("--list-recipes", help="Show the shipped recipes.")] = False,
+) -> None:
+    """Distil a student from a teacher (or, without one, train a detector)."""
+    if list_recipes:
+        show_recipes()
+        return
+    from defeat_cli.config.schema import load
+    from defeat_cli.config.variants import find_variant, read_variants
+
+    if variants and not variant:
+        raise DefeatError("--variants: names no variant to train; add --variant NAME, or use defeat ablate")
+    changes = dict(find_variant(variant, read_variants(variants)).overrides) if variant else {}
+    changes |= overrides(
+        set_,
+        teacher__checkpoint=teacher,
+        data__path=data,
+        student__weights=student_weights,
+        run__device=device,
+        run__seed=seed,
+        run__compare_plain=plain,
+    )
+    chosen = load(required(recipe), changes)
+    if variant and chosen.distillation.terms and not (chosen.teacher.checkpoint or chosen.teacher.recipe):
+        raise DefeatError(f"--variant {variant}: there is no teacher to distil from; add --teacher")
+    folder = output or Path("runs") / chosen.run.name
+    from defeat_cli.jobs import training
+
+    results = training.train(chosen, folder, resume=resume, overwrite=overwrite, quiet=quiet)
+    show(results_table(results))
+    console.print(
+        f"written to {folder}/: student.pth (for torchvision), best.pt, results.json, curves.png", soft_wrap=True
+    )
+
+
+def show_recipes() -> None:
+    """Print the shipped recipes with their first comment line."""
+    from defeat_cli.config.schema import shipped_recipes
+
+    for name, path in shipped_recipes().items():
+        summary = path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
+        console.print(f"[bold]{name}[/]\n    {escape(summary)}", soft_wrap=True)

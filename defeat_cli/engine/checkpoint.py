@@ -1,0 +1,87 @@
+"""All that changes during training, as one object that is saved and restored whole."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from defeat_cli.config.schema import Recipe
+from defeat_cli.detectors.contract import Detector
+from defeat_cli.distillation.distiller import Distiller
+from defeat_cli.engine.optimization import build_optimizer
+
+
+@dataclass
+class Training:
+    """All that changes during training, saved and restored as one.
+
+    step: optimizer steps done; epochs: epochs done and evaluated; best_ap: best AP so far.
+    seconds: time spent training, evaluation left out.
+    sums: running sums of the logged values since the last log line, on the device; counts: how many are in each.
+    """
+
+    distiller: Distiller
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    ema: AveragedModel | None = None
+    step: int = 0
+    epochs: int = 0
+    best_ap: float = -math.inf
+    seconds: float = 0.0
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def evaluated(self) -> Detector:
+        """The student as it is evaluated and exported: averaged where there is an average."""
+        return self.ema.module if self.ema is not None else self.distiller.student
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values only, for `torch.load(weights_only=True)`."""
+        return {
+            "student": self.distiller.student.model.state_dict(),
+            "terms": self.distiller.terms.state_dict(),
+            "balance": self.distiller.balance.state_dict() if self.distiller.balance is not None else None,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "ema": self.ema.state_dict() if self.ema is not None else None,
+            "step": self.step,
+            "epochs": self.epochs,
+            "best_ap": self.best_ap,
+            "seconds": self.seconds,
+            "sums": self.sums,
+            "counts": self.counts,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state; it must come from the same recipe, and name all that trains."""
+        self.distiller.student.model.load_state_dict(state["student"])
+        self.distiller.terms.load_state_dict(state["terms"])
+        if self.distiller.balance is not None:
+            self.distiller.balance.load_state_dict(state["balance"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+        device = next(self.distiller.parameters()).device
+        self.step, self.epochs, self.best_ap = state["step"], state["epochs"], state["best_ap"]
+        self.sums = {name: value.to(device) for name, value in state["sums"].items()}
+        self.counts, self.seconds = dict(state["counts"]), state["seconds"]
+
+
+def make_ema(student: Detector, decay: float) -> AveragedModel:
+    """An exponential moving average of the student's parameters and buffers."""
+    return AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+
+
+def begin(recipe: Recipe, distiller: Distiller, device: torch.device) -> Training:
+    """The distiller on its device, with optimizer, loss scaler and, where asked for, an average of the student."""
+    distiller.to(device)
+    scaler = torch.amp.GradScaler(device.type, enabled=recipe.run.precision == "fp16")
+    ema = make_ema(distiller.student, recipe.optimizer.ema) if recipe.optimizer.ema is not None else None
+    return Training(distiller, build_optimizer(recipe.optimizer, distiller), scaler, ema)
