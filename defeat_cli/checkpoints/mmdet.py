@@ -41,7 +41,8 @@ from defeat_cli.checkpoints.conversion import (
     resnet_keys,
     with_background_first,
 )
-from defeat_cli.checkpoints.mmdet_settings import FasterRCNN, RetinaNet, read_inputs, says_how_to_normalize
+from defeat_cli.checkpoints.mmdet_inputs import read_inputs, says_how_to_normalize
+from defeat_cli.checkpoints.mmdet_settings import FasterRCNN, RetinaNet
 from defeat_cli.checkpoints.torchvision import resnet_name
 from defeat_cli.checkpoints.weights import StateDict, Weights, is_state_dict
 from defeat_cli.config.architecture import Architecture, Conventions
