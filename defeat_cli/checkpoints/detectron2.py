@@ -42,6 +42,7 @@ from defeat_cli.checkpoints.conversion import (
     renamed,
     require_anchors,
     require_whole,
+    says_other_pixels,
     with_background_first,
 )
 from defeat_cli.checkpoints.detectron2_config import OneStageConfig, TwoStage, TwoStageConfig
@@ -196,7 +197,7 @@ def to_weights(content: Any, origin: str, architecture: Architecture | None = No
         if beside is not None:
             assumed.append(f"{beside[0]} is no configuration of detectron2's, and was not read")
         why = f"there is no {detectron2_config.FILE} of detectron2's beside the file"
-        assumed += assumptions(built, short_side, long_side, why)
+        assumed += assumptions(built, inputs.is_rgb, short_side, long_side, why)
     return Weights("detectron2", converted, built, classes, names, short_side, long_side, notes, assumed, stated=known)
 
 
@@ -205,7 +206,7 @@ def _assumed(backbone: str, two_stage: bool, said: Conventions, origin: str) -> 
     model = {**(ASSUMED_TWO_STAGE if two_stage else ASSUMED_ONE_STAGE)}
     if backbone.startswith("resnext"):
         model |= ASSUMED_RESNEXT
-    if said.channels is not None:
+    if says_other_pixels(said, is_rgb=False):
         model["RESNETS"] = {"STRIDE_IN_1X1": said.stride_in_1x1}
     return detectron2_config.read({"MODEL": model}, two_stage, origin)
 

@@ -181,7 +181,7 @@ def to_weights(content: Any, origin: str, architecture: Architecture | None = No
         *dropped,
     ]
     if config is None:
-        assumed = assumptions(built, short_side, long_side, "the file has no configuration")
+        assumed = assumptions(built, inputs.is_rgb, short_side, long_side, "the file has no configuration")
     else:
         why = "assumed, for the configuration has none:"
         assumed = [f"{why} mmdetection's usual model.{name}" for name in missing]

@@ -94,7 +94,7 @@ class Conventions:
     """Images keep their ratio of sides; false stretches all to `long_side` x `short_side`."""
     channels: Literal["rgb", "bgr"] | None = None
     """Channel order that the weights of another library were trained on, with `image_mean`, `image_std` (both RGB) and
-    `stride_in_1x1`, for a checkpoint that does not say; null takes what is usual for it. Once read, they take RGB."""
+    `stride_in_1x1`, for a checkpoint that does not say; null takes what is usual. Once read, the weights take RGB."""
     edge_cases: Literal["torchvision", "mmdetection", "detectron2"] = "torchvision"
     """Whose rules hold where it seldom matters: regions on the edge of two levels, empty boxes, extreme deltas."""
 

@@ -308,6 +308,14 @@ def test_the_caller_may_say_what_the_network_takes_where_nothing_else_does(tmp_p
         assert all(close(a, b) for a, b in zip(ours, theirs, strict=True)) == right
 
 
+def test_the_usual_channel_order_alone_leaves_what_goes_with_it(tmp_path):
+    content = {"model": ForeignDetector("detectron2", True, fpn=8, head=16).weights}
+    said = Architecture(conventions=Conventions(channels="bgr"))
+    plain, told = (detectron2.to_weights(content, str(tmp_path / "x.pth"), given) for given in (None, said))
+    assert told.architecture == replace(plain.architecture, conventions=told.architecture.conventions)
+    assert told.architecture.conventions == replace(plain.architecture.conventions, channels="bgr")
+
+
 def test_the_caller_cannot_contradict_the_file(tmp_path):
     content = content_of(ForeignDetector("mmdet caffe", True, backbone="resnet18", fpn=8, head=16), tmp_path)
     with pytest.raises(CheckpointError, match=r"conventions\.channels is rgb, but it was trained on BGR"):

@@ -319,11 +319,12 @@ def test_a_configuration_in_another_wrapping(faster_rcnn, original, wrap):
 
 def test_without_a_configuration_each_assumption_is_a_note(faster_rcnn, retinanet):
     """Thresholds and anchors are for the one who builds the detector to tell: others may be given."""
-    for weights in (faster_rcnn, retinanet):
+    deep = ForeignDetector("mmdet", True, fpn=8, head=8, classes=2).weights
+    for weights, count in ((faster_rcnn, 2), (retinanet, 2), (deep, 3)):
         found = mmdet.to_weights({"state_dict": weights}, "it.pth")
-        assert len(found.assumptions) == 3
+        assert len(found.assumptions) == count
         assert all(line.startswith("assumed, for the file has no configuration: ") for line in found.assumptions)
-        for part in ("[123.675, 116.28, 103.53]", "3x3", "800 pixels, 1333 at most"):
+        for part in ("RGB pixels, red to blue less [123.675, 116.28, 103.53]", "800 pixels, 1333 at most"):
             assert part in "\n".join(found.assumptions)
         assert not found.stated
 
