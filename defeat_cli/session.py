@@ -15,8 +15,9 @@ from defeat_cli.checkpoints.weights import load_strict
 from defeat_cli.config import schema as recipes
 from defeat_cli.config.schema import Data, Recipe
 from defeat_cli.config.terms import TermSettings
-from defeat_cli.data.dataset import CocoDataset, open_split
+from defeat_cli.data.dataset import DetectionDataset, overlap
 from defeat_cli.data.formats.shapes import draw_shapes
+from defeat_cli.data.opening import open_split
 from defeat_cli.detectors.backbones import load_backbone_weights
 from defeat_cli.detectors.contract import Detector
 from defeat_cli.detectors.loading import load_teacher
@@ -47,8 +48,8 @@ class Session:
 
     recipe: Recipe
     device: torch.device
-    training_data: CocoDataset
-    validation_data: CocoDataset
+    training_data: DetectionDataset
+    validation_data: DetectionDataset
     student: Detector
     teacher: Detector | None
     distiller: Distiller
@@ -80,10 +81,13 @@ def assemble(recipe: Recipe, teacher: str | None = None, like: Session | None = 
     else:
         training_data = open_data(recipe.data, "train", train=True, seed=recipe.run.seed)
         validation_data = open_data(recipe.data, "val", train=False)
+    for opened in (training_data, validation_data):
+        opened.refuse_vanishing(recipe.data.short_side, recipe.data.long_side)
     for text in [*training_data.notes, *(f"validation: {note}" for note in validation_data.notes)]:
         notes.append(Note(text))
-    if not validation_data.coco.getAnnIds(iscrowd=False):
-        raise DataError("the validation images have no boxes: there is nothing to score on")
+    shared = overlap(training_data, validation_data)
+    if shared is not None:
+        notes.append(Note(shared, warning=True))
     student = build_student(recipe, training_data.classes)
     if recipe.student.norm == "frozen" and recipe.student.backbone_weights is None and recipe.student.weights is None:
         text = "student.norm is frozen and nothing is pretrained, so nothing is normalised; use norm: batch"
@@ -169,7 +173,7 @@ def loader_processes(workers: int) -> int:
     return min(workers, os.cpu_count() or 1)
 
 
-def open_data(data: Data, split: str, *, train: bool, seed: int = 0) -> CocoDataset:
+def open_data(data: Data, split: str, *, train: bool, seed: int = 0) -> DetectionDataset:
     """One split of the recipe's data; draws the embedded data set first where that is asked for.
 
     Raises:
@@ -179,15 +183,19 @@ def open_data(data: Data, split: str, *, train: bool, seed: int = 0) -> CocoData
         raise DataError("no data: give a folder with --data, or data.path in the recipe")
     if data.format == "shapes":
         draw_shapes(Path(data.path), **data.shapes.model_dump())
+    named = "train" if data.val_fraction is not None and split != "test" else split
     return open_split(
         Path(data.path),
         split,
         format="coco" if data.format == "shapes" else data.format,
-        annotations=data.train_annotations if split == "train" else data.val_annotations,
-        images=data.train_images if split == "train" else data.val_images,
+        annotations=getattr(data, f"{named}_annotations", None),
+        images=getattr(data, f"{named}_images", None),
         train=train,
         flip=data.flip if train else 0.0,
         seed=seed,
+        val_fraction=data.val_fraction,
+        split_seed=data.split_seed,
+        classes=data.classes,
     )
 
 

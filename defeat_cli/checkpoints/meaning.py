@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from defeat_cli.config.architecture import Architecture, changed_settings
+from defeat_cli.config.architecture import STRICT, Architecture, changed_settings
 from defeat_cli.config.schema import Data, Student, nearest
+from defeat_cli.config.types import Count
 from defeat_cli.config.yaml import read_yaml
 from defeat_cli.errors import CheckpointError, RecipeError
 
@@ -27,14 +28,14 @@ STARTED_FROM = ("backbone_weights", "weights")
 """Settings of a student in recipes of any version that say nothing of the trained weights."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Meaning:
     """architecture: all of the detector's settings; classes: names, None where unknown; sides: of images, pixels."""
 
     architecture: Architecture
     classes: list[str] | None
-    short_side: int
-    long_side: int
+    short_side: Count
+    long_side: Count
 
 
 def with_meaning(state_dict: Mapping[str, Tensor], meaning: Meaning) -> OrderedDict[str, Tensor]:
@@ -57,12 +58,14 @@ def meaning_of(state_dict: Mapping[str, Tensor], origin: str) -> Meaning | None:
     Raises:
         CheckpointError: a newer version wrote it.
     """
-    entry = getattr(state_dict, "_metadata", {}).get(ENTRY)
-    if entry is None:
+    metadata = getattr(state_dict, "_metadata", {})
+    if not isinstance(metadata, Mapping) or metadata.get(ENTRY) is None:
         return None
-    if entry["version"] != VERSION:
-        raise CheckpointError(f"{origin}: says what it is in version {entry['version']}; this defeat reads {VERSION}")
-    return Meaning(Architecture(**entry["architecture"]), entry["classes"], entry["short_side"], entry["long_side"])
+    entry = metadata[ENTRY]
+    version = entry.get("version") if isinstance(entry, Mapping) else None
+    if version != VERSION:
+        raise CheckpointError(f"{origin}: says what it is in version {version}; this defeat reads version {VERSION}")
+    return _checked({name: value for name, value in entry.items() if name != "version"}, origin)
 
 
 def meaning_of_recipe(recipe: Mapping[str, Any], origin: str, classes: list[str] | None = None) -> Meaning:
@@ -71,20 +74,32 @@ def meaning_of_recipe(recipe: Mapping[str, Any], origin: str, classes: list[str]
     Raises:
         CheckpointError: settings that no student has.
     """
-    student, data = recipe.get("student") or {}, recipe.get("data") or {}
-    parts = {name: value for name, value in student.items() if name in Architecture.__dataclass_fields__}
+    student, data = ({} if recipe.get(name) is None else recipe[name] for name in ("student", "data"))
+    if not isinstance(student, Mapping) or not isinstance(data, Mapping):
+        raise CheckpointError(f"{origin}: student and data should be groups of keys")
     unknown = next((name for name in student if name not in {*Student.__dataclass_fields__, *STARTED_FROM}), None)
     if unknown is not None:
-        raise CheckpointError(
-            f"{origin}: student.{unknown}: unknown key{nearest(unknown, Architecture.__dataclass_fields__)}"
-        )
+        near = nearest(str(unknown), Architecture.__dataclass_fields__)
+        raise CheckpointError(f"{origin}: student.{unknown}: unknown key{near}")
+    short_side = data.get("short_side", Data().short_side)
+    meaning = {
+        "architecture": {name: value for name, value in student.items() if name in Architecture.__dataclass_fields__},
+        "classes": classes,
+        "short_side": short_side[-1] if isinstance(short_side, list) and short_side else short_side,
+        "long_side": data.get("long_side", Data().long_side),
+    }
+    return _checked(meaning, origin)
+
+
+def _checked(meaning: Mapping[str, Any], origin: str) -> Meaning:
     try:
-        architecture = Architecture(**parts)
+        return TypeAdapter(Meaning).validate_python(meaning)
     except ValidationError as error:
-        problems = [f"student.{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
+        problems = []
+        for item in error.errors():
+            name = ".".join(map(str, item["loc"])).replace("architecture", "student", 1)
+            problems.append(f"{name}: {item['msg'].removeprefix('Value error, ')}")
         raise CheckpointError("\n  ".join([f"{origin}: cannot be used:", *problems])) from None
-    sides = data.get("short_side", Data().short_side)
-    return Meaning(architecture, classes, sides[-1], data.get("long_side", Data().long_side))
 
 
 def recipes_beside(path: Path) -> list[Path]:

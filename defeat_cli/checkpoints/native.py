@@ -72,6 +72,10 @@ def checked(content: Mapping[str, Any], origin: str) -> dict[str, Any]:
     classes = content["classes"]
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise CheckpointError(f"{origin}: classes should be a list of names")
+    if not isinstance(content["recipe"], Mapping):
+        raise CheckpointError(f"{origin}: recipe should be a mapping")
+    if not isinstance(content.get("folder", ""), str):
+        raise CheckpointError(f"{origin}: folder should be a path")
     if not is_state_dict(content["student"]):
         raise CheckpointError(f"{origin}: student should be a state dict")
     return dict(content)
@@ -81,7 +85,7 @@ def to_weights(content: Mapping[str, Any], origin: str, architecture: Architectu
     """The detector in a native checkpoint. It knows its own architecture: the one given by the caller is not needed."""
     content = checked(content, origin)
     recipe = content["recipe"]
-    if content["version"] == 1:
+    if content["version"] == 1 and isinstance(recipe.get("student"), Mapping):
         recipe = {**recipe, "student": _as_built(recipe["student"])}
     classes = content["classes"]
     meaning = meaning_of_recipe(recipe, f"{origin}: the recipe in it", classes)

@@ -94,7 +94,7 @@ class Conventions:
     """Images keep their ratio of sides; false stretches all to `long_side` x `short_side`."""
     channels: Literal["rgb", "bgr"] | None = None
     """Channel order that the weights of another library were trained on, with `image_mean`, `image_std` (both RGB) and
-    `stride_in_1x1`, for a checkpoint that does not say; null takes what is usual. Once read, the weights take RGB."""
+    `stride_in_1x1`, for a checkpoint that does not say; null takes what is usual for it. Once read, they take RGB."""
     edge_cases: Literal["torchvision", "mmdetection", "detectron2"] = "torchvision"
     """Whose rules hold where it seldom matters: regions on the edge of two levels, empty boxes, extreme deltas."""
 
@@ -123,7 +123,7 @@ class Architecture:
     anchor_ratios: Annotated[list[Positive], Field(min_length=1)] = field(default_factory=lambda: [0.5, 1.0, 2.0])
     proposals: Count | None = None
     """Proposals kept per image by the RPN after suppression, at inference; null takes the detector's own, as for the
-    three thresholds and counts below (see `own_settings`)."""
+    thresholds and counts below (see `own_settings`)."""
     proposals_before_nms: Count | None = None
     """Proposals of each level that go into suppression, at inference; null takes as many as `proposals`."""
     proposal_nms_threshold: Fraction = 0.7
@@ -229,32 +229,35 @@ def without_effect(architecture: Architecture) -> set[str]:
     family = next(
         family for family in DETECTOR_FAMILIES if detector.replace("fasterrcnn", "faster_rcnn").startswith(family)
     )
-    missing = {"conventions.channels", *NOT_IN_FAMILY[family]}
+    missing = set(NOT_IN_FAMILY[family])
     if built:
         missing |= set(INFERENCE) - set(OPEN_IN_BUILDERS)
         name = detector
-    conventions = architecture.conventions
-    if conventions.suppression == "hard":
-        missing.add("conventions.suppression_least_score")
-    if conventions.suppression != "gaussian":
-        missing.add("conventions.suppression_sigma")
     if not any(bottleneck in name for bottleneck in ("resnet50", "resnet101", "resnet152", "resnext")):
         missing.add("conventions.stride_in_1x1")
-    return missing
+    if architecture.conventions.suppression != "gaussian":
+        missing.add("conventions.suppression_sigma")
+    if architecture.conventions.suppression == "hard":
+        missing.add("conventions.suppression_least_score")
+    return missing | {"conventions.channels"}  # it has said all that it has to say once the weights are read
 
 
-ROI_POOLING = ("conventions.roi_align_aligned", "conventions.roi_align_sampling_ratio")
-PROPOSALS = ("proposals", "proposals_before_nms", "proposal_nms_threshold", "conventions.clip_proposals")
+OF_PROPOSALS = (
+    *("proposals", "proposals_before_nms", "proposal_nms_threshold"),
+    *("conventions.clip_proposals", "conventions.roi_align_aligned", "conventions.roi_align_sampling_ratio"),
+)
 NOT_IN_FAMILY = {
     "faster_rcnn": (
         *("candidates_per_level", "conventions.p6_from", "conventions.p7_relu", "conventions.clip_after_nms"),
     ),
-    "retinanet": (*PROPOSALS, *ROI_POOLING),
+    "retinanet": OF_PROPOSALS,
     "fcos": (
-        *(*PROPOSALS, *ROI_POOLING, "anchor_sizes", "anchor_ratios", "conventions.rounded_anchors"),
-        *("conventions.anchor_order", "conventions.nominal_strides", "conventions.clip_after_nms"),
-        *("conventions.edge_cases", "conventions.clip_detections", "conventions.smallest_box"),
-        *("conventions.suppression", "conventions.suppression_across_classes"),
+        *OF_PROPOSALS,
+        *("anchor_sizes", "anchor_ratios", "conventions.rounded_anchors", "conventions.anchor_order"),
+        *("conventions.nominal_strides", "conventions.clip_after_nms", "conventions.edge_cases"),
+        *("conventions.clip_detections", "conventions.smallest_box", "conventions.suppression"),
+        *("conventions.suppression_sigma", "conventions.suppression_least_score"),
+        "conventions.suppression_across_classes",
     ),
 }
 OPEN_IN_BUILDERS = (

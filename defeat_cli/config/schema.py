@@ -74,13 +74,23 @@ class Data(Section):
 
     path: str | None = None
     """Folder that holds the data set; `--data`."""
-    format: Literal["auto", "coco", "voc", "shapes"] = "auto"
+    format: Literal["auto", "coco", "voc", "yolo", "xml", "shapes"] = "auto"
+    """Layout; `auto` sees it from the folder, `xml` is images with a VOC XML file each and no more, `shapes` is drawn."""
     train_annotations: str | None = None
     """Annotation file, relative to `path`; null finds it by the layout. For VOC the image set, e.g. `trainval`."""
     val_annotations: str | None = None
     train_images: str | None = None
     """Image folder, relative to `path`; null finds it by the layout."""
     val_images: str | None = None
+    test_annotations: str | None = None
+    """For `--split test`, as is `test_images`."""
+    test_images: str | None = None
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of the training images that is set apart for validation, by image; null takes the layout's own split."""
+    split_seed: Annotated[int, Field(ge=0)] = 0
+    """Decides which images these are. Not `run.seed`: runs of all seeds share one split."""
+    classes: Annotated[list[str], Field(min_length=1)] | None = None
+    """Classes to keep; null keeps all."""
     short_side: Annotated[list[Count], Field(min_length=1)] = [800]
     """Images are resized to this short side; several are drawn from in training, the last is used at evaluation."""
     long_side: Count = 1333
@@ -92,6 +102,13 @@ class Data(Section):
     workers: Annotated[int, Field(ge=0)] = 4
     """Loader processes; 0 reads in the main process."""
     shapes: Shapes = Shapes()
+
+    @model_validator(mode="after")
+    def _one_split(self) -> Data:
+        named = [name for name in ("val_annotations", "val_images") if getattr(self, name) is not None]
+        if self.val_fraction is not None and named:
+            raise ValueError(f"val_fraction divides the training images, and {named[0]} names others; leave one out")
+        return self
 
 
 class _Distillation(Section):

@@ -12,14 +12,14 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from defeat_cli.data.annotations import Id
-from defeat_cli.data.dataset import CocoDataset, Sample
+from defeat_cli.data.dataset import DetectionDataset, Sample
+from defeat_cli.data.transforms import Target
 from defeat_cli.errors import DataError
 
 PREFETCH = 4
 """Batches that each loader process reads ahead."""
 
-LoadedBatch = tuple[list[Tensor], list[dict[str, Tensor]], list[Id]]
+LoadedBatch = tuple[list[Tensor], list[Target], list[int]]
 
 
 class BatchOrder(Sampler[list[tuple[int, int]]]):
@@ -95,7 +95,7 @@ class Loader(DataLoader):
 
 
 def training_loader(
-    dataset: CocoDataset,
+    dataset: DetectionDataset,
     batch_size: int,
     workers: int,
     seed: int = 0,

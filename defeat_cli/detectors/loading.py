@@ -39,6 +39,10 @@ UNTOLD = ("proposals", "score_threshold", "nms_threshold", "detections_per_image
 """Settings that have to be assumed where a checkpoint states none."""
 
 
+TOLD_CHANNELS = ("mmdet", "detectron2")
+"""Formats whose readers obey or refuse `conventions.channels` themselves: their weights take RGB once they are read."""
+
+
 class Teller(Protocol):
     """What shows lines to a user; `console.Reporter` is one."""
 
@@ -95,6 +99,8 @@ def load_detector(
     """
     settings = _settings(given, section)
     weights = source if isinstance(source, Weights) else load_weights(source, hint(given, section))
+    if weights.format in TOLD_CHANNELS:
+        settings.pop("conventions.channels", None)
     base, origin = weights.architecture, weights.origin
     _refuse_other_structure(settings, base, origin)
     architecture = _in_force(settings, base, origin, ignored)

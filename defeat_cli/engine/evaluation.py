@@ -13,7 +13,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
-from defeat_cli.data.dataset import CocoDataset
+from defeat_cli.data.dataset import DetectionDataset
 from defeat_cli.data.loading import evaluation_loader
 from defeat_cli.detectors.contract import Detector
 from defeat_cli.distillation.pairing import match_classes
@@ -110,7 +110,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 def evaluate(
     detector: Detector,
-    dataset: CocoDataset | Subset,
+    dataset: DetectionDataset | Subset,
     *,
     workers: int = 0,
     autocast: torch.dtype | None = None,

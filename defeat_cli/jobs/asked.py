@@ -10,15 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from defeat_cli import session
 from defeat_cli.checkpoints.loading import file_of, load_weights
 from defeat_cli.checkpoints.weights import Weights
 from defeat_cli.config.architecture import INFERENCE, SIZES, STRUCTURE
 from defeat_cli.config.given import COMMAND_LINE, Given, understood
-from defeat_cli.config.schema import Data, Recipe
+from defeat_cli.config.schema import Data, Recipe, validate
 from defeat_cli.detectors.loading import hint
 
-SOURCE = ("path", "format", "train_annotations", "val_annotations", "train_images", "val_images", "shapes")
+SPLITS = ("train", "val", "test")
+SOURCE = (
+    *("path", "format", "val_fraction", "split_seed", "classes", "shapes"),
+    *(f"{split}_{what}" for split in SPLITS for what in ("annotations", "images")),
+)
 """Settings of `data` that say where images and boxes are, and so belong together."""
 
 DETECTOR = (*(f"student.{name}" for name in (*STRUCTURE, *INFERENCE)), *(f"data.{side}" for side in SIZES))
@@ -26,8 +29,9 @@ DETECTOR = (*(f"student.{name}" for name in (*STRUCTURE, *INFERENCE)), *(f"data.
 
 def data_settings(split: str) -> list[str]:
     """Settings that say where the data of a split is, by dotted name."""
-    other = "train" if split == "val" else "val"
-    return [f"data.{name}" for name in SOURCE if not name.startswith(other)]
+    # Where the training images are divided, theirs are the validation's too.
+    others = tuple(f"{other}_" for other in SPLITS if other != split and not (split == "val" and other == "train"))
+    return [f"data.{name}" for name in SOURCE if name == "val_fraction" or not name.startswith(others)]
 
 
 @dataclass(frozen=True)
@@ -60,27 +64,18 @@ def ask(
     """
     named, given = understood(recipe_name, changes, command, settings)
     weights = load_weights(checkpoint, hint(given))
-    remembered = weights.recipe or {}
-    data, notes = _data(given, named, remembered.get("data") or {}, weights, checkpoint)
-    recipe = named.model_copy(update={"data": data, "run": named.run.model_copy()})
-    precision = (remembered.get("run") or {}).get("precision", "fp32")
-    if "run.precision" not in given and precision != "fp32":
-        if session.choose_device(recipe.run.device).type == "cuda":
-            recipe.run.precision = precision
-        else:
-            notes.append(f"scored in training in {precision}, which needs a CUDA device; here in fp32")
-    return Asked(weights, given, recipe, notes)
+    data, notes = _data(given, named, weights, checkpoint)
+    return Asked(weights, given, named.model_copy(update={"data": data}), notes)
 
 
-def _data(
-    given: Mapping[str, Given], named: Recipe, remembered: Mapping[str, Any], weights: Weights, checkpoint: str
-) -> tuple[Data, list[str]]:
+def _data(given: Mapping[str, Given], named: Recipe, weights: Weights, checkpoint: str) -> tuple[Data, list[str]]:
     """The data section in force. A folder on the command line is read as it is, and never drawn."""
+    remembered = (weights.recipe or {}).get("data") or {}  # checked as a mapping when it was read
     own = {name: remembered[name] for name in (*SOURCE, "workers") if remembered.get(name) is not None}
     sections = {name.split(".")[1] for name in given if name.startswith("data.")}
     spoken = {name: getattr(named.data, name) for name in (*SOURCE, "workers") if name in sections}
     notes = []
-    if "path" in own:
+    if isinstance(own.get("path"), str):
         own["path"] = _found(own["path"], weights, checkpoint)
     if "path" in spoken and not _same(spoken["path"], own.get("path")):
         names = [name for name in own if name.endswith(("annotations", "images")) and name not in spoken]
@@ -92,7 +87,8 @@ def _data(
         source["format"] = "auto"
     if "path" not in spoken and source.get("path") != remembered.get("path"):
         notes.append(f"data: {source['path']}, which the checkpoint remembers as {remembered['path']}")
-    return Data(**{**named.data.model_dump(), **source}), notes
+    section = {**named.data.model_dump(), **source}
+    return validate({"data": section}, f"{checkpoint}: the data that it remembers").data, notes
 
 
 def _found(path: str, weights: Weights, checkpoint: str) -> str:

@@ -17,12 +17,13 @@ from defeat_cli.config.schema import Distillation, Recipe, merged, validate
 from defeat_cli.config.terms import NeckSettings
 from defeat_cli.console import Reporter, counting
 from defeat_cli.data.annotations import Annotations, read_annotations
-from defeat_cli.data.dataset import CocoDataset
+from defeat_cli.data.dataset import DetectionDataset
 from defeat_cli.detectors.loading import load_detector, load_teacher
+from defeat_cli.distillation.distiller import Distiller
 from defeat_cli.errors import DataError, DefeatError, RecipeError
 from defeat_cli.gradients.images import Source, find_images, images_of
-from defeat_cli.gradients.maps import neck_adapters
 from defeat_cli.gradients.mask_pictures import draw_masks
+from defeat_cli.gradients.panels import panel_terms
 from defeat_cli.gradients.report import GradientReport, Settings, run_gradient_maps
 from defeat_cli.jobs.asked import DETECTOR, Asked, ask, data_settings
 
@@ -46,7 +47,7 @@ def visualize(
 
     Args:
         images: files, folders or glob patterns; none takes the data set's.
-        settings: weights and scale of the neck term are taken from the recipe instead.
+        settings: the recipe's `finest_scale` takes the place of theirs.
         recipe_name: as in `scoring.score`.
         changes: dotted recipe overrides; with `data.path` among them that data set knows the images' ground truth.
         annotations: COCO file that knows it.
@@ -57,15 +58,14 @@ def visualize(
     Raises:
         DefeatError: images, checkpoints or options that cannot be used.
     """
-    if teacher is None and (settings.loss == "distillation" or settings.distillation or teacher_boxes):
+    if teacher is None and (settings.distils or teacher_boxes):
         raise DefeatError("--distillation and --teacher-boxes need a teacher: add --teacher CHECKPOINT")
-    distils = settings.loss == "distillation" or settings.distillation
     asked = ask(
         checkpoint,
         recipe_name,
         changes or {},
         command="gradmap",
-        settings=_effective(split, teacher, distils or settings.own_level),
+        settings=_effective(split, teacher, settings.distils or settings.own_level),
     )
     recipe, reporter = asked.recipe, Reporter("gradmap", quiet)
     device = session.choose_device(recipe.run.device)
@@ -75,28 +75,35 @@ def visualize(
         reporter.note(note)
     loaded.tell(reporter)
     student = loaded.detector.to(device)
-    supervisor, adapters = None, ()
+    distillation = _distillation(asked)
+    neck = distillation.neck or NeckSettings()
+    if settings.distils or settings.own_level:
+        settings = replace(settings, finest_scale=neck.finest_scale)
+    supervisor = distiller = None
     if teacher is not None:
         loaded = load_detector(
-            teacher, asked.given, section="teacher.architecture", classes=truth and truth.classes, ignored=NOT_DRAWN
+            teacher,
+            asked.given,
+            section="teacher.architecture",
+            classes=truth and truth.classes,
+            sizes=(loaded.meaning.short_side, loaded.meaning.long_side),
+            ignored=NOT_DRAWN,
         )
         loaded.tell(reporter, "teacher: ")
         supervisor = loaded.detector.to(device)
-        if distils:
-            adapters = neck_adapters(student, supervisor, _trained_adapters(checkpoint), checkpoint)
-    if distils or settings.own_level:
-        neck = _distillation(asked).neck or NeckSettings()
-        settings = replace(settings, alpha_fg=neck.alpha_fg, alpha_bg=neck.alpha_bg, finest_scale=neck.finest_scale)
+        if settings.distils:
+            terms = panel_terms(distillation, student, supervisor, _trained_terms(checkpoint), checkpoint)
+            distiller = Distiller(student, supervisor, terms, own_size=recipe.teacher.size == "own")
     with counting("images", len(sources), quiet) as advance:
         return run_gradient_maps(
             student,
             sources,
             output,
             settings,
-            name=checkpoint,
+            about={"checkpoint": checkpoint, "alpha_fg": neck.alpha_fg, "alpha_bg": neck.alpha_bg},
             teacher=supervisor,
             teacher_boxes=teacher_boxes,
-            adapters=adapters,
+            distiller=distiller,
             advance=advance,
         )
 
@@ -116,11 +123,9 @@ def _images(
     """The images, and the annotations that know them where there are such."""
     if limit is not None and limit < 1:
         raise DataError(f"--limit {limit}: must be at least 1")
-    if split not in ("train", "val"):
-        raise DataError(f"no split {split!r}; use train or val")
     if not inputs and recipe.data.path is None:
         raise DataError("nothing to look at: give images, or a data folder with --data")
-    dataset: CocoDataset | None = None
+    dataset: DetectionDataset | None = None
     if not inputs or (data_given and file is None):
         dataset = session.open_data(recipe.data, split, train=False)
     if not inputs:
@@ -151,15 +156,12 @@ def _distillation(asked: Asked) -> Distillation:
         return asked.recipe.distillation
 
 
-def _trained_adapters(checkpoint: str) -> dict[str, Any] | None:
-    """The neck's adapters in a checkpoint of ours; other files hold none."""
+def _trained_terms(checkpoint: str) -> dict[str, Any]:
+    """What terms have learned, in a checkpoint of ours; other files hold nothing of them."""
     if checkpoint.startswith(TORCHVISION_PREFIX):
-        return None
-    content, prefix = read(file_of(checkpoint)), "neck.adapters."
-    if not native.matches(content):
-        return None
-    terms = content.get("terms", {})
-    return {key.removeprefix(prefix): value for key, value in terms.items() if key.startswith(prefix)}
+        return {}
+    content = read(file_of(checkpoint))
+    return content.get("terms", {}) if native.matches(content) else {}
 
 
 def show_masks(recipe: Recipe, images: Sequence[str], output: Path) -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,8 @@ from defeat_cli.config.architecture import Architecture, Conventions
 from defeat_cli.config.schema import recipes_folder
 from defeat_cli.detectors.loading import load_detector
 from defeat_cli.detectors.zoo import build_detector
-from defeat_cli.errors import CheckpointError
+from defeat_cli.errors import CheckpointError, DefeatError
+from defeat_cli.jobs.asked import DETECTOR, ask
 
 TINY = Architecture(
     backbone="regnet", widths=[8, 8, 8, 8], fpn_channels=8, head_channels=8, anchor_sizes=[[4], [8], [16], [32], [48]],
@@ -67,7 +69,7 @@ def test_a_state_dict_that_says_what_it_is_loads_strict_in_plain_torchvision(tmp
 def test_what_a_newer_version_wrote_is_refused(tmp_path):
     said = with_meaning(state_of(TINY), SAID)
     said._metadata[ENTRY]["version"] = 2
-    with pytest.raises(CheckpointError, match="says what it is in version 2; this defeat reads 1"):
+    with pytest.raises(CheckpointError, match="says what it is in version 2; this defeat reads version 1"):
         load_weights(write(tmp_path / "x.pth", said))
 
 
@@ -160,3 +162,53 @@ def test_convert_writes_no_torch_file_under_another_files_name(tmp_path, defeat,
     write(tmp_path / "a.pth", with_meaning(state_of(TINY), SAID))
     assert "name it .pth or .pt" in defeat("convert", tmp_path / "a.pth", tmp_path / name, code=2)
     assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
+
+
+ODD = (None, -1, "x", [], {}, True, float("nan"), [None], {"x": 1})
+
+
+def places(content: dict, above: tuple = ()) -> list[tuple]:
+    """Where the plain values of nested content are."""
+    found = []
+    for name, value in content.items():
+        found.append((*above, name))
+        found += places(value, (*above, name)) if isinstance(value, dict) else []
+    return found
+
+
+def changed(content: dict, place: tuple, value: object) -> dict:
+    """Content with another value at a place; `ODD` itself takes it away."""
+    name, *rest = place
+    if rest:
+        return {**content, name: changed(content[name], tuple(rest), value)}
+    left = {key: kept for key, kept in content.items() if key != name}
+    return left if value is ODD else {**left, name: value}
+
+
+def test_whatever_a_checkpoint_says_gives_a_detector_or_one_message(tmp_path):
+    plain = Architecture(backbone="regnet", widths=[8, 8, 8, 8], fpn_channels=8, head_channels=8)
+    state = dict(state_of(plain))
+    student = asdict(plain)
+    recipe = {"student": student, "data": {"path": "d", "short_side": [96], "long_side": 96, "workers": 0}}
+    own = {"format": "defeat", "version": 2, "recipe": recipe, "classes": CLASSES, "metrics": {}, "folder": ".."}
+    said = {"version": 1, "architecture": student, "classes": CLASSES, "short_side": 96, "long_side": 96}
+    loaded, refused = 0, []
+    for content in (own, said):
+        for i, place in enumerate(places(content)):
+            for value in (ODD[i % len(ODD)], ODD[(5 * i + 3) % len(ODD)], ODD):
+                odd = changed(content, place, value)
+                if content is own:
+                    torch.save({**odd, "student": state}, tmp_path / "x.pt")
+                else:
+                    named = with_meaning(state, SAID)
+                    named._metadata[ENTRY] = odd
+                    torch.save(named, tmp_path / "x.pt")
+                try:
+                    asked = ask(str(tmp_path / "x.pt"), None, {}, command="eval", settings=DETECTOR)
+                    load_detector(asked.weights, asked.given, classes=CLASSES)
+                    loaded += 1
+                except DefeatError as error:
+                    refused.append(str(error))
+    assert all("x.pt" in message for message in refused)
+    assert loaded > 30
+    assert len(refused) > 100

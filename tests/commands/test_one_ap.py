@@ -13,7 +13,7 @@ from torch.utils.data import Subset
 
 from defeat_cli.config import schema as recipes
 from defeat_cli.console import Reporter
-from defeat_cli.data.dataset import open_split
+from defeat_cli.data.opening import open_split
 from defeat_cli.detectors.loading import load_detector
 from defeat_cli.engine.evaluation import FIGURES, evaluate
 from defeat_cli.jobs.training import score

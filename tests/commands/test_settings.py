@@ -36,7 +36,7 @@ OTHER = {
     "proposals": 3,
     "proposals_before_nms": 4,
     "proposal_nms_threshold": 0.05,
-    "candidates_per_level": 3,
+    "candidates_per_level": 2,
     "score_threshold": 0.2,
     "nms_threshold": 0.05,
     "detections_per_image": 3,
@@ -54,10 +54,10 @@ OTHER = {
     "conventions.clip_after_nms": True,
     "conventions.clip_proposals": False,
     "conventions.clip_detections": False,
-    "conventions.smallest_box": 40.0,
+    "conventions.smallest_box": 30.0,
     "conventions.suppression": "linear",
-    "conventions.suppression_sigma": 0.3,
-    "conventions.suppression_least_score": 0.2,
+    "conventions.suppression_sigma": 0.9,
+    "conventions.suppression_least_score": 0.1,
     "conventions.suppression_across_classes": True,
     "conventions.keep_ratio": False,
     "conventions.channels": "bgr",
@@ -235,6 +235,12 @@ EFFECTIVE = {
         *(f"data.shapes.{name}" for name in ("train_images", "val_images", "size", "seed")),
         *(f"student.{name}" for name in (*STRUCTURE, *INFERENCE)),
     },
+    "gradmap": {
+        *("data.path", "data.format", "data.val_annotations", "data.val_images", "run.device"),
+        *("data.short_side", "data.long_side", "student.proposals_train", "student.regions_per_image"),
+        *(f"data.shapes.{name}" for name in ("train_images", "val_images", "size", "seed")),
+        *(f"student.{name}" for name in (*STRUCTURE, *INFERENCE)),
+    },
     "convert": {"data.short_side", "data.long_side", *(f"student.{n}" for n in (*STRUCTURE, *INFERENCE, *TRAINING))},
 }
 
@@ -244,15 +250,16 @@ def test_every_other_key_of_a_recipe_is_refused_on_the_command_line(defeat, chec
     content = Recipe().model_dump()
     keys = [key for key in leaves(content) if key not in EFFECTIVE[command]]
     assert {"optimizer.lr", "distillation.warmup_steps", "data.flip", "data.batch_size", "run.seed"} <= set(keys)
+    checkpoint = ["-c", checkpoints["fcos"]] if command == "gradmap" else [checkpoints["fcos"]]
     target = [tmp_path / "x.pth"] if command == "convert" else []
     for key in keys:
         value = content
         for part in key.split("."):
             value = value[part]
-        output = defeat(command, checkpoints["fcos"], *target, "--set", f"{key}={json.dumps(value)}", code=2)
+        output = defeat(command, *checkpoint, *target, "--set", f"{key}={json.dumps(value)}", code=2)
         assert f"--set {key}: without effect in `defeat {command}`" in output
     assert "did you mean score_threshold?" in defeat(
-        command, checkpoints["fcos"], *target, "--set", "student.scor_threshold=0.5", code=2
+        command, *checkpoint, *target, "--set", "student.scor_threshold=0.5", code=2
     )
 
 
@@ -344,3 +351,21 @@ def test_images_without_boxes_cannot_be_scored(defeat, checkpoints, shapes, tmp_
     (tmp_path / "empty.json").write_text(json.dumps({**content, "annotations": []}))
     options = ["--set", f"data.val_annotations={tmp_path / 'empty.json'}"]
     assert "nothing to score on" in defeat("eval", checkpoints["fcos"], *options, code=2)
+
+
+def test_the_precision_of_its_own_run_is_said_where_the_device_does_not_have_it(defeat, checkpoints, tmp_path):
+    content = torch.load(checkpoints["fcos"], weights_only=True)
+    content["recipe"]["run"] = {"precision": "bf16"}
+    torch.save(content, tmp_path / "x.pt")
+    assert "evaluated in bf16" in defeat("eval", tmp_path / "x.pt", "--device", "cpu")
+    options = ["--device", "cpu", "--set", "run.precision=fp32"]
+    assert "bf16" not in defeat("eval", tmp_path / "x.pt", *options)
+
+
+def test_data_that_a_checkpoint_remembers_and_no_one_knows_is_one_message(defeat, checkpoints, tmp_path):
+    content = torch.load(checkpoints["fcos"], weights_only=True)
+    content["recipe"]["data"]["format"] = "parquet"
+    torch.save(content, tmp_path / "x.pt")
+    output = defeat("eval", tmp_path / "x.pt", code=2)
+    assert "x.pt: the data that it remembers cannot be used" in output
+    assert "data.format" in output

@@ -110,7 +110,7 @@ def mmdet_config(original: ForeignDetector, generation: int = 3, scale: tuple[in
             {"type": "LoadAnnotations", "with_bbox": True},
             {"type": "PackDetInputs", "meta_keys": ("img_id", "img_path")},
         ]
-        data = {"test_dataloader": {"batch_size": 1, "dataset": {"type": "CocoDataset", "pipeline": steps}}}
+        data = {"test_dataloader": {"batch_size": 1, "dataset": {"type": "DetectionDataset", "pipeline": steps}}}
     else:
         transforms = [
             {"type": "Resize", "keep_ratio": True},
@@ -124,7 +124,7 @@ def mmdet_config(original: ForeignDetector, generation: int = 3, scale: tuple[in
             {"type": "LoadImageFromFile"},
             {"type": "MultiScaleFlipAug", "img_scale": scale, "flip": False, "transforms": transforms},
         ]
-        data = {"data": {"samples_per_gpu": 2, "test": {"type": "CocoDataset", "pipeline": steps}}}
+        data = {"data": {"samples_per_gpu": 2, "test": {"type": "DetectionDataset", "pipeline": steps}}}
     schedule = {"optimizer": {"type": "SGD", "lr": 0.02}, "work_dir": "./work_dirs/it", "load_from": None}
     return copy.deepcopy({"model": model, "test_pipeline": steps, **data, **schedule})
 
