@@ -75,7 +75,7 @@ class Data(Section):
     path: str | None = None
     """Folder that holds the data set; `--data`."""
     format: Literal["auto", "coco", "voc", "yolo", "xml", "shapes"] = "auto"
-    """Layout; `auto` sees it from the folder, `xml` is images with a VOC XML file each and no more, `shapes` is drawn."""
+    """Layout; `auto` sees it from the folder, `xml` is images with a VOC XML file each, `shapes` is drawn."""
     train_annotations: str | None = None
     """Annotation file, relative to `path`; null finds it by the layout. For VOC the image set, e.g. `trainval`."""
     val_annotations: str | None = None
