@@ -79,6 +79,13 @@ class Inputs:
         return {"image_mean": mean, "image_std": std, "keep_ratio": self.keep_ratio}
 
 
+def says_other_pixels(said: Conventions, is_rgb: bool) -> bool:
+    """Whether the caller gives another channel order than the usual one, or mean, std and stride with it."""
+    stock = Conventions()
+    given = any(getattr(said, name) != getattr(stock, name) for name in ("image_mean", "image_std", "stride_in_1x1"))
+    return said.channels is not None and (given or (said.channels == "rgb") != is_rgb)
+
+
 def pixels_as_said(inputs: Inputs, said: Conventions, origin: str, *, known: bool) -> Inputs:
     """`inputs` with the channel order, mean and std that the caller gives, where the checkpoint does not say them.
 
@@ -91,10 +98,10 @@ def pixels_as_said(inputs: Inputs, said: Conventions, origin: str, *, known: boo
     if said.channels is None:
         return inputs
     is_rgb = said.channels == "rgb"
-    if known:
-        if is_rgb != inputs.is_rgb:
-            order = "RGB" if inputs.is_rgb else "BGR"
-            raise CheckpointError(f"{origin}: conventions.channels is {said.channels}, but it was trained on {order}")
+    if known and is_rgb != inputs.is_rgb:
+        order = "RGB" if inputs.is_rgb else "BGR"
+        raise CheckpointError(f"{origin}: conventions.channels is {said.channels}, but it was trained on {order}")
+    if known or not says_other_pixels(said, inputs.is_rgb):
         return inputs
     order = 1 if is_rgb else -1
     mean, std = ([255 * value for value in values[::order]] for values in (said.image_mean, said.image_std))
@@ -108,23 +115,23 @@ def guessed_classes(classes: int) -> tuple[list[str] | None, list[str]]:
     return coco_classes(classes), ["assumed, for the file does not name its classes: COCO's 80, in COCO's order"]
 
 
-def assumptions(built: Architecture, short_side: int, long_side: int, why: str) -> list[str]:
-    """One note on each thing that decides the detections and is taken for granted."""
+def as_said(built: Architecture, said: Conventions) -> Architecture:
+    """The architecture with the channel order that the caller gave, which it was read with."""
+    return replace(built, conventions=replace(built.conventions, channels=said.channels))
+
+
+def assumptions(built: Architecture, is_rgb: bool, short_side: int, long_side: int, why: str) -> list[str]:
+    """One line on each thing that is taken for granted, but for thresholds and anchors."""
     conventions = built.conventions
-    mean, std = (
-        [round(255 * value, 3) for value in values] for values in (conventions.image_mean, conventions.image_std)
-    )
-    stride = "1x1" if conventions.stride_in_1x1 else "3x3"
-    found = [f"pixels less {mean}, over {std} (RGB)", f"bottlenecks that stride in their {stride} convolution"]
-    found.append(f"anchors of {' '.join(f'{side:g}' for level in built.anchor_sizes for side in level)} pixels")
-    if built.detector == "faster_rcnn":
-        found.append(f"{built.proposals} proposals, suppressed at {built.proposal_nms_threshold}")
-    found += [
-        f"scores above {built.score_threshold}, suppressed at {built.nms_threshold}",
-        f"{built.detections_per_image} detections an image",
+    mean, std = ([round(255 * value, 3) for value in v] for v in (conventions.image_mean, conventions.image_std))
+    assumed = [
+        f"{'RGB' if is_rgb else 'BGR'} pixels, red to blue less {mean} and over {std}"
+        + ("" if conventions.channels else "; conventions.channels can say otherwise"),
         f"images of {short_side} pixels, {long_side} at most",
     ]
-    return [f"assumed, for {why}: {what}" for what in found]
+    if built.backbone not in ("resnet18", "resnet34"):
+        assumed.append(f"bottlenecks that stride in their {'1x1' if conventions.stride_in_1x1 else '3x3'} convolution")
+    return [f"assumed, for {why}: {what}" for what in assumed]
 
 
 def renamed(state_dict: StateDict, tables: Tables, origin: str) -> tuple[StateDict, list[str]]:

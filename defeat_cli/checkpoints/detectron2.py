@@ -33,6 +33,7 @@ from defeat_cli.checkpoints.conversion import (
     RPN_DELTAS,
     Inputs,
     Tables,
+    as_said,
     assumptions,
     fold_bgr,
     fold_deltas,
@@ -41,6 +42,7 @@ from defeat_cli.checkpoints.conversion import (
     renamed,
     require_anchors,
     require_whole,
+    says_other_pixels,
     with_background_first,
 )
 from defeat_cli.checkpoints.detectron2_config import OneStageConfig, TwoStage, TwoStageConfig
@@ -173,16 +175,15 @@ def to_weights(content: Any, origin: str, architecture: Architecture | None = No
     anchors = settings.MODEL.ANCHOR_GENERATOR
     sizes, ratios = _anchors_in(state_dict, origin) or (anchors.sizes, anchors.ASPECT_RATIOS[0])
     require_anchors(converted, sizes, ratios, origin)
-    built = _architecture(settings, inputs, converted, backbone, sizes, ratios)
+    built = as_said(_architecture(settings, inputs, converted, backbone, sizes, ratios), said)
     _fold_coders(settings, converted)
     classes = with_background_first(converted, origin)
     if not inputs.is_rgb:
         fold_bgr(converted)
-    names, naming = guessed_classes(classes)
+    names, assumed = guessed_classes(classes)
     short_side, long_side = settings.INPUT.MIN_SIZE_TEST, settings.INPUT.MAX_SIZE_TEST
     notes = [
         f"a detectron2 checkpoint: {built.detector} on {backbone}, {classes} classes",
-        *naming,
         "the background was the last class and is now the first"
         if two_stage
         else "a column for the background was added",
@@ -194,10 +195,10 @@ def to_weights(content: Any, origin: str, architecture: Architecture | None = No
         notes.append(f"its settings are those of {beside[0]}")
     else:
         if beside is not None:
-            notes.append(f"{beside[0]} is no configuration of detectron2's, and was not read")
+            assumed.append(f"{beside[0]} is no configuration of detectron2's, and was not read")
         why = f"there is no {detectron2_config.FILE} of detectron2's beside the file"
-        notes += assumptions(built, short_side, long_side, why)
-    return Weights("detectron2", converted, built, classes, names, short_side, long_side, notes)
+        assumed += assumptions(built, inputs.is_rgb, short_side, long_side, why)
+    return Weights("detectron2", converted, built, classes, names, short_side, long_side, notes, assumed, stated=known)
 
 
 def _assumed(backbone: str, two_stage: bool, said: Conventions, origin: str) -> TwoStageConfig | OneStageConfig:
@@ -205,7 +206,7 @@ def _assumed(backbone: str, two_stage: bool, said: Conventions, origin: str) -> 
     model = {**(ASSUMED_TWO_STAGE if two_stage else ASSUMED_ONE_STAGE)}
     if backbone.startswith("resnext"):
         model |= ASSUMED_RESNEXT
-    if said.channels is not None:
+    if says_other_pixels(said, is_rgb=False):
         model["RESNETS"] = {"STRIDE_IN_1X1": said.stride_in_1x1}
     return detectron2_config.read({"MODEL": model}, two_stage, origin)
 

@@ -1,6 +1,7 @@
 """The `config.yaml` that detectron2 leaves beside its checkpoints: every setting of it that is understood.
 
-A file that leaves settings out means detectron2's defaults. Only plain YAML is read; nothing in it is run.
+A file that leaves settings out means detectron2's defaults, whether they are supported or not. Only plain YAML is read;
+nothing in it is run.
 """
 
 # ruff: noqa: RUF012 - a model's defaults are validated, and so copied, for each instance
@@ -23,12 +24,12 @@ FILE = "config.yaml"
 
 
 class Backbone(Section):
-    NAME: only("build_resnet_fpn_backbone")
+    NAME: only("build_resnet_fpn_backbone") = "build_resnet_backbone"
     without_effect = "FREEZE_AT"
 
 
 class RetinaBackbone(Backbone):
-    NAME: only("build_retinanet_resnet_fpn_backbone")
+    NAME: only("build_retinanet_resnet_fpn_backbone") = "build_resnet_backbone"
 
 
 class ResNets(Section):
@@ -42,15 +43,15 @@ class ResNets(Section):
     )
 
 
-class FPN(Section):
-    IN_FEATURES: only(["res2", "res3", "res4", "res5"])
+class Neck(Section):
+    IN_FEATURES: only(["res2", "res3", "res4", "res5"]) = []
     NORM: only("") = ""
     FUSE_TYPE: only("sum") = "sum"
     without_effect = "OUT_CHANNELS"
 
 
-class RetinaFPN(FPN):
-    IN_FEATURES: only(["res3", "res4", "res5"])
+class RetinaNeck(Neck):
+    IN_FEATURES: only(["res3", "res4", "res5"]) = []
 
 
 class Anchors(Section):
@@ -80,9 +81,9 @@ class Proposals(Section):
     MIN_SIZE: Finite = 0
 
 
-class RPN(Section):
+class ProposalNetwork(Section):
     HEAD_NAME: only("StandardRPNHead") = "StandardRPNHead"
-    IN_FEATURES: only(["p2", "p3", "p4", "p5", "p6"])
+    IN_FEATURES: only(["p2", "p3", "p4", "p5", "p6"]) = ["res4"]
     BBOX_REG_WEIGHTS: numbers(4, Positive) = [1.0, 1.0, 1.0, 1.0]
     PRE_NMS_TOPK_TEST: Count = 6000
     POST_NMS_TOPK_TEST: Count = 1000
@@ -94,15 +95,15 @@ class RPN(Section):
 
 
 class RoIHeads(Section):
-    NAME: only("StandardROIHeads")
-    IN_FEATURES: only(["p2", "p3", "p4", "p5"])
+    NAME: only("StandardROIHeads") = "Res5ROIHeads"
+    IN_FEATURES: only(["p2", "p3", "p4", "p5"]) = ["res4"]
     SCORE_THRESH_TEST: Fraction = 0.05
     NMS_THRESH_TEST: Fraction = 0.5
     without_effect = "NUM_CLASSES IOU_THRESHOLDS IOU_LABELS BATCH_SIZE_PER_IMAGE POSITIVE_FRACTION PROPOSAL_APPEND_GT"
 
 
 class BoxHead(Section):
-    NAME: only("FastRCNNConvFCHead")
+    NAME: only("FastRCNNConvFCHead") = ""
     POOLER_TYPE: Literal["ROIAlignV2", "ROIAlign"] = "ROIAlignV2"
     POOLER_RESOLUTION: only(7) = 14
     POOLER_SAMPLING_RATIO: Whole = 0
@@ -136,28 +137,28 @@ OTHER_PARTS = (
 
 
 class TwoStage(Section):
-    META_ARCHITECTURE: only("GeneralizedRCNN")
+    META_ARCHITECTURE: only("GeneralizedRCNN") = "GeneralizedRCNN"
     PIXEL_MEAN: numbers(3) = [103.53, 116.28, 123.675]
     PIXEL_STD: numbers(3, Positive) = [1.0, 1.0, 1.0]
     LOAD_PROPOSALS: only(False) = False
-    BACKBONE: Backbone
+    BACKBONE: Backbone = {}
     RESNETS: ResNets = {}
-    FPN: FPN
+    FPN: Neck = {}
     ANCHOR_GENERATOR: Anchors = {}
     PROPOSAL_GENERATOR: Proposals = {}
-    RPN: RPN
-    ROI_HEADS: RoIHeads
-    ROI_BOX_HEAD: BoxHead
+    RPN: ProposalNetwork = {}
+    ROI_HEADS: RoIHeads = {}
+    ROI_BOX_HEAD: BoxHead = {}
     without_effect = OTHER_PARTS + "RETINANET"
 
 
 class OneStage(Section):
-    META_ARCHITECTURE: only("RetinaNet")
+    META_ARCHITECTURE: only("RetinaNet") = "GeneralizedRCNN"
     PIXEL_MEAN: numbers(3) = [103.53, 116.28, 123.675]
     PIXEL_STD: numbers(3, Positive) = [1.0, 1.0, 1.0]
-    BACKBONE: RetinaBackbone
+    BACKBONE: RetinaBackbone = {}
     RESNETS: ResNets = {}
-    FPN: RetinaFPN
+    FPN: RetinaNeck = {}
     ANCHOR_GENERATOR: Anchors = {}
     RETINANET: RetinaHead = {}
     without_effect = OTHER_PARTS + "LOAD_PROPOSALS PROPOSAL_GENERATOR RPN ROI_HEADS ROI_BOX_HEAD"

@@ -29,6 +29,7 @@ from defeat_cli.checkpoints.conversion import (
     RPN_DELTAS,
     Inputs,
     Tables,
+    as_said,
     assumptions,
     fold_bgr,
     fold_deltas,
@@ -40,7 +41,8 @@ from defeat_cli.checkpoints.conversion import (
     resnet_keys,
     with_background_first,
 )
-from defeat_cli.checkpoints.mmdet_settings import FasterRCNN, RetinaNet, read_inputs, says_how_to_normalize
+from defeat_cli.checkpoints.mmdet_inputs import read_inputs, says_how_to_normalize
+from defeat_cli.checkpoints.mmdet_settings import FasterRCNN, RetinaNet
 from defeat_cli.checkpoints.torchvision import resnet_name
 from defeat_cli.checkpoints.weights import StateDict, Weights, is_state_dict
 from defeat_cli.config.architecture import Architecture, Conventions
@@ -163,7 +165,7 @@ def to_weights(content: Any, origin: str, architecture: Architecture | None = No
     inputs = pixels_as_said(inputs, said, origin, known="data_preprocessor" not in missing)
     body = {key.removeprefix("backbone.body."): value for key, value in converted.items() if "backbone.body." in key}
     backbone = resnet_name(body, origin)
-    built = _architecture(settings, inputs, converted, backbone, origin)
+    built = as_said(_architecture(settings, inputs, converted, backbone, origin), said)
     _fold_coders(settings, converted)
     classes = with_background_first(converted, origin)
     if not inputs.is_rgb:
@@ -172,7 +174,6 @@ def to_weights(content: Any, origin: str, architecture: Architecture | None = No
     short_side, long_side = sorted(inputs.scale or (800, 1333))
     notes = [
         f"an mmdetection {version or '2.x or 3.x'} checkpoint: {built.detector} on {backbone}, {classes} classes",
-        *naming,
         "the background was the last class and is now the first"
         if two_stage
         else "a column for the background was added",
@@ -180,12 +181,23 @@ def to_weights(content: Any, origin: str, architecture: Architecture | None = No
         *dropped,
     ]
     if config is None:
-        notes += assumptions(built, short_side, long_side, "the file has no configuration")
+        assumed = assumptions(built, inputs.is_rgb, short_side, long_side, "the file has no configuration")
     else:
         why = "assumed, for the configuration has none:"
-        notes += [f"{why} mmdetection's usual model.{name}" for name in missing]
-        notes += [f"{why} a test_pipeline for images of 800 pixels, 1333 at most"] if inputs.scale is None else []
-    return Weights("mmdet", converted, built, classes, names, short_side, long_side, notes)
+        assumed = [f"{why} mmdetection's usual model.{name}" for name in missing]
+        assumed += [f"{why} a test_pipeline for images of 800 pixels, 1333 at most"] if inputs.scale is None else []
+    return Weights(
+        "mmdet",
+        converted,
+        built,
+        classes,
+        names,
+        short_side,
+        long_side,
+        notes,
+        [*naming, *assumed],
+        stated="test_cfg" not in missing,
+    )
 
 
 def _unwrapped(content: Any) -> StateDict | None:

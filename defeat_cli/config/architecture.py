@@ -261,7 +261,8 @@ NOT_IN_FAMILY = {
     ),
 }
 OPEN_IN_BUILDERS = (
-    *("proposals", "score_threshold", "nms_threshold", "detections_per_image"),
+    *("proposals", "proposals_before_nms", "proposal_nms_threshold", "candidates_per_level"),
+    *("score_threshold", "nms_threshold", "detections_per_image"),
     *(f"conventions.{name}" for name in ("image_mean", "image_std", "batch_norm_eps", "stride_in_1x1", "keep_ratio")),
 )
 """Settings of `INFERENCE` that the detectors of torchvision's builders have; the builder decides the others."""

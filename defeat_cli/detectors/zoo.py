@@ -34,7 +34,9 @@ def build_by_name(architecture: Architecture, num_classes: int, short_side: list
             "box_nms_thresh": a.nms_threshold,
             "box_detections_per_img": a.detections_per_image,
             "box_batch_size_per_image": a.regions_per_image,
-            **{f"rpn_{when}_nms_top_n_test": a.proposals for when in ("pre", "post")},
+            "rpn_nms_thresh": a.proposal_nms_threshold,
+            "rpn_pre_nms_top_n_test": a.proposals_before_nms or a.proposals,
+            "rpn_post_nms_top_n_test": a.proposals,
             **{f"rpn_{when}_nms_top_n_train": a.proposals_train for when in ("pre", "post")},
         }
     else:
@@ -42,6 +44,7 @@ def build_by_name(architecture: Architecture, num_classes: int, short_side: list
             "score_thresh": a.score_threshold,
             "nms_thresh": a.nms_threshold,
             "detections_per_img": a.detections_per_image,
+            "topk_candidates": a.candidates_per_level,
         }
     model = detection.__dict__[architecture.detector](
         weights=None,

@@ -111,7 +111,8 @@ def test_the_configuration_beside_it_says_what_the_network_takes(tmp_path):
     stem = "backbone.bottom_up.stem.conv1.weight"
     assert torch.equal(found.state_dict["backbone.body.conv1.weight"], weights[stem])
     assert any(note.endswith(f"{tmp_path / 'config.yaml'}") for note in found.notes)
-    assert not any("assumed" in note for note in found.notes)
+    assert found.stated
+    assert found.assumptions == []
 
 
 def test_sizes_and_texts_that_stand_for_tuples(tmp_path, faster_rcnn, original):
@@ -140,16 +141,18 @@ def test_one_list_of_anchors_is_for_all_levels(tmp_path, retinanet):
 
 @pytest.mark.parametrize("weights", ["faster_rcnn", "retinanet"])
 def test_without_a_configuration_each_assumption_is_a_note(tmp_path, request, weights):
-    notes = load(tmp_path, request.getfixturevalue(weights)).notes
-    said = "\n".join(note for note in notes if note.startswith("assumed, for there is no config.yaml"))
-    for part in ("[123.675, 116.28, 103.53]", "3x3", "32 ", "0.05", "100 detections", "800 pixels, 1333 at most"):
-        assert part in said
+    found = load(tmp_path, request.getfixturevalue(weights))
+    assert len(found.assumptions) == 2
+    assert all(line.startswith("assumed, for there is no config.yaml") for line in found.assumptions)
+    for part in ("BGR pixels, red to blue less [123.675, 116.28, 103.53]", "800 pixels, 1333 at most"):
+        assert part in "\n".join(found.assumptions)
+    assert not found.stated
 
 
 def test_a_file_of_another_tool_beside_it_is_left_alone_aloud(tmp_path, faster_rcnn):
-    notes = read(tmp_path, faster_rcnn, "data:\n  path: images\n").notes
-    assert any("config.yaml is no configuration of detectron2's, and was not read" in note for note in notes)
-    assert any(note.startswith("assumed") for note in notes)
+    assumed = read(tmp_path, faster_rcnn, "data:\n  path: images\n").assumptions
+    assert "config.yaml is no configuration of detectron2's, and was not read" in assumed[0]
+    assert len(assumed) == 3
 
 
 REFUSED_SETTINGS = {

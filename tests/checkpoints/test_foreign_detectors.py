@@ -226,7 +226,8 @@ def test_what_was_read_is_said(pair):
     said = "\n".join(weights.notes)
     assert ("BGR" in said) == original.style.bgr
     assert original.backbone in said
-    assert "assumed" not in said
+    assert weights.assumptions == []
+    assert weights.stated
     if original.detectron2:
         assert (weights.classes, weights.short_side, weights.long_side) == (None, 800, 1333)
     else:
@@ -301,10 +302,18 @@ def test_the_caller_may_say_what_the_network_takes_where_nothing_else_does(tmp_p
     said = Architecture(conventions=Conventions(channels="rgb"))
     for given, right in ((None, library == "mmdet"), (said, True)):
         weights = load_weights(tmp_path / "teacher.pth", given)
-        assert any(note.startswith("assumed") for note in weights.notes)
+        assert any(line.startswith("assumed") for line in weights.assumptions)
         _, detector = built(weights)
         ours, theirs = detector.features(detector.prepare([image])), original.features(image)
         assert all(close(a, b) for a, b in zip(ours, theirs, strict=True)) == right
+
+
+def test_the_usual_channel_order_alone_leaves_what_goes_with_it(tmp_path):
+    content = {"model": ForeignDetector("detectron2", True, fpn=8, head=16).weights}
+    said = Architecture(conventions=Conventions(channels="bgr"))
+    plain, told = (detectron2.to_weights(content, str(tmp_path / "x.pth"), given) for given in (None, said))
+    assert told.architecture == replace(plain.architecture, conventions=told.architecture.conventions)
+    assert told.architecture.conventions == replace(plain.architecture.conventions, channels="bgr")
 
 
 def test_the_caller_cannot_contradict_the_file(tmp_path):

@@ -271,6 +271,9 @@ def test_numbers_of_proposals_and_candidates():
     assert model_of("faster_rcnn", proposals=50).rpn.pre_nms_top_n() == 50
     for detector in ("retinanet", "fcos"):
         assert model_of(detector, fpn_channels=64, candidates_per_level=30).topk_candidates == 30
+    plain = {"backbone": "resnet50", "widths": None}
+    named = model_of("fasterrcnn_mobilenet_v3_large_320_fpn", **plain, proposals_before_nms=70)
+    assert (named.rpn.pre_nms_top_n(), named.rpn.post_nms_top_n()) == (70, 150)
 
 
 @pytest.mark.parametrize("detector", ["fcos", "fasterrcnn_mobilenet_v3_large_320_fpn"])

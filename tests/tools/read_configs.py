@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,21 +29,23 @@ def mmdet_outcomes(folder: Path) -> Iterator[tuple[str, str | None]]:
     from mmengine.config import Config
 
     for path in sorted(folder.rglob("*.py")):
+        if "_base_" in path.parts:
+            continue
         try:
             text = repr(Config.fromfile(path, import_custom_modules=False).to_dict())
-        except Exception as error:  # it needs a package that is not here, or a file that is not there
-            if "_base_" not in path.parts:
-                print(f"mmengine cannot load {path}: {type(error).__name__}", file=sys.stderr)
+            config = mmdet_config.parse(text, path.name)
+        except Exception as error:  # it needs a package or a file that is not here, or holds functions
+            print(f"{path} cannot be loaded: {type(error).__name__}", file=sys.stderr)
             continue
-        model = mmdet_config.parse(text, path.name).get("model", {})
-        kind = str(model.get("type")).rpartition(".")[2]
-        if kind in MMDET_TYPES and "_base_" not in path.parts:
-            yield str(path.relative_to(folder)), _refusal(mmdet.settings_of, text, MMDET_TYPES[kind])
+        two_stage = MMDET_TYPES.get(str(config.get("model", {}).get("type")).rpartition(".")[2])
+        if two_stage is not None:
+            yield str(path.relative_to(folder)), refusal(mmdet.settings_of, config, two_stage)
 
 
-def _refusal(read: Any, text: str, two_stage: bool) -> str | None:
+def refusal(read: Callable[[Any, bool, str], Any], config: Any, two_stage: bool) -> str | None:
+    """Why a configuration cannot be read; None where it can."""
     try:
-        read(mmdet_config.parse(text, "it"), two_stage, "it")
+        read(config, two_stage, "it")
     except CheckpointError as error:
         return str(error)
     return None
@@ -60,11 +62,8 @@ def detectron2_outcomes(folder: Path) -> Iterator[tuple[str, str | None]]:
         kind = model.get("META_ARCHITECTURE")
         other = model.get("MASK_ON") or model.get("KEYPOINT_ON") or path.name.startswith("Base")
         if kind in DETECTRON2_TYPES and not other:
-            try:
-                detectron2_config.read(detectron2_config.plain(config), DETECTRON2_TYPES[kind], "it")
-                why = None
-            except CheckpointError as error:
-                why = str(error)
+            content = detectron2_config.plain(config)
+            why = refusal(detectron2_config.read, content, DETECTRON2_TYPES[kind])
             yield str(path.relative_to(folder)), why
 
 
