@@ -78,8 +78,9 @@ class Reporter:
         if self.progress:
             self.terms.plain = f"loss {entry['loss']:.3f}: {self.losses}"
         if not self.live and not self.quiet:
+            seen = f" ({spoken_counts(entry['seen'])} images)" if "seen" in entry else ""
             console.print(
-                f"{self.title} epoch {entry['epoch']}/{self.epochs} step {entry['step']}/{self.steps} "
+                f"{self.title} epoch {entry['epoch']}/{self.epochs} step {entry['step']}/{self.steps}{seen} "
                 f"{self.speed} loss {entry['loss']:.3f}: {self.losses}",
                 soft_wrap=True,
             )
@@ -138,6 +139,11 @@ SHORT = {
 def short_name(term: str) -> str:
     """A loss term's name as the progress line shows it."""
     return SHORT.get(term, term)
+
+
+def spoken_counts(counts: dict[str, int]) -> str:
+    """`120 labelled and 60 unlabelled`."""
+    return " and ".join(f"{number} {kind}" for kind, number in counts.items())
 
 
 def percent(fraction: float) -> str:

@@ -17,7 +17,7 @@ ALLOWED = {
     "config": {"config", "errors", "files"},
     "checkpoints": {"checkpoints", "config", "errors", "files"},
     "detectors": {"detectors", "checkpoints", "config", "errors"},
-    "data": {"data", "errors"},
+    "data": {"data", "errors", "text"},
     "distillation": {"distillation", "detectors", "config", "errors", "text"},
     "engine": {"engine", "distillation", "detectors", "data", "config", "errors", "files"},
     "session": {"distillation", "detectors", "data", "checkpoints", "config", "errors"},
