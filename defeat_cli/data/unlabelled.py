@@ -63,7 +63,7 @@ class ImageFolder(Dataset):
         return Sample(image, None, self.names[index])
 
     def shared_with(self, data: CocoDataset) -> int:
-        """How many of these images are images of annotated data too, as the same file, links followed."""
+        """How many of these images are images of annotated data too: the same file by the same name, links followed."""
         names = {os.path.basename(name) for name in self.names}
         # Only files that are called alike are asked for: there may be 100,000 of them on a network disk.
         theirs = [data.images / data.file_name(i) for i in range(len(data))]
