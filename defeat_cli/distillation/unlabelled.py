@@ -64,7 +64,7 @@ def averaged(labelled: Mapping[str, Loss], unlabelled: Mapping[str, Loss], share
 
     Args:
         share: unlabelled images as a share of all; so a weight means what it does without them, and an image counts
-            as much as another.
+            as much as another. Where the teacher finds no object, a loss over objects is 0 on unlabelled images.
     """
 
     def mean(ours: Tensor, theirs: Tensor) -> Tensor:
