@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from rich import box
 from rich.console import Console, Group
 from rich.live import Live
 from rich.markup import escape
@@ -151,68 +152,55 @@ def percent(fraction: float) -> str:
     return "-" if fraction < 0 else f"{100 * fraction:.1f}"
 
 
+def new_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]] = ()) -> Table:
+    """A table of names and figures. Where it is too wide the names fold; a figure or a header is never cut."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for i, name in enumerate(header):
+        table.add_column(name, justify="right" if i else "left", no_wrap=i > 0, overflow="fold")
+    for cells in rows:
+        table.add_row(*map(Text, cells))
+    return table
+
+
 def show(table: Table) -> None:
     """Print a table below its title, which rich would fold to the table's width."""
     if table.title:
         console.print(f"[bold]{escape(str(table.title))}[/]", soft_wrap=True)
         table.title = None
-    console.print(table)
-
-
-COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+    console.print(table, "")
 
 
 def results_table(results: dict[str, Any]) -> Table:
     """Teacher, plain and distilled student side by side, with Δ AP to the others."""
-    table = Table(title="COCO mAP on the validation images")
-    table.add_column("", no_wrap=True)
-    for column in COLUMNS:
-        table.add_column(column, justify="right")
-    teacher = results.get("teacher")
-    if teacher:
-        table.add_column("Δ teacher", justify="right")
-    if results.get("plain"):
-        table.add_column("Δ plain", justify="right")
-    names = {"teacher": "teacher", "plain": "student, plain", "student": "student, distilled" if teacher else "student"}
-    for key, name in names.items():
-        metrics = results.get(key)
-        if not metrics:
-            continue
-        row = [name, *(percent(metrics[column]) for column in COLUMNS)]
-        for other in ("teacher", "plain"):
-            if results.get(other):
-                row.append("" if key in ("teacher", other) else f"{100 * (metrics['AP'] - results[other]['AP']):+.1f}")
-        table.add_row(*row, style="bold" if key == "student" else "")
-    return table
+    names = {"teacher": "teacher", "plain": "student, plain", "student": "student, distilled"}
+    found = {key: results[key] for key in names if results.get(key)}
+    if "teacher" not in found:
+        names["student"] = "student"
+    figures = [name for name in results["student"] if name.startswith("AP")]
+    others = [key for key in ("teacher", "plain") if key in found]
+    rows = []
+    for key, metrics in found.items():
+        row = [names[key], *(percent(metrics[name]) for name in figures)]
+        for other in others:
+            compared = key not in ("teacher", other)
+            row.append(f"{100 * (metrics['AP'] - found[other]['AP']):+.1f}" if compared else "")
+        rows.append(row)
+    return new_table("COCO mAP on the validation images", ["", *figures, *(f"Δ {other}" for other in others)], rows)
 
 
 def metrics_table(metrics: dict[str, Any], title: str, per_class: bool = False) -> Table:
     """The twelve COCO figures, or one row per class."""
-    table = Table(title=title)
     if per_class:
-        table.add_column("class")
-        table.add_column("AP", justify="right")
-        for name, value in metrics["per_class"].items():
-            table.add_row(escape(name), percent(value))
-        return table
-    table.add_column("figure")
-    table.add_column("value", justify="right")
-    for name, value in metrics.items():
-        if isinstance(value, float):
-            table.add_row(name, percent(value))
-    return table
+        return new_table(title, ["class", "AP"], [[name, percent(ap)] for name, ap in metrics["per_class"].items()])
+    figures = [[name, percent(value)] for name, value in metrics.items() if isinstance(value, float)]
+    return new_table(title, ["figure", "value"], figures)
 
 
 def errors_table(report: dict[str, Any]) -> Table:
     """Error types with their counts and the AP50 that each costs."""
-    false_positives = report["background_false_positives"]
-    table = Table(
-        title=f"Errors by TIDE's types; {false_positives['count']} background false positives "
-        f"at score {false_positives['score']}",
+    found = report["background_false_positives"]
+    return new_table(
+        f"Errors by TIDE's types; {found['count']} background false positives at score {found['score']}",
+        ["error", "count", "AP50 it costs"],
+        [[name, str(entry["count"]), percent(max(0.0, entry["dap"]))] for name, entry in report["types"].items()],
     )
-    table.add_column("error")
-    table.add_column("count", justify="right")
-    table.add_column("AP50 it costs", justify="right")
-    for name, entry in report["types"].items():
-        table.add_row(name, str(entry["count"]), percent(max(0.0, entry["dap"])))
-    return table

@@ -16,10 +16,12 @@ ALLOWED = {
     "console": set(),
     "config": {"config", "errors", "files"},
     "checkpoints": {"checkpoints", "config", "errors", "files"},
-    "detectors": {"detectors", "checkpoints", "config", "errors"},
+    "detectors": {"detectors", "checkpoints", "config", "errors", "text"},
     "data": {"data", "errors", "text"},
     "distillation": {"distillation", "detectors", "config", "errors", "text"},
     "engine": {"engine", "distillation", "detectors", "data", "config", "errors", "files"},
+    "gradients": {"gradients", "distillation", "detectors", "data", "config", "errors", "files", "text"},
+    "ablation": {"ablation", "engine", "config", "console", "errors", "files", "text"},
     "session": {"distillation", "detectors", "data", "checkpoints", "config", "errors"},
 }
 """What each part may import of ours. Parts not named here stand on top and may import anything."""

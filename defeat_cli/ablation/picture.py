@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from defeat_cli.ablation.report import BASELINE, Outcome, Row
-from defeat_cli.ablation.statistics import mean
+from defeat_cli.ablation.choice import BASELINE
+from defeat_cli.ablation.rows import Outcome, Row
 from defeat_cli.files import replacing
 
 INK, GREY, BLUE = "#222222", "#8c8c8c", "#0072b2"
 """Grey for `none`, blue for the others: told apart by lightness too, whatever colours the reader sees."""
 
 
-def draw_study(outcomes: list[Outcome], rows: list[Row], title: str, path: Path) -> None:
+def draw_study(outcomes: Sequence[Outcome], rows: Sequence[Row], title: str, path: Path) -> None:
     """Draw the rows in their order; those without a finished run are named, and empty."""
     panels = [row.variant for row in rows if row.variant != BASELINE] or [BASELINE]
     columns = max(2, min(4, math.ceil(math.sqrt(len(panels)))))
@@ -40,7 +42,7 @@ def _color(variant: str) -> str:
     return GREY if variant == BASELINE else BLUE
 
 
-def _draw_averages(axes: Axes, rows: list[Row]) -> None:
+def _draw_averages(axes: Axes, rows: Sequence[Row]) -> None:
     """Each seed a ring; above them their mean and a standard deviation either way."""
     for place, row in enumerate(rows):
         entry = row.measured.get("AP")
@@ -56,36 +58,30 @@ def _draw_averages(axes: Axes, rows: list[Row]) -> None:
             axes.axvline(100 * entry.mean, color=GREY, lw=1, ls="--", zorder=0)
     axes.set_yticks(range(len(rows)), [row.variant for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    _finish(axes, "AP, %: mean ± 1 standard deviation, seeds as rings")
+    finish(axes, "AP, %: mean ± 1 standard deviation, seeds as rings")
 
 
-def _draw_differences(axes: Axes, rows: list[Row]) -> None:
-    """Mean difference to `none`; filled where the interval leaves out 0, or where there is none."""
-    intervals = False
+def _draw_differences(axes: Axes, rows: Sequence[Row]) -> None:
+    """Mean difference to `none` with its interval, where there is one; filled where that leaves out 0."""
     for place, row in enumerate(rows):
-        entry = row.measured.get("AP")
-        delta = entry.delta if entry else None
-        if delta is None:
-            continue
-        middle, bar, hollow = 100 * delta.mean, None, False
-        if delta.low is not None and delta.high is not None:
-            bar, hollow, intervals = 100 * (delta.high - delta.mean), not delta.clear, True
-        axes.errorbar(
-            middle, place, xerr=bar, fmt="o", ms=7, color=BLUE, mfc="white" if hollow else BLUE, elinewidth=2.5
-        )
+        delta = row.measured["AP"].delta if "AP" in row.measured else None
+        if delta is not None:
+            bar = None if delta.high is None else 100 * (delta.high - delta.mean)
+            fill = BLUE if delta.clear else "white"
+            axes.errorbar(100 * delta.mean, place, xerr=bar, fmt="o", ms=7, color=BLUE, mfc=fill, elinewidth=2.5)
     axes.axvline(0, color=GREY, lw=1, ls="--", zorder=0)
     axes.tick_params(left=False)
-    _finish(axes, "Δ AP to none, 95% interval (filled: leaves out 0)" if intervals else "Δ AP to none")
+    finish(axes, "Δ AP to none, 95% interval (filled: leaves out 0)")
 
 
-def _draw_curves(figure: Figure, outcomes: list[Outcome], variants: list[str], lines: int, columns: int) -> None:
+def _draw_curves(figure: Figure, outcomes: Sequence[Outcome], variants: list[str], lines: int, columns: int) -> None:
     """A small panel per variant with `none` behind it: mean over seeds, and the range of the seeds."""
     panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
     for place, (panel, variant) in enumerate(zip(panels.flat, variants, strict=False)):
         for name in dict.fromkeys((BASELINE, variant)):
             _draw_curve(panel, [outcome for outcome in outcomes if outcome.variant == name], _color(name))
         panel.set_title(variant, fontsize=8, color=INK, pad=2)
-        _finish(panel, "epoch" if place + columns >= len(variants) else "")
+        finish(panel, "epoch" if place + columns >= len(variants) else "")
         panel.tick_params(labelbottom=place + columns >= len(variants))
         panel.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     for panel in panels.flat[len(variants) :]:
@@ -95,15 +91,16 @@ def _draw_curves(figure: Figure, outcomes: list[Outcome], variants: list[str], l
 
 def _draw_curve(axes: Axes, outcomes: list[Outcome], color: str) -> None:
     """Epochs that all begun runs of a variant have reached."""
-    curves = [dict(outcome.curve) for outcome in outcomes if outcome.curve]
+    curves = [outcome.curve for outcome in outcomes if outcome.curve]
     epochs = sorted(set.intersection(*map(set, curves))) if curves else []
     values = [[100 * curve[epoch] for curve in curves] for epoch in epochs]
     axes.fill_between(epochs, [min(v) for v in values], [max(v) for v in values], color=color, alpha=0.25, lw=0)
-    axes.plot(epochs, [mean(v) for v in values], color=color, lw=1.6, marker="o" if len(epochs) == 1 else None, ms=3)
+    axes.plot(epochs, [fmean(v) for v in values], color=color, lw=1.6, marker="o" if len(epochs) == 1 else None, ms=3)
 
 
-def _finish(axes: Axes, label: str) -> None:
+def finish(axes: Axes, label: str, grid: str = "x") -> None:
+    """Axes with small grey labels, a grid and no frame."""
     axes.set_xlabel(label, fontsize=8, color=INK)
     axes.tick_params(labelsize=8, colors=INK)
-    axes.grid(axis="x", alpha=0.25)
+    axes.grid(axis=grid, alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

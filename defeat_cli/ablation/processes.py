@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
-import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -22,19 +20,8 @@ try:
 except ImportError:  # not on Windows; studies are not guarded against each other there
     fcntl = None  # type: ignore[assignment]
 
-WORKER = (sys.executable, "-m", "defeat_cli.ablation.worker")
 LOG, LOCK = "log.txt", ".lock"
 POLL_SECONDS = 0.5
-
-
-@dataclass
-class Events:
-    """What is told of the work, by run folder; `polled` comes every half second."""
-
-    started: Callable[[Path], None]
-    ended: Callable[[Path, str | None], None]
-    """The second argument says why the run failed, None where it did not."""
-    polled: Callable[[], None]
 
 
 def environments(device: str, jobs: int | None) -> list[dict[str, str]]:
@@ -85,14 +72,17 @@ def locked(folder: Path) -> Iterator[int | None]:
 
 
 class _Worker:
-    """A running process, its output in the run folder's log."""
+    """A running process, its output in the run folder's log.
 
-    def __init__(self, folder: Path, environment: dict[str, str], lock: int | None) -> None:
+    We hold the other end of its stdin: when that closes, whatever the reason, it must stop.
+    """
+
+    def __init__(self, folder: Path, command: Sequence[str], environment: dict[str, str], lock: int | None) -> None:
         self.folder = folder
         self.log = folder / LOG
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [*WORKER, str(folder)],
+                command,
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -116,28 +106,41 @@ class _Worker:
 
 
 def run_in_processes(
-    folders: Sequence[Path], slots: Sequence[dict[str, str]], lock: int | None, events: Events
+    commands: Mapping[Path, Sequence[str]],
+    slots: Sequence[dict[str, str]],
+    lock: int | None,
+    *,
+    started: Callable[[Path], None],
+    ended: Callable[[Path, str | None], None],
+    polled: Callable[[], None],
 ) -> None:
-    """Work through run folders, as many at a time as there are slots.
+    """Work through the commands of run folders, as many at a time as there are slots.
+
+    Args:
+        slots: the environments of processes side by side.
+        lock: what `locked` gave.
+        started: told of a run's folder.
+        ended: told of a run's folder, and why the run failed, None where it did not.
+        polled: called every half second.
 
     Raises:
         Interrupted: asked to stop by SIGINT or SIGTERM; the workers have saved and ended. A second one kills them.
     """
-    waiting = deque(folders)
+    waiting = deque(commands.items())
     free = list(range(len(slots)))[::-1]
     active: dict[int, _Worker] = {}
     with stop_requested() as stop:
         try:
             while (waiting or active) and not stop():
                 while waiting and free:
-                    slot, folder = free.pop(), waiting.popleft()
-                    active[slot] = _Worker(folder, slots[slot], lock)
-                    events.started(folder)
+                    slot, (folder, command) = free.pop(), waiting.popleft()
+                    active[slot] = _Worker(folder, command, slots[slot], lock)
+                    started(folder)
                 for slot in [slot for slot, worker in active.items() if worker.process.poll() is not None]:
                     worker = active.pop(slot)
                     free.append(slot)
-                    events.ended(worker.folder, worker.failure)
-                events.polled()
+                    ended(worker.folder, worker.failure)
+                polled()
                 time.sleep(POLL_SECONDS)
             for worker in active.values():
                 worker.process.terminate()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import fmean, stdev
 
 MIN_PAIRS = 3
 """Seeds that an interval needs. With two it reaches 9 standard deviations either way, which says nothing."""
@@ -24,19 +25,23 @@ class Delta:
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
 
-def mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
+@dataclass(frozen=True)
+class Measured:
+    """One measure of a variant: values by seed, mean, sample deviation (None for one), paired difference to `none`."""
+
+    values: dict[int, float]
+    mean: float
+    deviation: float | None
+    delta: Delta | None = None
 
 
-def deviation(values: Sequence[float]) -> float | None:
-    """Sample standard deviation (n - 1 in the denominator); None for a single value."""
-    if len(values) < 2:
-        return None
-    middle = mean(values)
-    return math.sqrt(math.fsum((value - middle) ** 2 for value in values) / (len(values) - 1))
+def measured(values: dict[int, float], baseline: Mapping[int, float] | None = None) -> Measured:
+    """Values by seed, and where `baseline` is given their difference to it."""
+    spread = stdev(values.values()) if len(values) > 1 else None
+    return Measured(values, fmean(values.values()), spread, paired_delta(values, baseline or {}))
 
 
-def paired_delta(values: dict[int, float], baseline: dict[int, float]) -> Delta | None:
+def paired_delta(values: Mapping[int, float], baseline: Mapping[int, float]) -> Delta | None:
     """Mean of value - baseline over the seeds that both have; None where they share no seed.
 
     The interval is Student's for paired samples, mean ± t * s / sqrt(n) with s the deviation of the n differences: runs
@@ -46,11 +51,10 @@ def paired_delta(values: dict[int, float], baseline: dict[int, float]) -> Delta 
     differences = [values[seed] - baseline[seed] for seed in values if seed in baseline]
     if not differences:
         return None
-    middle = mean(differences)
-    spread = deviation(differences)
-    if spread is None or len(differences) < MIN_PAIRS:
+    middle = fmean(differences)
+    if len(differences) < MIN_PAIRS:
         return Delta(middle)
-    half = t_quantile(len(differences) - 1) * spread / math.sqrt(len(differences))
+    half = t_quantile(len(differences) - 1) * stdev(differences) / math.sqrt(len(differences))
     return Delta(middle, middle - half, middle + half)
 
 

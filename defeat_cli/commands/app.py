@@ -11,18 +11,14 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from defeat_cli import __version__
-from defeat_cli.commands import check, train
+from defeat_cli.commands import ablate, check, train
 from defeat_cli.commands.options import (
     DataOption,
     DeviceOption,
-    OutputOption,
     QuietOption,
     RecipeOption,
     SetOption,
-    TeacherOption,
-    VariantsOption,
     overrides,
-    required,
 )
 from defeat_cli.console import console, errors, show
 from defeat_cli.errors import DefeatError, Interrupted
@@ -83,9 +79,9 @@ def evaluate(
     data: DataOption = None,
     recipe: Annotated[
         str | None,
-        typer.Option("--recipe", "-r", help="Architecture of a plain state dict, and how the data is laid out."),
+        typer.Option("--recipe", "-r", help="Settings in place of the checkpoint's own, and where the data is."),
     ] = None,
-    split: Annotated[str, typer.Option(help="train or val.")] = "val",
+    split: Annotated[str, typer.Option(help="train, val or test.")] = "val",
     per_class: Annotated[bool, typer.Option("--per-class", help="AP of each class.")] = False,
     error_types: Annotated[bool, typer.Option("--errors", help="What kinds of errors cost how much (TIDE).")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
@@ -104,74 +100,6 @@ def evaluate(
         show(table)
 
 
-@app.command()
-def ablate(
-    names: Annotated[list[str] | None, typer.Argument(help="Variants: fg-only bg-only neck … (see --list).")] = None,
-    recipe: RecipeOption = None,
-    teacher: TeacherOption = None,
-    data: DataOption = None,
-    seeds: Annotated[str, typer.Option(help="Seeds, e.g. 0,1,2. Three or more give confidence intervals.")] = "0",
-    variants: VariantsOption = None,
-    output: OutputOption = None,
-    jobs: Annotated[int | None, typer.Option(help="Runs side by side; one a GPU where there are several.")] = None,
-    sort: Annotated[str, typer.Option(help="What the table is sorted by: AP, AP50, … or given.")] = "AP",
-    report_only: Annotated[bool, typer.Option("--report-only", help="Rebuild the report; train nothing.")] = False,
-    show_masks: Annotated[
-        list[str] | None, typer.Option(help="Draw every mask kind over this image instead. Repeatable.")
-    ] = None,
-    list_variants: Annotated[bool, typer.Option("--list", help="Explain every variant in one line.")] = False,
-    device: DeviceOption = None,
-    set_: SetOption = None,
-    quiet: QuietOption = False,
-) -> None:
-    """Compare distillation variants over seeds. The same command goes on with a study that was stopped."""
-    from defeat_cli.config.schema import load
-    from defeat_cli.config.variants import read_variants
-
-    known = read_variants(variants)
-    if list_variants:
-        for name, variant in known.items():
-            console.print(f"[bold]{name:16}[/] {escape(variant.summary)}", soft_wrap=True)
-        return
-    if report_only:
-        show_report(output, sort)
-        return
-    changes = overrides(set_, teacher__checkpoint=teacher, data__path=data, run__device=device)
-    chosen = load(required(recipe), changes)
-    folder = output or Path("runs") / f"ablate-{chosen.run.name}"
-    if show_masks:
-        from defeat_cli.jobs.mapping import show_masks as draw
-
-        for path in draw(chosen, show_masks, folder):
-            console.print(f"written: {path}", soft_wrap=True)
-        return
-    from defeat_cli.ablation import study as ablation
-
-    study = ablation.plan(folder, names or [], known, whole_numbers("--seeds", seeds), chosen)
-    failures = ablation.run_study(study, jobs=jobs, sort=sort, quiet=quiet)
-    show_report(folder, sort)
-    if failures:
-        raise typer.Exit(1)
-
-
-def show_report(folder: Path | None, sort: str) -> None:
-    """Write and print the report of the study in a folder."""
-    if folder is None:
-        raise DefeatError("--report-only: name the study's folder with --output")
-    from defeat_cli.ablation import study as ablation
-
-    ablation.show(ablation.read_study(folder), sort)
-    console.print(f"written to {folder}/: study.csv, study.json, study.md, study.png", soft_wrap=True)
-
-
-def whole_numbers(option: str, text: str) -> list[int]:
-    """`0,1,2` as numbers."""
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise DefeatError(f"{option} {text}: expected whole numbers separated by commas, e.g. 0,1,2") from None
-
-
 def visualize_gradients(
     images: Annotated[list[str] | None, typer.Argument(help="Image files, folders or globs; none: the data's.")] = None,
     checkpoint: Annotated[
@@ -180,7 +108,7 @@ def visualize_gradients(
     teacher: Annotated[str | None, typer.Option("--teacher", "-t", help="Put this detector's maps beside.")] = None,
     data: DataOption = None,
     annotations: Annotated[Path | None, typer.Option(help="COCO file with the images' boxes.")] = None,
-    split: Annotated[str, typer.Option(help="train or val, of the data folder.")] = "val",
+    split: Annotated[str, typer.Option(help="train, val or test, of the data folder.")] = "val",
     limit: Annotated[int | None, typer.Option(min=1, help="Most images that are looked at.")] = None,
     loss: Annotated[str, typer.Option(help="total, rpn, classification, regression or distillation.")] = "total",
     distillation: Annotated[bool, typer.Option("--distillation", help="The neck term's variants too.")] = False,
@@ -233,17 +161,15 @@ def convert(
     target: Annotated[Path, typer.Argument(help="File for the plain state dict; its recipe is written beside it.")],
     recipe: RecipeOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
+    set_: SetOption = None,
 ) -> None:
     """Convert a checkpoint into a plain torchvision state dict."""
-    from defeat_cli.config.schema import load
-
-    architecture = load(recipe).student if recipe else None
     from defeat_cli.jobs import converting
 
-    for line in converting.convert(source, target, architecture, overwrite):
-        console.print(escape(line), soft_wrap=True)
+    converting.convert(source, target, recipe, overrides(set_), overwrite)
 
 
+app.command("ablate")(ablate.ablate)
 app.command("train")(train.train)
 app.command("check")(check.check)
 

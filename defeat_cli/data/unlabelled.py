@@ -7,22 +7,24 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch.utils.data import Dataset
 
-from defeat_cli.data.dataset import CocoDataset, Sample
+from defeat_cli.data.dataset import DetectionDataset, Sample, refuse_vanishing
+from defeat_cli.data.images import SUFFIXES, FileIndex, is_image
 from defeat_cli.data.loading import BatchOrder, Loader
-from defeat_cli.data.transforms import image_size, read_image
+from defeat_cli.data.transforms import Transform, image_size, read_image
 from defeat_cli.errors import DataError
 from defeat_cli.text import listed
 
-SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+NO_BOXES = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
 
 
 class ImageFolder(Dataset):
     """The images of a folder and its subfolders, in the order of their names. Their targets are None.
 
     Args:
-        flip: chance of a horizontal flip, decided by (seed, pass, index) alone.
+        transforms, seed: as of the labelled images, with the pass over the folder in place of the epoch.
 
     Attributes:
         names: paths relative to the folder.
@@ -33,17 +35,17 @@ class ImageFolder(Dataset):
         DataError: no such folder, no image in it, or images that cannot be read, by their headers.
     """
 
-    def __init__(self, folder: Path, flip: float = 0.0, seed: int = 0) -> None:
+    def __init__(self, folder: Path, transforms: Sequence[Transform] = (), seed: int = 0) -> None:
         self.folder = Path(folder)
-        self.flip = flip
+        self.transforms = tuple(transforms)
         self.seed = seed
         if not self.folder.is_dir():
             raise DataError(f"data.unlabelled: {folder}: no such folder")
-        files = sorted(_files(self.folder))
-        self.names = [name for name in files if name.lower().endswith(SUFFIXES)]
+        files = FileIndex(self.folder, lambda name: not name.startswith(".")).paths
+        self.names = [name for name in files if is_image(name)]
         self.left_out = len(files) - len(self.names)
         if not self.names:
-            suffixes = ", ".join(SUFFIXES)
+            suffixes = ", ".join(sorted(SUFFIXES))
             raise DataError(f"data.unlabelled: {folder}: no images in this folder; files ending in {suffixes} count")
         self.sizes = self._read_sizes()
 
@@ -58,11 +60,16 @@ class ImageFolder(Dataset):
         """
         number, index = key
         image = read_image(self.folder / self.names[index], self.sizes[index])
-        if self.flip and np.random.default_rng((self.seed, number, index)).random() < self.flip:
-            image = image.flip(-1)
+        rng = np.random.default_rng((self.seed, number, index))
+        for transform in self.transforms:
+            image, _ = transform(image, NO_BOXES, rng)
         return Sample(image, None, self.names[index])
 
-    def shared_with(self, data: CocoDataset) -> int:
+    def refuse_vanishing(self, short_sides: Sequence[int], long_side: int) -> None:
+        """As `DetectionDataset.refuse_vanishing`."""
+        refuse_vanishing([self.folder / name for name in self.names], self.sizes, short_sides, long_side)
+
+    def shared_with(self, data: DetectionDataset) -> int:
         """How many of these images are images of annotated data too: the same file by the same name, links followed."""
         names = {os.path.basename(name) for name in self.names}
         # Only files that are called alike are asked for: there may be 100,000 of them on a network disk.
@@ -86,7 +93,7 @@ class ImageFolder(Dataset):
 class Mixed(Dataset):
     """Labelled images, and behind them unlabelled ones; keys are (epoch or pass, index)."""
 
-    def __init__(self, labelled: CocoDataset, unlabelled: ImageFolder) -> None:
+    def __init__(self, labelled: DetectionDataset, unlabelled: ImageFolder) -> None:
         self.labelled = labelled
         self.unlabelled = unlabelled
 
@@ -137,7 +144,7 @@ class MixedOrder(BatchOrder):
 
 
 def mixed_loader(
-    labelled: CocoDataset,
+    labelled: DetectionDataset,
     unlabelled: ImageFolder,
     batch_size: int,
     unlabelled_batch: int,
@@ -151,19 +158,6 @@ def mixed_loader(
     """As `training_loader`, with unlabelled images at the end of each batch, whose targets are None."""
     order = MixedOrder(labelled.sizes, batch_size, unlabelled.sizes, unlabelled_batch, seed, rank, replicas)
     return Loader(Mixed(labelled, unlabelled), workers, batch_sampler=order, pin_memory=pin_memory)
-
-
-def _files(folder: Path) -> Iterator[str]:
-    """Files beneath a folder relative to it, with `/`; what is hidden is left out."""
-    seen = set()
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(parent)
-        folders[:] = [] if real in seen else [name for name in folders if not name.startswith(".")]
-        if real in seen:  # a link may lead back up
-            continue
-        seen.add(real)
-        base = Path(parent).relative_to(folder)
-        yield from ((base / name).as_posix() for name in files if not name.startswith("."))
 
 
 def _identity(path: Path) -> tuple[int, int]:

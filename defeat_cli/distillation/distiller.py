@@ -11,6 +11,7 @@ from defeat_cli.detectors.contract import Detector, Stages, Target
 from defeat_cli.distillation.balance import Balance, pulls
 from defeat_cli.distillation.terms import Loss, Term, View
 from defeat_cli.distillation.unlabelled import PseudoLabels, apart, averaged
+from defeat_cli.errors import TermError
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,9 @@ class Distiller(nn.Module):
         balance: the pull that every term is to have, by a factor on its weight that is measured in the first steps;
             None leaves the weights as they are.
         pseudo_labels: what stands for the targets of unlabelled images; None takes the default ones.
+
+    Raises:
+        TermError: `own_size` with a term that cannot have it.
     """
 
     def __init__(
@@ -56,6 +60,9 @@ class Distiller(nn.Module):
         super().__init__()
         if terms and teacher is None:
             raise ValueError("terms need a teacher")
+        for name, term in (terms or {}).items():
+            if own_size and term.own_size_obstacle is not None:
+                raise TermError(f"teacher.size: own: distillation.{name} cannot have it: {term.own_size_obstacle}")
         self.student = student
         self.teacher = teacher.eval().requires_grad_(False) if teacher is not None else None
         self.terms = nn.ModuleDict(terms or {})

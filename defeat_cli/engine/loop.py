@@ -96,6 +96,7 @@ def fit(
     save: Callable[[Training, str, dict[str, Any]], None],
     reporter: Any,
     autocast: torch.dtype | None = None,
+    until: int | None = None,
 ) -> None:
     """Train to the recipe's last epoch, from wherever `training` stands.
 
@@ -104,9 +105,10 @@ def fit(
         evaluate: detector -> metrics with `AP`.
         save: writes a checkpoint of `training` under a name in the run folder, with metrics where it was evaluated.
         reporter: shows progress; see `console.Reporter`.
+        until: epoch after whose evaluation to stop, where that is not the last.
 
     Raises:
-        Interrupted: asked to stop by SIGINT or SIGTERM; the state is saved.
+        Interrupted: asked to stop by SIGINT or SIGTERM, or at `until`; the state is saved.
     """
     epochs, accumulate = recipe.schedule.epochs, recipe.optimizer.accumulate
     steps_per_epoch = math.ceil(loader.batch_sampler.batches_per_epoch / accumulate)
@@ -154,7 +156,7 @@ def fit(
                 if training.step % recipe.run.checkpoint_every == 0:
                     save(training, LAST, metrics)
             training.epochs = epoch + 1
-            if training.epochs % recipe.run.evaluate_every == 0 or training.epochs == epochs:
+            if training.epochs % recipe.run.evaluate_every == 0 or training.epochs in (until, epochs):
                 with clock.paused():
                     metrics = evaluate(training.evaluated)
                 run.log({"kind": "eval", "step": training.step, "epoch": epoch + 1, **metrics})
@@ -163,6 +165,8 @@ def fit(
                     training.best_ap = metrics["AP"]
                     save(training, BEST, metrics)
             save(training, LAST, metrics)
+            if training.epochs == until and until < epochs:
+                raise Interrupted(f"{run.path}: epoch {until} of {epochs} is saved; --resume goes on from there")
 
 
 def _groups(loader: Iterable[TrainingBatch], size: int) -> Iterator[list[TrainingBatch]]:

@@ -67,6 +67,8 @@ class RunFolder:
         self.check(recipe, resume=resume, overwrite=overwrite)
         if self.exists and resume:
             if self.prolonged_by(recipe):
+                for name in (RESULTS, STUDENT):  # of the shorter run: this one is not finished
+                    (self / name).unlink(missing_ok=True)
                 recipes.save(recipe, self / RECIPE)
             return
         self.path.mkdir(parents=True, exist_ok=True)

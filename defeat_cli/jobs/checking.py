@@ -14,7 +14,7 @@ from torchvision.ops import box_iou
 
 from defeat_cli.config.schema import Recipe
 from defeat_cli.console import Reporter
-from defeat_cli.data.dataset import CocoDataset
+from defeat_cli.data.dataset import DetectionDataset
 from defeat_cli.detectors.contract import Anchored, Detector
 from defeat_cli.distillation.distiller import Distiller
 from defeat_cli.distillation.pairing import match_classes
@@ -98,7 +98,7 @@ def _describe(detector: Detector, images: list[Tensor]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _anchor_fit(student: Detector, data: CocoDataset) -> float:
+def _anchor_fit(student: Detector, data: DetectionDataset) -> float:
     """Mean over boxes of the best IoU that any anchor has with them, on some training images spread over the data."""
     student.eval()
     best = []

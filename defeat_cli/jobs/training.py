@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from defeat_cli.checkpoints import native
 from defeat_cli.config import schema as recipes
 from defeat_cli.config.schema import Recipe, Teacher
 from defeat_cli.console import Reporter, percent, spoken_counts
-from defeat_cli.data.loading import evaluation_loader, training_loader
+from defeat_cli.data.loading import training_loader
 from defeat_cli.data.unlabelled import mixed_loader
 from defeat_cli.detectors.contract import Detector
 from defeat_cli.distillation.pairing import match_classes
@@ -36,17 +37,23 @@ def train(
     overwrite: bool = False,
     quiet: bool = False,
     title: str = "student",
+    until: int | None = None,
+    known_teacher: Callable[[], dict[str, Any] | None] = lambda: None,
 ) -> dict[str, Any]:
     """Run a recipe in a folder, to the end.
 
     Everything that can be wrong with the input is found before anything is written or trained.
+
+    Args:
+        until: epoch after whose evaluation the run stops, saved; None goes on to the last.
+        known_teacher: gives the teacher's figures on the validation images where somebody has them already.
 
     Returns:
         What `results.json` holds: `student`, and `teacher` and `plain` where there are any, each with COCO figures.
 
     Raises:
         DefeatError: the recipe, data, teacher, device or folder cannot be used.
-        Interrupted: asked to stop; `resume` goes on.
+        Interrupted: asked to stop, or at `until`; `resume` goes on.
     """
     reporter = Reporter(title, quiet)
     run = RunFolder(folder)
@@ -72,16 +79,16 @@ def train(
     if resume and (run / LAST).is_file():
         training.load_state_dict(native.load(run / LAST)["training"])
     run.forget_after(training.step)
-    _fit(session, run, training, reporter, teacher_ap)
+    _fit(session, run, training, reporter, teacher_ap, until)
 
     best = native.load(run / BEST)
-    native.write_atomically(run / STUDENT, best["student"])
+    native.write_atomically(run / STUDENT, native.exported(best, str(run / BEST)))
     results: dict[str, Any] = {"student": best["metrics"], "training_seconds": round(training.seconds, 1)}
     if session.unlabelled is not None:
         reporter.note(f"{title}: trained on {spoken_counts(training.seen)} images, each time that one was seen")
         results["seen"] = training.seen
     if session.teacher is not None and match_classes(session.validation_data.classes, session.teacher.classes):
-        results["teacher"] = score(session, session.teacher, reporter)
+        results["teacher"] = known_teacher() or score(session, session.teacher, reporter)
     draw_curves(run.metrics(), run / CURVES, list(session.distiller.terms))
     if recipe.run.compare_plain and session.teacher is not None:
         results["plain"] = _sub_run(plain_recipe(recipe), folder / "plain", overwrite, quiet, "plain student")[
@@ -174,28 +181,29 @@ def score(session: Session, detector: Detector, reporter: Reporter, *, subset: A
     """COCO figures and error types of a detector on the session's validation images, or on some of them."""
     recipe, data = session.recipe, session.validation_data
     chosen = data if subset is None else subset
-    loader = evaluation_loader(
-        chosen,
-        recipe.data.batch_size,
-        sessions.loader_processes(recipe.data.workers),
-        pin_memory=session.device.type == "cuda",
-    )
     detections: list[dict[str, Any]] = []
     with reporter.evaluating(len(chosen)) as advance:
         metrics = evaluate(
             detector,
-            loader,
-            data.coco,
+            chosen,
+            workers=sessions.loader_processes(recipe.data.workers),
             autocast=sessions.AUTOCAST[recipe.run.precision],
-            on_batch=advance,
+            on_image=advance,
             keep_detections=detections,
         )
     metrics["errors"] = error_report(detections, data.coco).to_dict()
     return metrics
 
 
-def _fit(session: Session, run: RunFolder, training: Training, reporter: Reporter, teacher_ap: float | None) -> None:
-    """Train to the last epoch, saving checkpoints in our own format."""
+def _fit(
+    session: Session,
+    run: RunFolder,
+    training: Training,
+    reporter: Reporter,
+    teacher_ap: float | None,
+    until: int | None,
+) -> None:
+    """Train to the last epoch or `until`, saving checkpoints in our own format."""
     recipe, data = session.recipe, session.training_data
     settings = {
         "workers": sessions.loader_processes(recipe.data.workers),
@@ -243,6 +251,7 @@ def _fit(session: Session, run: RunFolder, training: Training, reporter: Reporte
             save=save,
             reporter=reporter,
             autocast=sessions.AUTOCAST[recipe.run.precision],
+            until=until,
         )
     finally:
         reporter.end()

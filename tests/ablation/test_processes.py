@@ -11,7 +11,7 @@ import time
 import pytest
 
 from defeat_cli.ablation import processes
-from defeat_cli.ablation.processes import Events, environments, locked, run_in_processes
+from defeat_cli.ablation.processes import environments, locked, run_in_processes
 from defeat_cli.errors import Interrupted, RunError
 
 WORKER = """
@@ -39,8 +39,7 @@ if kind == "pair":  # ends only where another one runs beside it
 
 
 @pytest.fixture(autouse=True)
-def _small_workers(monkeypatch):
-    monkeypatch.setattr(processes, "WORKER", (sys.executable, "-c", WORKER))
+def _short_polls(monkeypatch):
     monkeypatch.setattr(processes, "POLL_SECONDS", 0.02)
 
 
@@ -53,8 +52,11 @@ def folders(tmp_path, *names):
 def work(paths, slots=({},), started=lambda folder: None, polled=lambda: None):
     """Run the folders; returns what was told of each at its end, in order."""
     ends = {}
-    events = Events(started, lambda folder, failure: ends.update({folder.name: failure}), polled)
-    run_in_processes(paths, list(slots), None, events)
+    commands = {path: (sys.executable, "-c", WORKER, str(path)) for path in paths}
+    run_in_processes(
+        commands, slots, None, started=started, polled=polled,
+        ended=lambda folder, failure: ends.update({folder.name: failure}),
+    )  # fmt: skip
     return ends
 
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from defeat_cli.ablation.statistics import Delta, deviation, mean, paired_delta, t_quantile
+from defeat_cli.ablation.statistics import Delta, measured, paired_delta, t_quantile
 
 
 @pytest.mark.parametrize(
@@ -22,9 +22,10 @@ def test_quantiles_in_closed_form():
 
 
 def test_deviation_divides_by_one_less():
-    assert mean([1, 2, 6]) == 3
-    assert deviation([1, 2, 6]) == pytest.approx(math.sqrt((4 + 1 + 9) / 2))
-    assert deviation([5]) is None
+    entry = measured({0: 1, 1: 2, 2: 6})
+    assert entry.mean == 3
+    assert entry.deviation == pytest.approx(math.sqrt((4 + 1 + 9) / 2))
+    assert measured({0: 5}).deviation is None
 
 
 def test_interval_of_three_pairs():

@@ -13,8 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from defeat_cli.data.dataset import open_split
 from defeat_cli.data.loading import BatchOrder
+from defeat_cli.data.opening import open_split
+from defeat_cli.data.transforms import RandomFlip
 from defeat_cli.data.unlabelled import ImageFolder, MixedOrder, mixed_loader
 from defeat_cli.errors import DataError
 
@@ -50,7 +51,7 @@ def test_flips_depend_on_seed_pass_and_index_alone(folder):
     keys = [(number, index) for number in range(8) for index in range(3)]
 
     def flips(seed: int) -> list[bool]:
-        images = ImageFolder(folder, flip=0.5, seed=seed)
+        images = ImageFolder(folder, [RandomFlip(0.5)], seed)
         drawn = [images[key].image for key in reversed(keys)][::-1]
         for key, image in zip(keys, drawn, strict=True):
             assert torch.equal(image, plain[key].image) or torch.equal(image, plain[key].image.flip(-1))
@@ -58,7 +59,7 @@ def test_flips_depend_on_seed_pass_and_index_alone(folder):
 
     assert flips(0) == flips(0) != flips(1)
     assert 4 < sum(flips(0)) < 20
-    assert all(torch.equal(ImageFolder(folder, flip=1.0)[k].image, plain[k].image.flip(-1)) for k in keys[:3])
+    assert all(torch.equal(ImageFolder(folder, [RandomFlip(1.0)])[k].image, plain[k].image.flip(-1)) for k in keys[:3])
 
 
 def test_what_cannot_be_used_is_named(folder):
@@ -85,6 +86,14 @@ def test_an_image_cut_short_is_named_when_it_is_read(folder):
     images = ImageFolder(folder)
     with pytest.raises(DataError, match=r"f\.jpg: cannot be read"):
         images[0, 3]
+
+
+def test_an_image_of_which_resizing_leaves_nothing_is_named(folder):
+    draw(folder / "line.png", 1, 40)
+    images = ImageFolder(folder)
+    images.refuse_vanishing([8], 40)
+    with pytest.raises(DataError, match=r"line\.png: is 40x1 \(width x height\); resized to a long side of 30"):
+        images.refuse_vanishing([8], 30)
 
 
 def test_images_that_are_annotated_too_are_counted_as_files_and_not_by_name(shapes, tmp_path):
@@ -148,7 +157,7 @@ def test_batches_do_not_depend_on_loader_processes(shapes, folder):
     data = open_split(shapes, "train", train=True, flip=0.5, seed=3)
 
     def batches(workers: int) -> list:
-        loader = mixed_loader(data, ImageFolder(folder, 0.5, 3), 4, 2, workers, seed=3)
+        loader = mixed_loader(data, ImageFolder(folder, [RandomFlip(0.5)], 3), 4, 2, workers, seed=3)
         found = []
         for epoch in (0, 1):
             loader.batch_sampler.set_epoch(epoch)

@@ -81,3 +81,16 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
         fail()
     assert path.read_text() == "[\n  1\n]\n"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_run_that_is_given_more_epochs_is_not_finished(tmp_path, recipe):
+    run = RunFolder(tmp_path)
+    run.open(recipe)
+    for name in ("results.json", "student.pth", "best.pt"):
+        (run / name).touch()
+    assert run.finished
+    recipe.schedule.epochs += 1
+    run.open(recipe, resume=True)
+    # The recipe in the folder is the longer one now: nothing else would tell a later --resume that there is work left.
+    assert not run.finished
+    assert (run / "best.pt").is_file()

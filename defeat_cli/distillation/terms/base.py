@@ -168,6 +168,8 @@ class Term(nn.Module, ABC):
     Attributes:
         settings: as a `Settings`.
         notes: what a user should know of this term on this pair, a sentence each.
+        own_size_obstacle: why the teacher must see images at the student's size, in words for a user; None where it may
+            see them at its own.
 
     Raises:
         TermError: the pair cannot have this term; says why.
@@ -184,6 +186,7 @@ class Term(nn.Module, ABC):
         super().__init__()
         self.settings = self.Settings(**settings)
         self.notes: list[str] = []
+        self.own_size_obstacle: str | None = None
         reason = self.obstacle(student, teacher, class_map=class_map, **settings)
         if reason is not None:
             raise TermError(reason)

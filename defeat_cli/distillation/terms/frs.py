@@ -15,11 +15,14 @@ from defeat_cli.distillation.losses import frs_class_loss, frs_loss
 from defeat_cli.distillation.pairing import match_classes
 from defeat_cli.distillation.terms.base import Loss, View
 from defeat_cli.distillation.terms.pyramid import PyramidTerm, at_published_size, summed
+from defeat_cli.distillation.terms.regions import OWN_ANCHORS
 from defeat_cli.distillation.terms.scores import scores_obstacle, teacher_scores
 
 
 class Frs(PyramidTerm):
     """The sum over levels of a squared error and, where both detectors score the same anchors, of a cross-entropy.
+
+    A `class_weight` of 0 leaves the cross-entropy out.
 
     Both are means over cells, weighted by the teacher's score. The squared error is a sum over channels, given as it
     would be at the published size. Two-stage detectors score by the objectness of their proposals.
@@ -41,8 +44,10 @@ class Frs(PyramidTerm):
         of_student, of_teacher = (torch.tensor(side) for side in zip(*pairs, strict=True)) if pairs else (None, None)
         self.register_buffer("student_columns", of_student, persistent=False)
         self.register_buffer("teacher_columns", of_teacher, persistent=False)
-        self.scores_alike = reason is None
-        if reason is not None and self.settings.class_weight > 0:
+        self.compares_scores = reason is None and self.settings.class_weight > 0
+        if self.compares_scores:
+            self.own_size_obstacle = f"{OWN_ANCHORS}; use teacher.size: student, or class_weight: 0"
+        elif self.settings.class_weight > 0:
             self.notes.append(f"frs compares features only, not class scores: {reason}")
 
     @classmethod
@@ -61,7 +66,7 @@ class Frs(PyramidTerm):
             features[level.name] = at_published_size(
                 frs_loss(level.student, level.teacher, score), channels=level.student.shape[1]
             )
-            if self.scores_alike:
+            if self.compares_scores:
                 logits = self._logits(student, teacher, level.index, partners[level.index])
                 classes[level.name] = frs_class_loss(*logits, score)
         losses = {"features": summed(features, self.settings.weight)}
@@ -70,10 +75,8 @@ class Frs(PyramidTerm):
         return losses
 
     def _logits(self, student: View, teacher: View, s: int, t: int) -> tuple[Tensor, Tensor]:
-        """Both detectors' logits of one level on the student's cells, in the classes that both know: [N, A, h, w]."""
+        """Both detectors' logits of one level in the classes that both know, [N, A, h, w]."""
         ours, theirs = student.cell_logits[s], teacher.cell_logits[t]
         if self.student_columns is not None:
             ours, theirs = ours.index_select(2, self.student_columns), theirs.index_select(2, self.teacher_columns)
-        strides = teacher.detector.strides[t], student.detector.strides[s]
-        shape = tuple(ours.shape[-2:])
-        return ours.flatten(1, 2), teacher.on_grid_of(student, theirs.flatten(1, 2), strides[0], shape, strides[1])
+        return ours.flatten(1, 2), theirs.flatten(1, 2)

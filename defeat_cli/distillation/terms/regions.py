@@ -15,6 +15,11 @@ from defeat_cli.distillation.pairing import match_classes
 from defeat_cli.distillation.terms.base import Loss, Term, View
 from defeat_cli.text import listed
 
+OWN_ANCHORS = (
+    "a head scores the anchors or points of the images that it sees, and those of other sizes are not the same"
+)
+"""Why heads whose regions are all anchors have to see images of one size."""
+
 
 class RegionTerm(Term):
     """A term over the classification of the teacher's regions by both heads, in the classes that both know."""
@@ -24,6 +29,8 @@ class RegionTerm(Term):
     ) -> None:
         super().__init__(student, teacher, class_map=class_map, **settings)
         self.softmax = student.softmax
+        if not self.softmax:
+            self.own_size_obstacle = f"{OWN_ANCHORS}; use teacher.size: student"
         pairs = match_classes(student.classes, teacher.classes, class_map)
         if len(pairs) < max(len(student.classes), len(teacher.classes)):
             shared = listed([student.classes[s] for s, _ in pairs])

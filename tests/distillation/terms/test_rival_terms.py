@@ -8,7 +8,11 @@ from tiny_pairs import batch as make_batch
 from tiny_pairs import build, distil
 
 from defeat_cli.detectors.contract import FeatureDetector
+from defeat_cli.distillation.distiller import Distiller
+from defeat_cli.distillation.losses import frs_class_loss
+from defeat_cli.distillation.masks import valid_masks
 from defeat_cli.distillation.terms import TERMS
+from defeat_cli.distillation.terms.scores import teacher_scores
 from defeat_cli.errors import TermError
 
 batch = pytest.fixture(make_batch)
@@ -78,9 +82,22 @@ def test_a_state_dict_brings_terms_back(batch):
 
 def test_the_teacher_may_see_images_at_its_own_size(batch):
     student, teacher = build("retinanet"), build("retinanet", seed=1, short_side=96)
-    losses = distil(student, teacher, [*NECK, "crosskd"], own_size=True)(*batch).weighted
+    torch.manual_seed(0)
+    terms = {name: TERMS[name](student, teacher) for name in [*NECK, "crosskd"] if name != "frs"}
+    terms["frs"] = TERMS["frs"](student, teacher, class_weight=0.0)
+    losses = Distiller(student, teacher, terms, own_size=True).train()(*batch).weighted
+    assert "frs_classes" not in losses
     assert all(loss.isfinite() for loss in losses.values())
     sum(losses.values()).backward()
+
+
+@pytest.mark.parametrize("name", ["head", "dist", "frs"])
+def test_anchors_of_images_of_other_sizes_are_not_compared(name):
+    student, teacher = build("retinanet"), build("retinanet", seed=1, short_side=96)
+    with pytest.raises(
+        TermError, match=f"teacher.size: own: distillation.{name} cannot have it: .* use teacher.size: s"
+    ):
+        distil(student, teacher, [name], own_size=True)
 
 
 def test_terms_are_computed_in_full_precision_under_autocast(batch):
@@ -137,6 +154,19 @@ def test_dist_and_frs_compare_the_classes_that_both_know(batch):
     distiller = distil(student, teacher, ["dist", "frs"])
     assert distiller.terms["dist"].notes == ["head distillation runs over 2 shared classes (a, b)"]
     losses = distiller(*batch).raw
+    ours, theirs = distiller.views(*batch)
+    shapes = [feature.shape[-2:] for feature in ours.features]
+    expected = 0.0
+    for s, t, score, valid in zip(
+        ours.cell_logits,
+        theirs.cell_logits,
+        teacher_scores(ours, theirs, distiller.terms["frs"].pairs),
+        valid_masks(ours.batch.valid, shapes, student.strides),
+        strict=True,
+    ):
+        shared = s[:, :, [0, 1]].flatten(1, 2), t[:, :, [2, 1]].flatten(1, 2)
+        expected += frs_class_loss(*shared, score * valid).item()
+    assert distiller.terms["frs"](ours, theirs)["classes"].value.item() == pytest.approx(expected, rel=1e-5)
     # With the shared classes in the same places the losses are the same: only they are compared.
     head = teacher.model.head.classification_head
     logits = torch.nn.Conv2d(head.cls_logits.in_channels, 6 * 3, 3, padding=1)
@@ -156,13 +186,27 @@ def test_frs_says_when_it_compares_features_only():
     assert not any("frs" in note for note in TERMS["frs"](student, teacher, class_weight=0.0).notes)
 
 
-def test_published_weights_go_by_the_students_kind():
+PUBLISHED = {
+    "pkd": ({"weight": 6.0}, {"weight": 10.0}),
+    "cwd": ({"weight": 10.0, "temperature": 1.0}, {"weight": 10.0, "temperature": 1.0}),
+    "fgd": (
+        {"temperature": 0.5, "alpha_fg": 5e-5, "alpha_bg": 2.5e-5, "attention": 5e-5, "relation": 5e-7},
+        {"temperature": 0.5, "alpha_fg": 1e-3, "alpha_bg": 5e-4, "attention": 5e-4, "relation": 5e-6},
+    ),
+    "mgd": ({"weight": 5e-7, "hidden": 0.45}, {"weight": 2e-5, "hidden": 0.65}),
+    "frs": ({"weight": 0.002, "class_weight": 0.1}, {"weight": 0.005, "class_weight": 0.02}),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_settings_go_by_the_students_kind(name):
     two, one = build("faster_rcnn"), build("retinanet")
-    assert TERMS["pkd"](two, two).settings.weight == 6
-    assert TERMS["pkd"](one, two).settings.weight == 10
-    assert TERMS["pkd"](one, two, weight=3.0).settings.weight == 3
-    fgd = TERMS["fgd"](two, one).settings
-    assert (fgd.alpha_fg, fgd.alpha_bg, fgd.attention, fgd.relation) == (5e-5, 2.5e-5, 5e-5, 5e-7)
+    for student, teacher, published in ((two, one, PUBLISHED[name][0]), (one, two, PUBLISHED[name][1])):
+        settings = TERMS[name](student, teacher).settings
+        assert {key: getattr(settings, key) for key in published} == published
+        # What is said comes first.
+        given = TERMS[name](student, teacher, **dict.fromkeys(published, 0.25)).settings
+        assert {key: getattr(given, key) for key in published} == dict.fromkeys(published, 0.25)
 
 
 def test_levels_are_those_of_the_publications():

@@ -1,0 +1,204 @@
+"""Running a study: its runs in processes of their own, and the report after each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from defeat_cli.ablation.choice import BASELINE
+from defeat_cli.ablation.halving import Standing
+from defeat_cli.ablation.picture import draw_study
+from defeat_cli.ablation.processes import LOG, environments, locked, run_in_processes
+from defeat_cli.ablation.progress import StudyProgress
+from defeat_cli.ablation.report import Report
+from defeat_cli.ablation.rows import Outcome, check_sort, read_outcome, summarize
+from defeat_cli.ablation.study import PlannedRun, Study
+from defeat_cli.ablation.sweep_picture import draw_sweeps
+from defeat_cli.config.schema import Recipe
+from defeat_cli.console import Reporter, percent
+from defeat_cli.engine.runs import RunFolder
+from defeat_cli.errors import DefeatError, TermError
+from defeat_cli.text import listed
+
+
+@dataclass(frozen=True)
+class Calls:
+    """What a study needs of detectors and data.
+
+    check: builds what a run of a recipe is made of, writes nothing; gives its training steps and what is to be said of
+        it. Raises DefeatError where the run could not work.
+    obtain_teacher: recipe, folder of the study -> the teacher that the recipe trains; None where it trains none.
+    command: run folder, epoch -> what trains the folder's recipe up to that epoch, from wherever it stands. The process
+        must stop, saved, when its stdin is closed.
+    """
+
+    check: Callable[[Recipe], tuple[int, list[str]]]
+    obtain_teacher: Callable[[Recipe, Path], str | None]
+    command: Callable[[Path, int], Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A run that is to be trained now up to an epoch; steps: training steps up to there."""
+
+    run: PlannedRun
+    epoch: int
+    steps: int
+
+    @property
+    def whole(self) -> bool:
+        """Whether that is its last epoch."""
+        return self.epoch == self.run.recipe.schedule.epochs
+
+    def done(self, outcome: Outcome) -> bool:
+        """Whether the run is there."""
+        return self.epoch in outcome.curve and (outcome.results is not None or not self.whole)
+
+
+def run_study(
+    study: Study, calls: Calls, *, jobs: int | None = None, sort: str = "AP", quiet: bool = False
+) -> dict[str, str]:
+    """Train what is not trained yet, and write the report after every run.
+
+    Args:
+        jobs: runs side by side; None takes one a GPU, and one on CPU.
+
+    Returns:
+        Run name -> why it failed; empty where all went well. Failed runs are tried again at the next call.
+
+    Raises:
+        DefeatError: the data, teacher, device or folders cannot be used; found before anything is trained, save that a
+            teacher to be trained comes first.
+        Interrupted: asked to stop; what was under way is saved.
+    """
+    check_sort(sort)
+    slots = environments(study.recipe.run.device, jobs)
+    reporter = Reporter("study", quiet)
+    steps = _check(study, calls, reporter)
+    study = replace(study, variants={name: study.variants[name] for name in steps})
+    study.folder.mkdir(parents=True, exist_ok=True)
+    with locked(study.folder) as lock:
+        study.save()
+        # Resolved, for the path becomes part of the runs' recipes, which a later call must find unchanged.
+        runs = study.runs(calls.obtain_teacher(study.recipe, study.folder.resolve()))
+        for run in runs:
+            RunFolder(run.folder).check(run.recipe, resume=True)
+        failures: dict[str, str] = {}
+        said = ""
+        while True:
+            outcomes = study.outcomes()
+            now = study.standing(outcomes, frozenset(run.variant for run in runs if run.name in failures))
+            if stopped_text(now) != said:
+                said = stopped_text(now)
+                reporter.note(said)
+            tasks = [_task(run, now, steps) for run in runs]
+            tasks = [task for task, outcome in zip(tasks, outcomes, strict=True) if not task.done(outcome)]
+            tasks = [task for task in tasks if task.run.name not in failures]
+            if not tasks:
+                break
+            done = len(runs) - len(tasks) - len(failures)
+            with StudyProgress({t.run.name: t.steps for t in tasks}, partial(_steps, study), done, quiet) as progress:
+                failures |= _train(study, tasks, calls, slots, lock, progress, sort)
+        write_report(study, sort)
+        return failures
+
+
+def _steps(study: Study, run: str) -> int:
+    """Training steps that a run has taken, to its last line in metrics.jsonl."""
+    metrics = RunFolder(study.folder / run).metrics()
+    return metrics[-1]["step"] if metrics else 0
+
+
+def _task(run: PlannedRun, now: Standing, steps: Mapping[str, int]) -> Task:
+    whole = run.recipe.schedule.epochs
+    epoch = now.aims.get(run.variant, whole)
+    return Task(run, epoch, steps[run.variant] * epoch // whole)
+
+
+def _check(study: Study, calls: Calls, reporter: Reporter) -> dict[str, int]:
+    """Check a run of each variant, so that what cannot work is found now.
+
+    Returns:
+        Variant -> training steps of a run; optional ones that teacher and student cannot have are not there.
+    """
+    steps: dict[str, int] = {}
+    remarks: dict[str, list[str]] = {}
+    for run in study.runs()[: len(study.variants)]:
+        try:
+            steps[run.variant], said = calls.check(run.recipe)
+        except DefeatError as error:
+            if run.variant in study.optional and isinstance(error, TermError):
+                reporter.warn(f"variant {run.variant} is left out: {error}")
+                continue
+            raise type(error)(f"variant {run.variant}: {error}") from None
+        for text in said:
+            remarks.setdefault(text, []).append(run.variant)
+    for text, variants in remarks.items():
+        reporter.warn(f"{text} ({listed(variants)})")
+    return steps
+
+
+def _train(
+    study: Study,
+    tasks: Sequence[Task],
+    calls: Calls,
+    slots: Sequence[dict[str, str]],
+    lock: int | None,
+    progress: StudyProgress,
+    sort: str,
+) -> dict[str, str]:
+    """Work through tasks; run name -> why it failed."""
+    by_folder = {task.run.folder: task for task in tasks}
+    failures: dict[str, str] = {}
+    for task in tasks:
+        RunFolder(task.run.folder).open(task.run.recipe, resume=True)
+
+    def ended(folder: Path, failure: str | None) -> None:
+        task = by_folder[folder]
+        outcome = read_outcome(task.run.variant, task.run.seed, folder)
+        if failure is None and not task.done(outcome):
+            failure = f"ended before epoch {task.epoch}"
+        if failure is None:
+            share = "" if task.whole else f" at epoch {task.epoch} of {task.run.recipe.schedule.epochs}"
+            progress.finished(task.run.name, f"AP {percent(outcome.evaluations[-1]['AP'])}{share}")
+        else:
+            failures[task.run.name] = failure
+            progress.finished(task.run.name, f"failed, see {folder / LOG}")
+        write_report(study, sort)
+
+    run_in_processes(
+        {folder: calls.command(folder, task.epoch) for folder, task in by_folder.items()},
+        slots,
+        lock,
+        started=lambda folder: progress.started(folder.name),
+        ended=ended,
+        polled=progress.polled,
+    )
+    return failures
+
+
+def stopped_text(now: Standing) -> str:
+    """Which values of sweeps were stopped early, and when."""
+    by_epoch: dict[int, list[str]] = {}
+    for name, epoch in now.aims.items():
+        if name in now.stopped:
+            by_epoch.setdefault(epoch, []).append(name)
+    parts = [f"at epoch {epoch} {listed(names, len(names))}" for epoch, names in sorted(by_epoch.items())]
+    return f"stopped early, as not in the better half: {'; '.join(parts)}" if parts else ""
+
+
+def write_report(study: Study, sort: str = "AP") -> Report:
+    """Write study.csv, .json, .md and .png, and sweeps.png where there are sweeps, from what the run folders hold."""
+    outcomes = study.outcomes()
+    budget = "" if study.budget is None else f"each sweep may cost {study.budget:g} whole trainings with each seed"
+    notes = [text for text in (budget, stopped_text(study.standing(outcomes))) if text]
+    title = f"{study.folder.name}: {study.recipe.run.name}, {study.recipe.schedule.epochs} epochs"
+    report = Report(title, study.variants, outcomes, summarize(outcomes, sort), notes)
+    report.write(study.folder)
+    draw_study(outcomes, report.main_rows, title, study.folder / "study.png")
+    if report.sweeps:
+        baseline = next(row.measured.get("AP") for row in report.rows if row.variant == BASELINE)
+        draw_sweeps(report.sweeps, baseline, study.folder / "sweeps.png")
+    return report

@@ -1,0 +1,33 @@
+"""One `defeat ablate`: what a study needs of detectors and data, given to it as calls."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from defeat_cli.ablation.running import Calls, run_study
+from defeat_cli.ablation.study import Study
+from defeat_cli.config.schema import Recipe
+from defeat_cli.jobs import training
+from defeat_cli.session import Session, assemble
+
+
+def ablate(study: Study, *, jobs: int | None = None, sort: str = "AP", quiet: bool = False) -> dict[str, str]:
+    """Run a study; see `run_study`."""
+    last: Session | None = None
+
+    def check(recipe: Recipe) -> tuple[int, list[str]]:
+        nonlocal last
+        last = assemble(recipe, like=last)
+        return last.steps, [note.text for note in last.notes if note.warning]
+
+    def obtain_teacher(recipe: Recipe, folder: Path) -> str | None:
+        trained_here = recipe.teacher.checkpoint is None and recipe.teacher.recipe is not None
+        return training.train_teacher(recipe, folder, quiet=quiet) if trained_here else None
+
+    return run_study(study, Calls(check, obtain_teacher, command), jobs=jobs, sort=sort, quiet=quiet)
+
+
+def command(folder: Path, epoch: int) -> list[str]:
+    """What trains the run in a folder up to an epoch."""
+    return [sys.executable, "-m", "defeat_cli.jobs.worker", str(folder), str(epoch)]

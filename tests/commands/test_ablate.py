@@ -1,0 +1,56 @@
+"""`defeat ablate` through the real command."""
+
+from __future__ import annotations
+
+import pytest
+import small_worker
+
+from defeat_cli.config.variants import GROUPS, VARIANTS
+from defeat_cli.jobs import ablating
+
+
+def test_a_study_is_run_and_shown_again(defeat, tiny, teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(ablating, "command", small_worker.command)
+    folder = tmp_path / "s"
+    shown = defeat("ablate", "neck:alpha_bg=1,16", "-r", tiny, "-t", teacher, "-o", folder, "--jobs", 2)
+    for name in ("study.csv", "study.json", "study.md", "study.png", "sweeps.png"):
+        assert (folder / name).is_file()
+    for text in ("Δ AP to none", "neck over distillation", "3 of 3 runs to train", "teacher has AP 50.0", "sweeps.png"):
+        assert text in shown
+    assert defeat("ablate", "--report-only", "-o", folder) in shown
+
+    (folder / "break-full-seed0").touch()
+    failed = defeat("ablate", "full", "-r", tiny, "-t", teacher, "-o", folder, code=1)
+    assert "full-seed0: failed, see" in failed
+    assert "0 of 1" in failed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["neck", "fg-onyl"], "did you mean fg-only"),
+        (["neck:alphabg=1,4"], "did you mean alpha_bg"),
+        (["neck", "neck"], "named twice"),
+        (["neck", "--budget", 2], "only sweeps are cut short"),
+        (["neck", "--seeds", "0;1"], "whole numbers separated by commas"),
+        (["--report-only"], "has no use for --recipe, --teacher"),
+    ],
+)
+def test_what_cannot_be_studied_is_refused_before_anything_is_written(
+    defeat, tiny, teacher, tmp_path, arguments, message
+):
+    output = defeat("ablate", *arguments, "-r", tiny, "-t", teacher, "-o", tmp_path / "s", code=2)
+    assert message in output
+    assert not (tmp_path / "s").exists()
+
+
+def test_variants_are_explained_those_of_a_file_too(defeat, tmp_path):
+    (tmp_path / "mine.yaml").write_text("softer: {optimizer.lr: 4.0}\n")
+    lines = defeat("ablate", "--list", "--variants", tmp_path / "mine.yaml").splitlines()
+    assert [line.split()[0] for line in lines] == [*VARIANTS, "softer"]
+    assert all(len(line.split()) > 1 for line in lines)
+
+
+def test_groups_hold_known_variants():
+    assert set(GROUPS) == {"--all-masks", "--all-methods"}
+    assert all(name in VARIANTS for names in GROUPS.values() for name in names)

@@ -1,0 +1,36 @@
+"""Stands in for the process that trains a run of a study: `python small_worker.py FOLDER EPOCH`.
+
+Notes itself in STUDY/trained.txt. Has three steps an epoch and, in every epoch, an AP of the length of its name: of a
+sweep the longest value is the best. Fails while STUDY/break-RUN is there.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+
+def command(folder: Path, epoch: int) -> list[str]:
+    return [sys.executable, __file__, str(folder), str(epoch)]
+
+
+def main(folder: Path, epoch: int) -> None:
+    with (folder.parent / "trained.txt").open("a") as file:
+        file.write(f"{folder.name}@{epoch}\n")
+    if (folder.parent / f"break-{folder.name}").exists():
+        raise RuntimeError("broken")
+    metrics = folder / "metrics.jsonl"
+    begun = len(metrics.read_text().splitlines()) if metrics.exists() else 0
+    figures = dict.fromkeys(("AP", "AP50", "AP75", "APs", "APm", "APl"), len(folder.name) / 100)
+    with metrics.open("a") as file:
+        for e in range(begun + 1, epoch + 1):
+            file.write(json.dumps({"kind": "eval", "step": 3 * e, "epoch": e, **figures}) + "\n")
+    if f"epochs: {epoch}\n" in (folder / "recipe.yaml").read_text():
+        (folder / "student.pth").touch()
+        results = {"student": figures, "teacher": {"AP": 0.5}, "training_seconds": 1.0}
+        (folder / "results.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))

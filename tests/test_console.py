@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from defeat_cli import console
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """What a terminal of 80 columns without colour shows."""
+    output = io.StringIO()
+    monkeypatch.setattr(console, "console", Console(file=output, width=80, color_system=None))
+    return output
+
+
+def metrics(ap):
+    return {**dict.fromkeys(("AP", "AP50", "AP75", "APs", "APm", "APl"), ap), "AR1": ap, "per_class": {}}
+
+
+def test_results_are_whole_at_80_columns(narrow):
+    results = {"student": metrics(1.0), "teacher": metrics(1.0), "plain": metrics(0.875), "training_seconds": 1.0}
+    console.show(console.results_table(results))
+    title, header, _, *rows = (line.split("  ") for line in narrow.getvalue().splitlines() if line)
+    assert title == ["COCO mAP on the validation images"]
+    cells = [[cell.strip() for cell in line if cell.strip()] for line in (header, *rows)]
+    assert cells == [
+        ["AP", "AP50", "AP75", "APs", "APm", "APl", "Δ teacher", "Δ plain"],
+        ["teacher", *["100.0"] * 6],
+        ["student, plain", *["87.5"] * 6, "-12.5"],
+        ["student, distilled", *["100.0"] * 6, "+0.0", "+12.5"],
+    ]
+    assert max(map(len, narrow.getvalue().splitlines())) <= 80
+
+
+def test_a_student_alone_is_no_distilled_one(narrow):
+    console.show(console.results_table({"student": metrics(-1.0)}))
+    assert "distilled" not in narrow.getvalue()
+    assert narrow.getvalue().splitlines()[-2].split() == ["student", *["-"] * 6]
+
+
+def test_names_fold_where_a_table_is_too_wide_and_figures_stay_whole(narrow):
+    long = "name:" + "x" * 60
+    console.show(console.new_table("t", ["variant", "a long header", "other"], [[long, "2.3214e-05", "[1, 2]" * 5]]))
+    text = narrow.getvalue()
+    assert all(part in text for part in ("a long header", "2.3214e-05", "[1, 2]" * 5))
+    # 80 columns less 13 and 30 of the others and two gaps of 2 leave 33 to the name.
+    assert "".join(line[:33].strip() for line in text.splitlines()[3:]) == long
+    assert "…" not in text

@@ -1,0 +1,9 @@
+from defeat_cli.text import listed
+
+
+def test_the_first_names_are_listed_and_the_others_counted():
+    assert listed(["a", "b", "c"]) == "a, b, c"
+    assert listed("abcdefgh") == "a, b, c, d, e, f, g, h"
+    assert listed("abcdefghi") == "a, b, c, d, e, f, g, h and 1 more"
+    assert listed(range(5), most=2) == "0, 1 and 3 more"
+    assert listed([]) == ""
