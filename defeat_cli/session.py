@@ -233,7 +233,7 @@ def _open_unlabelled(
         folder = ImageFolder(Path(data.unlabelled), training_data.transforms, recipe.run.seed)
     folder.refuse_vanishing(data.short_side, data.long_side)
     beside = min(data.unlabelled_a_batch, len(folder))
-    others = f" ({folder.left_out} files there are no images)" if folder.left_out else ""
+    others = f" (other files there: {folder.left_out})" if folder.left_out else ""
     notes = [
         Note(f"unlabelled: {len(folder)} images{others}, {beside} beside each batch of {data.batch_size} labelled")
     ]

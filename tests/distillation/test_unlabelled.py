@@ -230,7 +230,7 @@ def test_a_run_counts_its_images_and_resumes_bit_for_bit(defeat, tiny, teacher, 
     )  # fmt: skip
     arguments = ["train", "-r", tiny, "-t", teacher, *options]
     output = defeat(*arguments, "-o", tmp_path / "whole")
-    assert "unlabelled: 7 images (1 files there are no images), 3 beside each batch of 5 labelled" in output
+    assert "unlabelled: 7 images (other files there: 1), 3 beside each batch of 5 labelled" in output
     assert "unlabelled: the teacher finds" in output
     # Twelve images in batches of 5, 5 and 2 make two steps an epoch. A pass over the seven is 3, 3 and 1 in some order.
     lines = [line for line in train_lines(tmp_path / "whole") if line["kind"] == "train"]
@@ -281,7 +281,7 @@ def test_a_variant_without_terms_says_that_they_are_not_used(defeat, tiny, teach
 
 def test_check_tells_of_unlabelled_images(defeat, tiny, teacher, folder, shapes):
     told = defeat("check", "-r", tiny, "-t", teacher, *setting(data__unlabelled=folder, data__unlabelled_threshold=1.0))
-    assert "unlabelled: 7 images (1 files there are no images), 4 beside each batch of 4 labelled" in told
+    assert "unlabelled: 7 images (other files there: 1), 4 beside each batch of 4 labelled" in told
     assert "warning: the teacher finds nothing with a score of 1.0 on unlabelled images" in told
     told = defeat("check", "-r", tiny, "-t", teacher, *setting(data__unlabelled=shapes / "images"))
     assert "warning: data.unlabelled: 12 of its 18 images are training images too" in told
