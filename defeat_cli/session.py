@@ -18,12 +18,14 @@ from defeat_cli.config.terms import TermSettings
 from defeat_cli.data.dataset import DetectionDataset, overlap
 from defeat_cli.data.formats.shapes import draw_shapes
 from defeat_cli.data.opening import open_split
+from defeat_cli.data.unlabelled import ImageFolder
 from defeat_cli.detectors.backbones import load_backbone_weights
 from defeat_cli.detectors.contract import Detector
 from defeat_cli.detectors.loading import load_teacher
 from defeat_cli.detectors.zoo import build_detector
 from defeat_cli.distillation.distiller import Distiller
 from defeat_cli.distillation.terms import TERMS, Term
+from defeat_cli.distillation.unlabelled import PseudoLabels
 from defeat_cli.errors import DataError, RecipeError, RunError, TermError
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -42,6 +44,7 @@ class Session:
     """Everything that a run of a recipe is made of.
 
     teacher: None where the student is trained plainly.
+    unlabelled: images without annotations that the terms see too; None where there are none, or no terms.
     teacher_is_trained: False while the recipe's own teacher is still to be trained; `teacher` then has random weights.
     notes: what a user should know before the run, in order.
     """
@@ -53,6 +56,7 @@ class Session:
     student: Detector
     teacher: Detector | None
     distiller: Distiller
+    unlabelled: ImageFolder | None = None
     teacher_is_trained: bool = True
     notes: list[Note] = field(default_factory=list)
 
@@ -98,7 +102,15 @@ def assemble(recipe: Recipe, teacher: str | None = None, like: Session | None = 
         raise RecipeError("run.compare_plain compares with a student without a teacher, and this one has none")
     if recipe.student.inherit and not has_teacher:
         raise RecipeError("student.inherit: there is no teacher to inherit from; give one with --teacher")
-    supervisor, terms = None, {}
+    unlabelled = None
+    if recipe.data.unlabelled is not None:
+        if not has_teacher:
+            raise RecipeError(
+                "data.unlabelled: there is no teacher to learn from on these images; give one by --teacher"
+            )
+        unlabelled, remarks = _open_unlabelled(recipe, training_data, validation_data, like)
+        notes += remarks
+    supervisor, terms, pseudo_labels = None, {}, None
     if has_teacher and (recipe.distillation.terms or recipe.student.inherit):
         if like is not None and like.teacher is not None and like.recipe.teacher == recipe.teacher and teacher is None:
             supervisor = like.teacher
@@ -126,12 +138,20 @@ def assemble(recipe: Recipe, teacher: str | None = None, like: Session | None = 
                 own_size=recipe.teacher.size == "own",
             )
             notes += remarks
+        if unlabelled is not None:
+            pseudo_labels = PseudoLabels(
+                student, supervisor, recipe.data.unlabelled_threshold, recipe.distillation.class_map
+            )
+            if not pseudo_labels.pairs:
+                text = "teacher and student share no class: unlabelled images have no boxes, as if all were background"
+                notes.append(Note(text, warning=True))
     distiller = Distiller(
         student,
         supervisor if terms else None,
         terms,
         own_size=recipe.teacher.size == "own",
         balance=recipe.distillation.balance,
+        pseudo_labels=pseudo_labels,
     )
     return Session(
         recipe,
@@ -141,6 +161,7 @@ def assemble(recipe: Recipe, teacher: str | None = None, like: Session | None = 
         student,
         distiller.teacher,
         distiller,
+        unlabelled,
         checkpoint is not None or not has_teacher,
         notes,
     )
@@ -199,6 +220,30 @@ def open_data(data: Data, split: str, *, train: bool, seed: int = 0) -> Detectio
     )
 
 
+def _open_unlabelled(
+    recipe: Recipe, training_data: DetectionDataset, validation_data: DetectionDataset, like: Session | None
+) -> tuple[ImageFolder | None, list[Note]]:
+    """The images without annotations, if anything is distilled, and what a user should know of them."""
+    data = recipe.data
+    if not recipe.distillation.terms:
+        return None, [Note("data.unlabelled: no term of distillation is on, so these images are not used")]
+    if like is not None and like.unlabelled is not None and like.training_data is training_data:
+        folder = like.unlabelled
+    else:
+        folder = ImageFolder(Path(data.unlabelled), training_data.transforms, recipe.run.seed)
+    folder.refuse_vanishing(data.short_side, data.long_side)
+    beside = min(data.unlabelled_a_batch, len(folder))
+    others = f" (other files there: {folder.left_out})" if folder.left_out else ""
+    notes = [
+        Note(f"unlabelled: {len(folder)} images{others}, {beside} beside each batch of {data.batch_size} labelled")
+    ]
+    for kind, annotated in (("training", training_data), ("validation", validation_data)):
+        if shared := folder.shared_with(annotated):
+            text = f"data.unlabelled: {shared} of its {len(folder)} images are {kind} images too"
+            notes.append(Note(text, warning=True))
+    return folder, notes
+
+
 def build_student(recipe: Recipe, classes: list[str]) -> Detector:
     """The student with its starting weights. Its random weights depend on `run.seed` alone.
 
@@ -221,7 +266,7 @@ def build_student(recipe: Recipe, classes: list[str]) -> Detector:
 def teacher_recipe(recipe: Recipe) -> Recipe:
     """The recipe of the teacher that `teacher.recipe` names, on this recipe's data and device."""
     own = recipes.load(recipe.teacher.recipe)
-    own.data = recipe.data.model_copy(update={"batch_size": own.data.batch_size})
+    own.data = recipe.data.labelled_only().model_copy(update={"batch_size": own.data.batch_size})
     own.run.device = recipe.run.device
     return own
 

@@ -101,7 +101,30 @@ class Data(Section):
     """Images per step and process."""
     workers: Annotated[int, Field(ge=0)] = 4
     """Loader processes; 0 reads in the main process."""
+    unlabelled: str | None = None
+    """Folder of images without annotations, not relative to `path`; subfolders count. The terms of distillation see
+    these images beside the labelled ones, which alone make the detection loss."""
+    unlabelled_batch: Count | None = None
+    """Unlabelled images beside each batch; null takes `batch_size`."""
+    unlabelled_threshold: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Score from which on what the teacher detects on an unlabelled image stands for an annotated box."""
     shapes: Shapes = Shapes()
+
+    @property
+    def unlabelled_a_batch(self) -> int:
+        """Unlabelled images beside each batch, where there are any."""
+        return self.unlabelled_batch or self.batch_size
+
+    def labelled_only(self) -> Data:
+        """The same data without unlabelled images."""
+        return self.model_copy(update={name: Data.model_fields[name].default for name in UNLABELLED})
+
+    @model_validator(mode="after")
+    def _settings_need_the_folder(self) -> Data:
+        for name in UNLABELLED:
+            if self.unlabelled is None and getattr(self, name) != Data.model_fields[name].default:
+                raise ValueError(f"{name} is about unlabelled images, and there are none; give unlabelled: FOLDER")
+        return self
 
     @model_validator(mode="after")
     def _one_split(self) -> Data:
@@ -109,6 +132,10 @@ class Data(Section):
         if self.val_fraction is not None and named:
             raise ValueError(f"val_fraction divides the training images, and {named[0]} names others; leave one out")
         return self
+
+
+UNLABELLED = ("unlabelled", "unlabelled_batch", "unlabelled_threshold")
+"""Keys of `data` that are about unlabelled images."""
 
 
 class _Distillation(Section):

@@ -173,15 +173,8 @@ class DetectionDataset(Dataset):
         Raises:
             DataError: the first image of which a side becomes 0.
         """
-        sizes = np.array(self.sizes, dtype=np.float64)
-        scale = np.minimum(min(short_sides) / sizes.min(axis=1), long_side / sizes.max(axis=1))
-        gone = np.flatnonzero((sizes.min(axis=1) * scale).astype(np.int64) == 0)
-        if gone.size:
-            height, width = self.sizes[gone[0]]
-            raise DataError(
-                f"{self.images / self.file_name(gone[0])}: is {width}x{height} (width x height); resized to a long "
-                f"side of {long_side} its short side is 0 pixels. Leave it out, crop it, or raise data.long_side"
-            )
+        paths = [self.images / name for name in self.annotations.file_names]
+        refuse_vanishing(paths, self.sizes, short_sides, long_side)
 
     def refuse_boxless(self, what: str) -> None:
         """Refuse data that nothing can be learned from nor scored on.
@@ -256,6 +249,21 @@ class DetectionDataset(Dataset):
         if empty and train:
             notes.append(f"{_count(empty, 'image has', 'images have')} no box; used as background")
         return [f"{self.annotations.origin}: {note}" for note in notes]
+
+
+def refuse_vanishing(
+    paths: Sequence[Path], sizes: Sequence[tuple[int, int]], short_sides: Sequence[int], long_side: int
+) -> None:
+    """See `DetectionDataset.refuse_vanishing`; paths and (height, width) of the images."""
+    sides = np.array(sizes, dtype=np.float64)
+    scale = np.minimum(min(short_sides) / sides.min(axis=1), long_side / sides.max(axis=1))
+    gone = np.flatnonzero((sides.min(axis=1) * scale).astype(np.int64) == 0)
+    if gone.size:
+        height, width = sizes[gone[0]]
+        raise DataError(
+            f"{paths[gone[0]]}: is {width}x{height} (width x height); resized to a long side of {long_side} its short "
+            "side is 0 pixels. Leave it out, crop it, or raise data.long_side"
+        )
 
 
 def overlap(train: DetectionDataset, val: DetectionDataset) -> str | None:

@@ -87,6 +87,12 @@ class FasterRCNNDetector(TorchvisionDetector, TorchvisionAnchors):
         _, head_losses = self.model.roi_heads(named, proposals, batch.sizes, batch.targets)
         return {**head_losses, **rpn_losses}
 
+    def detections(self, features: list[Tensor], batch: Batch) -> list[dict[str, Tensor]]:
+        named = self._named(features)
+        proposals, _ = self.model.rpn(image_list(batch), named)
+        found, _ = self.model.roi_heads(named, proposals, batch.sizes)
+        return found
+
     def classify(self, features: list[Tensor], regions: Regions) -> Tensor:
         """[R, K + 1] softmax logits, background first; box deltas are not computed."""
         heads = self.model.roi_heads
