@@ -27,10 +27,11 @@ SOURCE = (
 DETECTOR = (*(f"student.{name}" for name in (*STRUCTURE, *INFERENCE)), *(f"data.{side}" for side in SIZES))
 
 
-def data_settings(split: str) -> list[str]:
-    """Settings that say where the data of a split is, by dotted name."""
+def data_settings(split: str, changes: Mapping[str, Any]) -> list[str]:
+    """Settings that say where the data of a split is, by dotted name; `changes` are the command line's."""
     # Where the training images are divided, theirs are the validation's too.
-    others = tuple(f"{other}_" for other in SPLITS if other != split and not (split == "val" and other == "train"))
+    own = {split, "train"} if "data.val_fraction" in changes else {split}
+    others = tuple(f"{other}_" for other in SPLITS if other not in own)
     return [f"data.{name}" for name in SOURCE if name == "val_fraction" or not name.startswith(others)]
 
 

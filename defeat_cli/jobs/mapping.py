@@ -65,7 +65,7 @@ def visualize(
         recipe_name,
         changes or {},
         command="gradmap",
-        settings=_effective(split, teacher, settings.distils or settings.own_level),
+        settings=_effective(data_settings(split, changes or {}), teacher, settings.distils or settings.own_level),
     )
     recipe, reporter = asked.recipe, Reporter("gradmap", quiet)
     device = session.choose_device(recipe.run.device)
@@ -138,9 +138,9 @@ NOT_DRAWN = ("norm", "frozen_stages")
 """Settings of training that the gradients of a loss do not depend on; samplers depend on the others."""
 
 
-def _effective(split: str, teacher: str | None, has_term: bool) -> list[str]:
+def _effective(data: list[str], teacher: str | None, has_term: bool) -> list[str]:
     """Settings that have an effect on the pictures."""
-    known = [*DETECTOR, *data_settings(split), "run.device"]
+    known = [*DETECTOR, *data, "run.device"]
     known += [f"student.{name}" for name in TRAINING if name not in NOT_DRAWN]
     known += ["teacher.architecture"] if teacher is not None else []
     return known + (["distillation"] if has_term else [])

@@ -64,7 +64,7 @@ def score(
     Raises:
         DefeatError: the checkpoint, settings, data or device cannot be used.
     """
-    settings = (*DETECTOR, *data_settings(split), "data.workers", "run.device", "run.precision")
+    settings = (*DETECTOR, *data_settings(split, changes or {}), "data.workers", "run.device", "run.precision")
     asked = ask(checkpoint, recipe_name, changes or {}, command="eval", settings=settings)
     recipe, reporter = asked.recipe, Reporter("eval", quiet)
     device = session.choose_device(recipe.run.device, recipe.run.precision)

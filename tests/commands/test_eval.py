@@ -127,7 +127,7 @@ def test_category_ids_of_any_kind_go_back_at_evaluation(run, defeat, shapes, tmp
     ("arguments", "message"),
     [
         (["nowhere.pt"], "nowhere.pt"),
-        (["{run}/best.pt", "--split", "test"], "no split 'test'"),
+        (["{run}/best.pt", "--split", "tset"], "no split 'tset'"),
         (["{run}/best.pt", "-d", "nowhere"], "nowhere"),
         (["{run}/results.json"], "results.json"),
         (["{run}/best.pt", "-d", "{other}", "--split", "train"], "share no class"),

@@ -231,12 +231,14 @@ def leaves(settings: dict, prefix: str = "") -> list[str]:
 EFFECTIVE = {
     "eval": {
         *("data.path", "data.format", "data.val_annotations", "data.val_images", "data.workers"),
+        *("data.val_fraction", "data.split_seed", "data.classes"),
         *("data.short_side", "data.long_side", "run.device", "run.precision"),
         *(f"data.shapes.{name}" for name in ("train_images", "val_images", "size", "seed")),
         *(f"student.{name}" for name in (*STRUCTURE, *INFERENCE)),
     },
     "gradmap": {
         *("data.path", "data.format", "data.val_annotations", "data.val_images", "run.device"),
+        *("data.val_fraction", "data.split_seed", "data.classes"),
         *("data.short_side", "data.long_side", "student.proposals_train", "student.regions_per_image"),
         *(f"data.shapes.{name}" for name in ("train_images", "val_images", "size", "seed")),
         *(f"student.{name}" for name in (*STRUCTURE, *INFERENCE)),
