@@ -352,7 +352,7 @@ def test_images_without_boxes_cannot_be_scored(defeat, checkpoints, shapes, tmp_
     content = json.loads((shapes / "val.json").read_text())
     (tmp_path / "empty.json").write_text(json.dumps({**content, "annotations": []}))
     options = ["--set", f"data.val_annotations={tmp_path / 'empty.json'}"]
-    assert "nothing to score on" in defeat("eval", checkpoints["fcos"], *options, code=2)
+    assert "nothing to learn or to score" in defeat("eval", checkpoints["fcos"], *options, code=2)
 
 
 def test_the_precision_of_its_own_run_is_said_where_the_device_does_not_have_it(defeat, checkpoints, tmp_path):
