@@ -2,12 +2,12 @@
 
 The Python API, each name imported when it is first used, so that `import defeat_cli` costs nothing:
 
-    load_detector(checkpoint)        a detector from a checkpoint of any format
+    load_detector(checkpoint).detector   a detector from a checkpoint of any format
     wrap(model, classes)             a detector of a torchvision model
     FeatureDetector(model, …)        a detector of any module, by three functions
     TERMS                            the distillation terms by name: TERMS["neck"](student, teacher, alpha_bg=8.0)
     Distiller(student, teacher, terms)   one step's losses
-    open_dataset(folder, split)      images with boxes, in any layout that the tool reads
+    open_split(folder, split, train=True)   images with boxes, in any layout that the tool reads
     evaluate(detector, dataset)      the COCO figures
 """
 
@@ -24,7 +24,7 @@ _HOMES = {
     "TERMS": "distillation.terms",
     "evaluate": "engine.evaluation",
     "load_detector": "detectors.loading",
-    "open_dataset": "data.formats",
+    "open_split": "data.opening",
     "wrap": "detectors.zoo",
 }
 

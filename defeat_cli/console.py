@@ -75,12 +75,13 @@ class Reporter:
     def logged(self, entry: dict[str, Any]) -> None:
         """A training line went into metrics.jsonl."""
         self.losses = " ".join(f"{short_name(name)} {value:.3f}" for name, value in entry["weighted"].items())
+        seen = f" ({spoken_counts(entry['seen'])} images)" if "seen" in entry else ""
         self.speed = f"{entry['images_per_second']:.1f} img/s"
         if self.progress:
-            self.terms.plain = f"loss {entry['loss']:.3f}: {self.losses}"
+            self.terms.plain = f"loss {entry['loss']:.3f}: {self.losses}{seen}"
         if not self.live and not self.quiet:
             console.print(
-                f"{self.title} epoch {entry['epoch']}/{self.epochs} step {entry['step']}/{self.steps} "
+                f"{self.title} epoch {entry['epoch']}/{self.epochs} step {entry['step']}/{self.steps}{seen} "
                 f"{self.speed} loss {entry['loss']:.3f}: {self.losses}",
                 soft_wrap=True,
             )
@@ -139,6 +140,11 @@ SHORT = {
 def short_name(term: str) -> str:
     """A loss term's name as the progress line shows it."""
     return SHORT.get(term, term)
+
+
+def spoken_counts(counts: dict[str, int]) -> str:
+    """`120 labelled and 60 unlabelled`."""
+    return " and ".join(f"{number} {kind}" for kind, number in counts.items())
 
 
 def percent(fraction: float) -> str:

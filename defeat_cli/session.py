@@ -11,19 +11,22 @@ from pathlib import Path
 import torch
 
 from defeat_cli.checkpoints.loading import load_weights
-from defeat_cli.checkpoints.weights import Weights, load_strict
+from defeat_cli.checkpoints.weights import load_strict
 from defeat_cli.config import schema as recipes
-from defeat_cli.config.architecture import Architecture
 from defeat_cli.config.schema import Data, Recipe
 from defeat_cli.config.terms import TermSettings
-from defeat_cli.data.dataset import CocoDataset, open_split
+from defeat_cli.data.dataset import DetectionDataset, overlap
 from defeat_cli.data.formats.shapes import draw_shapes
+from defeat_cli.data.opening import open_split
+from defeat_cli.data.unlabelled import ImageFolder
 from defeat_cli.detectors.backbones import load_backbone_weights
 from defeat_cli.detectors.contract import Detector
+from defeat_cli.detectors.loading import load_teacher
 from defeat_cli.detectors.zoo import build_detector
 from defeat_cli.distillation.distiller import Distiller
 from defeat_cli.distillation.terms import TERMS, Term
-from defeat_cli.errors import CheckpointError, DataError, RecipeError, RunError, TermError
+from defeat_cli.distillation.unlabelled import PseudoLabels
+from defeat_cli.errors import DataError, RecipeError, RunError, TermError
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -41,17 +44,19 @@ class Session:
     """Everything that a run of a recipe is made of.
 
     teacher: None where the student is trained plainly.
+    unlabelled: images without annotations that the terms see too; None where there are none, or no terms.
     teacher_is_trained: False while the recipe's own teacher is still to be trained; `teacher` then has random weights.
     notes: what a user should know before the run, in order.
     """
 
     recipe: Recipe
     device: torch.device
-    training_data: CocoDataset
-    validation_data: CocoDataset
+    training_data: DetectionDataset
+    validation_data: DetectionDataset
     student: Detector
     teacher: Detector | None
     distiller: Distiller
+    unlabelled: ImageFolder | None = None
     teacher_is_trained: bool = True
     notes: list[Note] = field(default_factory=list)
 
@@ -80,10 +85,13 @@ def assemble(recipe: Recipe, teacher: str | None = None, like: Session | None = 
     else:
         training_data = open_data(recipe.data, "train", train=True, seed=recipe.run.seed)
         validation_data = open_data(recipe.data, "val", train=False)
+    for opened in (training_data, validation_data):
+        opened.refuse_vanishing(recipe.data.short_side, recipe.data.long_side)
     for text in [*training_data.notes, *(f"validation: {note}" for note in validation_data.notes)]:
         notes.append(Note(text))
-    if not validation_data.coco.getAnnIds(iscrowd=False):
-        raise DataError("the validation images have no boxes: there is nothing to score on")
+    shared = overlap(training_data, validation_data)
+    if shared is not None:
+        notes.append(Note(shared, warning=True))
     student = build_student(recipe, training_data.classes)
     if recipe.student.norm == "frozen" and recipe.student.backbone_weights is None and recipe.student.weights is None:
         text = "student.norm is frozen and nothing is pretrained, so nothing is normalised; use norm: batch"
@@ -94,19 +102,28 @@ def assemble(recipe: Recipe, teacher: str | None = None, like: Session | None = 
         raise RecipeError("run.compare_plain compares with a student without a teacher, and this one has none")
     if recipe.student.inherit and not has_teacher:
         raise RecipeError("student.inherit: there is no teacher to inherit from; give one with --teacher")
-    supervisor, terms = None, {}
+    unlabelled = None
+    if recipe.data.unlabelled is not None:
+        if not has_teacher:
+            raise RecipeError(
+                "data.unlabelled: there is no teacher to learn from on these images; give one by --teacher"
+            )
+        unlabelled, remarks = _open_unlabelled(recipe, training_data, validation_data, like)
+        notes += remarks
+    supervisor, terms, pseudo_labels = None, {}, None
     if has_teacher and (recipe.distillation.terms or recipe.student.inherit):
         if like is not None and like.teacher is not None and like.recipe.teacher == recipe.teacher and teacher is None:
             supervisor = like.teacher
         elif checkpoint is not None:
-            loaded = load_detector(
+            loaded = load_teacher(
                 checkpoint,
-                architecture=recipe.teacher.architecture,
+                recipe.teacher.architecture,
                 classes=training_data.classes,
-                data=recipe.data,
+                sizes=(recipe.data.short_side[-1], recipe.data.long_side),
             )
             supervisor = loaded.detector
-            notes += [Note(f"teacher: {text}") for text in loaded.weights.notes]
+            notes += [Note(f"teacher: {text}") for text in loaded.notes]
+            notes += [Note(f"teacher: {text}", warning=True) for text in loaded.assumptions]
         else:
             supervisor = build_student(teacher_recipe(recipe), training_data.classes)
         if recipe.teacher.size == "student":
@@ -121,12 +138,20 @@ def assemble(recipe: Recipe, teacher: str | None = None, like: Session | None = 
                 own_size=recipe.teacher.size == "own",
             )
             notes += remarks
+        if unlabelled is not None:
+            pseudo_labels = PseudoLabels(
+                student, supervisor, recipe.data.unlabelled_threshold, recipe.distillation.class_map
+            )
+            if not pseudo_labels.pairs:
+                text = "teacher and student share no class: unlabelled images have no boxes, as if all were background"
+                notes.append(Note(text, warning=True))
     distiller = Distiller(
         student,
         supervisor if terms else None,
         terms,
         own_size=recipe.teacher.size == "own",
         balance=recipe.distillation.balance,
+        pseudo_labels=pseudo_labels,
     )
     return Session(
         recipe,
@@ -136,6 +161,7 @@ def assemble(recipe: Recipe, teacher: str | None = None, like: Session | None = 
         student,
         distiller.teacher,
         distiller,
+        unlabelled,
         checkpoint is not None or not has_teacher,
         notes,
     )
@@ -168,7 +194,7 @@ def loader_processes(workers: int) -> int:
     return min(workers, os.cpu_count() or 1)
 
 
-def open_data(data: Data, split: str, *, train: bool, seed: int = 0) -> CocoDataset:
+def open_data(data: Data, split: str, *, train: bool, seed: int = 0) -> DetectionDataset:
     """One split of the recipe's data; draws the embedded data set first where that is asked for.
 
     Raises:
@@ -178,63 +204,44 @@ def open_data(data: Data, split: str, *, train: bool, seed: int = 0) -> CocoData
         raise DataError("no data: give a folder with --data, or data.path in the recipe")
     if data.format == "shapes":
         draw_shapes(Path(data.path), **data.shapes.model_dump())
+    named = "train" if data.val_fraction is not None and split != "test" else split
     return open_split(
         Path(data.path),
         split,
         format="coco" if data.format == "shapes" else data.format,
-        annotations=data.train_annotations if split == "train" else data.val_annotations,
-        images=data.train_images if split == "train" else data.val_images,
+        annotations=getattr(data, f"{named}_annotations", None),
+        images=getattr(data, f"{named}_images", None),
         train=train,
         flip=data.flip if train else 0.0,
         seed=seed,
+        val_fraction=data.val_fraction,
+        split_seed=data.split_seed,
+        classes=data.classes,
     )
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """A detector from a checkpoint, and what was read of it (`weights.notes`)."""
-
-    detector: Detector
-    weights: Weights
-
-
-def load_detector(
-    checkpoint: str,
-    *,
-    architecture: Architecture | None = None,
-    classes: list[str] | None = None,
-    data: Data | None = None,
-) -> Loaded:
-    """A detector from a checkpoint of any format.
-
-    Args:
-        checkpoint: a file, or `torchvision:NAME`.
-        architecture: for a plain state dict that does not say what it is; not needed by other formats.
-        classes: names for a state dict that does not name its classes; must be as many.
-        data: image sizes for a checkpoint that does not record its own.
-
-    Raises:
-        CheckpointError: it cannot be read, does not say what it is, or does not fit what it is said to be.
-    """
-    weights = load_weights(checkpoint, architecture)
-    names = weights.classes
-    if names is None:
-        if classes is None or len(classes) != weights.num_classes:
-            have = f"the data has {len(classes)}" if classes is not None else "no data was given"
-            raise CheckpointError(
-                f"{checkpoint}: has {weights.num_classes} classes and does not name them; {have}. "
-                "Give the data it was trained on"
-            )
-        names = classes
-    data = data or Data()
-    detector = build_detector(
-        weights.architecture,
-        names,
-        short_side=[weights.short_side or data.short_side[-1]],
-        long_side=weights.long_side or data.long_side,
-    )
-    load_strict(detector.model, weights.state_dict, checkpoint)
-    return Loaded(detector, weights)
+def _open_unlabelled(
+    recipe: Recipe, training_data: DetectionDataset, validation_data: DetectionDataset, like: Session | None
+) -> tuple[ImageFolder | None, list[Note]]:
+    """The images without annotations, if anything is distilled, and what a user should know of them."""
+    data = recipe.data
+    if not recipe.distillation.terms:
+        return None, [Note("data.unlabelled: no term of distillation is on, so these images are not used")]
+    if like is not None and like.unlabelled is not None and like.training_data is training_data:
+        folder = like.unlabelled
+    else:
+        folder = ImageFolder(Path(data.unlabelled), training_data.transforms, recipe.run.seed)
+    folder.refuse_vanishing(data.short_side, data.long_side)
+    beside = min(data.unlabelled_a_batch, len(folder))
+    others = f" (other files there: {folder.left_out})" if folder.left_out else ""
+    notes = [
+        Note(f"unlabelled: {len(folder)} images{others}, {beside} beside each batch of {data.batch_size} labelled")
+    ]
+    for kind, annotated in (("training", training_data), ("validation", validation_data)):
+        if shared := folder.shared_with(annotated):
+            text = f"data.unlabelled: {shared} of its {len(folder)} images are {kind} images too"
+            notes.append(Note(text, warning=True))
+    return folder, notes
 
 
 def build_student(recipe: Recipe, classes: list[str]) -> Detector:
@@ -259,7 +266,7 @@ def build_student(recipe: Recipe, classes: list[str]) -> Detector:
 def teacher_recipe(recipe: Recipe) -> Recipe:
     """The recipe of the teacher that `teacher.recipe` names, on this recipe's data and device."""
     own = recipes.load(recipe.teacher.recipe)
-    own.data = recipe.data.model_copy(update={"batch_size": own.data.batch_size})
+    own.data = recipe.data.labelled_only().model_copy(update={"batch_size": own.data.batch_size})
     own.run.device = recipe.run.device
     return own
 

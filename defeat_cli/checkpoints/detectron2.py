@@ -20,20 +20,33 @@ Not kept: images are resized as torchvision does it, without antialias, and side
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from defeat_cli.checkpoints import detectron2_config
 from defeat_cli.checkpoints.conversion import (
+    ANCHOR_DELTAS,
+    BOX_DELTAS,
+    RPN_DELTAS,
+    Inputs,
     Tables,
+    as_said,
+    assumptions,
     fold_bgr,
+    fold_deltas,
+    guessed_classes,
+    pixels_as_said,
     renamed,
+    require_anchors,
     require_whole,
-    unit_range,
+    says_other_pixels,
     with_background_first,
 )
-from defeat_cli.checkpoints.torchvision import coco_classes, resnet_name
+from defeat_cli.checkpoints.detectron2_config import OneStageConfig, TwoStage, TwoStageConfig
+from defeat_cli.checkpoints.torchvision import resnet_name
 from defeat_cli.checkpoints.weights import StateDict, Weights, is_state_dict
 from defeat_cli.config.architecture import Architecture, Conventions
 from defeat_cli.errors import CheckpointError
@@ -99,12 +112,28 @@ REFUSED = [
     (r"head\..+", "another one-stage head"),
 ]
 
-MEAN_BGR = [103.53, 116.28, 123.675]
-STD_MSRA = [1.0, 1.0, 1.0]
-STD_BGR = [57.375, 57.12, 58.395]
-"""Mean and standard deviation that detectron2 takes where the file does not hold them; the last is for ResNeXt."""
+ASSUMED_TWO_STAGE = {
+    "META_ARCHITECTURE": "GeneralizedRCNN",
+    "BACKBONE": {"NAME": "build_resnet_fpn_backbone"},
+    "FPN": {"IN_FEATURES": ["res2", "res3", "res4", "res5"]},
+    "ANCHOR_GENERATOR": {"SIZES": [[32.0], [64.0], [128.0], [256.0], [512.0]]},
+    "RPN": {"IN_FEATURES": ["p2", "p3", "p4", "p5", "p6"], "PRE_NMS_TOPK_TEST": 1000},
+    "ROI_HEADS": {"NAME": "StandardROIHeads", "IN_FEATURES": ["p2", "p3", "p4", "p5"]},
+    "ROI_BOX_HEAD": {"NAME": "FastRCNNConvFCHead", "NUM_FC": 2, "POOLER_RESOLUTION": 7},
+}
+"""What is taken for the configuration where there is none: the model zoo's detectors with FPN."""
 
-SIZES = [32.0, 64.0, 128.0, 256.0, 512.0]
+ASSUMED_ONE_STAGE = {
+    "META_ARCHITECTURE": "RetinaNet",
+    "BACKBONE": {"NAME": "build_retinanet_resnet_fpn_backbone"},
+    "FPN": {"IN_FEATURES": ["res3", "res4", "res5"]},
+    "ANCHOR_GENERATOR": {
+        "SIZES": [[side * 2 ** (i / 3) for i in range(3)] for side in (32.0, 64.0, 128.0, 256.0, 512.0)]
+    },
+}
+
+ASSUMED_RESNEXT = {"PIXEL_STD": [57.375, 57.12, 58.395], "RESNETS": {"STRIDE_IN_1X1": False}}
+"""The model zoo's ResNeXt is no model of MSRA's."""
 
 
 def matches(content: Any) -> bool:
@@ -116,7 +145,11 @@ def matches(content: Any) -> bool:
 
 
 def to_weights(content: Any, origin: str, architecture: Architecture | None = None) -> Weights:
-    """The detector in a detectron2 checkpoint. Its files say what they are: the caller's architecture is not needed.
+    """The detector in a detectron2 checkpoint, with the settings of the `config.yaml` beside it.
+
+    Args:
+        architecture: used only where there is no such file: `conventions.channels` then says that image mean and std,
+            their order and the stride are as `conventions` has them.
 
     Raises:
         CheckpointError: names what of it torchvision's detectors do not have.
@@ -128,52 +161,134 @@ def to_weights(content: Any, origin: str, architecture: Architecture | None = No
     keys = FASTER_RCNN_KEYS if two_stage else RETINANET_KEYS
     converted, dropped = renamed(state_dict, Tables(keys, DROPPED, REFUSED), origin)
     require_whole(converted, two_stage, origin)
-    classes = with_background_first(converted, origin)
     body = {key.removeprefix(f"{_BODY}."): value for key, value in converted.items() if key.startswith(_BODY)}
     backbone = resnet_name(body, origin)
-    mean, std, is_rgb = _normalization(state_dict, backbone)
-    if not is_rgb:
-        fold_bgr(converted)
-        mean, std = mean[::-1], std[::-1]
-    sizes, ratios = _anchors(state_dict, two_stage, origin)
-    msra = not is_rgb and backbone in ("resnet50", "resnet101", "resnet152")
-    p6 = converted.get("backbone.fpn.extra_blocks.p6.weight")
-    fpn_channels = len(converted["backbone.fpn.layer_blocks.0.0.bias"])
-    built = Architecture(
-        detector="faster_rcnn" if two_stage else "retinanet",
-        backbone=backbone,
-        fpn_channels=fpn_channels,
-        anchor_sizes=sizes,
-        anchor_ratios=ratios,
-        conventions=Conventions(
-            image_mean=unit_range(mean),
-            image_std=unit_range(std),
-            stride_in_1x1=msra,
-            batch_norm_eps=1e-5,
-            roi_align_aligned=True,
-            roi_align_sampling_ratio=0,
-            edge_cases="detectron2",
-            rounded_anchors=False,
-            anchor_order="sizes-first",
-            nominal_strides=True,
-            p6_from="c5" if p6 is not None and p6.shape[1] != fpn_channels else "p5",
-            p7_relu=True,
-            clip_after_nms=not two_stage,
-        ),
-        **({"head_channels": len(converted["roi_heads.box_head.fc7.bias"])} if two_stage else {}),
+    said = architecture.conventions if architecture is not None else Conventions()
+    beside = detectron2_config.find(Path(origin))
+    known = beside is not None and beside[1] is not None
+    settings = (
+        detectron2_config.read(beside[1], two_stage, str(beside[0]))
+        if known
+        else _assumed(backbone, two_stage, said, origin)
     )
-    names = coco_classes(classes) if classes == 80 else None
+    inputs = pixels_as_said(_inputs(settings, state_dict, known), said, origin, known=known)
+    anchors = settings.MODEL.ANCHOR_GENERATOR
+    sizes, ratios = _anchors_in(state_dict, origin) or (anchors.sizes, anchors.ASPECT_RATIOS[0])
+    require_anchors(converted, sizes, ratios, origin)
+    built = as_said(_architecture(settings, inputs, converted, backbone, sizes, ratios), said)
+    _fold_coders(settings, converted)
+    classes = with_background_first(converted, origin)
+    if not inputs.is_rgb:
+        fold_bgr(converted)
+    names, assumed = guessed_classes(classes)
+    short_side, long_side = settings.INPUT.MIN_SIZE_TEST, settings.INPUT.MAX_SIZE_TEST
     notes = [
-        f"a detectron2 checkpoint: {built.detector} on {backbone}, {classes} classes"
-        + (", taken to be COCO's" if names else ""),
+        f"a detectron2 checkpoint: {built.detector} on {backbone}, {classes} classes",
         "the background was the last class and is now the first"
         if two_stage
         else "a column for the background was added",
-        "takes RGB as it was trained" if is_rgb else "trained on BGR: its first convolution now takes RGB",
-        f"a bottleneck strides in its {'1x1' if msra else '3x3'} convolution",
+        "takes RGB as it was trained" if inputs.is_rgb else "trained on BGR: its first convolution now takes RGB",
+        f"a bottleneck strides in its {'1x1' if built.conventions.stride_in_1x1 else '3x3'} convolution",
         *dropped,
     ]
-    return Weights("detectron2", converted, built, classes, names, short_side=800, long_side=1333, notes=notes)
+    if known:
+        notes.append(f"its settings are those of {beside[0]}")
+    else:
+        if beside is not None:
+            assumed.append(f"{beside[0]} is no configuration of detectron2's, and was not read")
+        why = f"there is no {detectron2_config.FILE} of detectron2's beside the file"
+        assumed += assumptions(built, inputs.is_rgb, short_side, long_side, why)
+    return Weights("detectron2", converted, built, classes, names, short_side, long_side, notes, assumed, stated=known)
+
+
+def _assumed(backbone: str, two_stage: bool, said: Conventions, origin: str) -> TwoStageConfig | OneStageConfig:
+    """The model zoo's settings; a stride is the caller's where the caller says what the network takes."""
+    model = {**(ASSUMED_TWO_STAGE if two_stage else ASSUMED_ONE_STAGE)}
+    if backbone.startswith("resnext"):
+        model |= ASSUMED_RESNEXT
+    if says_other_pixels(said, is_rgb=False):
+        model["RESNETS"] = {"STRIDE_IN_1X1": said.stride_in_1x1}
+    return detectron2_config.read({"MODEL": model}, two_stage, origin)
+
+
+def _inputs(settings: TwoStageConfig | OneStageConfig, state_dict: StateDict, known: bool) -> Inputs:
+    """Pixel mean and std are the file's, where it has them. ImageNet is brightest in red, which tells RGB from BGR."""
+    mean, std = (
+        state_dict[name].flatten().tolist() if name in state_dict else configured
+        for name, configured in (("pixel_mean", settings.MODEL.PIXEL_MEAN), ("pixel_std", settings.MODEL.PIXEL_STD))
+    )
+    is_rgb = settings.INPUT.FORMAT == "RGB" if known else mean[0] > mean[2]
+    return Inputs(mean, std, is_rgb, (settings.INPUT.MAX_SIZE_TEST, settings.INPUT.MIN_SIZE_TEST))
+
+
+def _architecture(
+    settings: TwoStageConfig | OneStageConfig,
+    inputs: Inputs,
+    converted: StateDict,
+    backbone: str,
+    sizes: list[list[float]],
+    ratios: list[float],
+) -> Architecture:
+    model = settings.MODEL
+    conventions = {
+        **inputs.conventions,
+        "stride_in_1x1": model.RESNETS.STRIDE_IN_1X1 and backbone not in ("resnet18", "resnet34"),
+        "batch_norm_eps": 1e-5,
+        "edge_cases": "detectron2",
+        "rounded_anchors": False,
+        "anchor_order": "sizes-first",
+        "nominal_strides": True,
+    }
+    shared = {
+        "backbone": backbone,
+        "fpn_channels": len(converted["backbone.fpn.layer_blocks.0.0.bias"]),
+        "anchor_sizes": sizes,
+        "anchor_ratios": ratios,
+        "detections_per_image": settings.TEST.DETECTIONS_PER_IMAGE,
+    }
+    if isinstance(model, TwoStage):
+        return Architecture(
+            detector="faster_rcnn",
+            head_channels=len(converted["roi_heads.box_head.fc7.bias"]),
+            proposals=model.RPN.POST_NMS_TOPK_TEST,
+            proposals_before_nms=model.RPN.PRE_NMS_TOPK_TEST,
+            proposal_nms_threshold=model.RPN.NMS_THRESH,
+            score_threshold=model.ROI_HEADS.SCORE_THRESH_TEST,
+            nms_threshold=model.ROI_HEADS.NMS_THRESH_TEST,
+            conventions=Conventions(
+                **conventions,
+                roi_align_aligned=model.ROI_BOX_HEAD.POOLER_TYPE == "ROIAlignV2",
+                roi_align_sampling_ratio=model.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO,
+                smallest_box=model.PROPOSAL_GENERATOR.MIN_SIZE,
+            ),
+            **shared,
+        )
+    p6 = converted["backbone.fpn.extra_blocks.p6.weight"]
+    return Architecture(
+        detector="retinanet",
+        candidates_per_level=model.RETINANET.TOPK_CANDIDATES_TEST,
+        score_threshold=model.RETINANET.SCORE_THRESH_TEST,
+        nms_threshold=model.RETINANET.NMS_THRESH_TEST,
+        conventions=Conventions(
+            **conventions,
+            p6_from="c5" if p6.shape[1] != p6.shape[0] else "p5",
+            p7_relu=True,
+            clip_after_nms=True,
+        ),
+        **shared,
+    )
+
+
+def _fold_coders(settings: TwoStageConfig | OneStageConfig, converted: StateDict) -> None:
+    """Let the layers that give box deltas give those of torchvision's coders."""
+    model = settings.MODEL
+    weights = (
+        {RPN_DELTAS: model.RPN.BBOX_REG_WEIGHTS, BOX_DELTAS: model.ROI_BOX_HEAD.BBOX_REG_WEIGHTS}
+        if isinstance(model, TwoStage)
+        else {ANCHOR_DELTAS: model.RETINANET.BBOX_REG_WEIGHTS}
+    )
+    for layer, of_layer in weights.items():
+        fold_deltas(converted, layer, [0.0] * 4, [1 / weight for weight in of_layer])
 
 
 def _unwrapped(content: Any) -> StateDict | None:
@@ -183,20 +298,11 @@ def _unwrapped(content: Any) -> StateDict | None:
     return {key.removeprefix("module."): value for key, value in inner.items()}
 
 
-def _normalization(state_dict: StateDict, backbone: str) -> tuple[list[float], list[float], bool]:
-    """Pixel mean and std in the detector's channel order, and whether that is RGB: ImageNet is brightest in red."""
-    default_std = STD_BGR if backbone.startswith("resnext") else STD_MSRA
-    mean = state_dict["pixel_mean"].flatten().tolist() if "pixel_mean" in state_dict else MEAN_BGR
-    std = state_dict["pixel_std"].flatten().tolist() if "pixel_std" in state_dict else default_std
-    return mean, std, mean[0] > mean[2]
-
-
-def _anchors(state_dict: StateDict, two_stage: bool, origin: str) -> tuple[list[list[float]], list[float]]:
-    """Anchor sizes of each level, and ratios: detectron2's defaults, or those of the file."""
+def _anchors_in(state_dict: StateDict, origin: str) -> tuple[list[list[float]], list[float]] | None:
+    """Anchor sizes of each level, and ratios, of a file that has its anchors in it."""
     cells = {key: value for key, value in state_dict.items() if ".cell_anchors." in f".{key}"}
     if not cells:
-        octaves = [0.0] if two_stage else [0.0, 1 / 3, 2 / 3]
-        return [[size * 2**octave for octave in octaves] for size in SIZES], [0.5, 1.0, 2.0]
+        return None
     ordered = sorted(cells.items(), key=lambda item: int(item[0].rpartition(".")[2]))
     levels = [_sizes_and_ratios(value, f"{origin}: {key}") for key, value in ordered]
     if any(ratios != levels[0][1] for _, ratios in levels):

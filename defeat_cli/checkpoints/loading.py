@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -28,13 +29,13 @@ def load_weights(source: str | Path, architecture: Architecture | None = None) -
     """The detector in a checkpoint file, or torchvision's own by `torchvision:NAME`. No code in the file is run.
 
     Args:
-        architecture: what the detector is made of, for files that do not say; None reads it from keys and shapes.
+        architecture: what the caller says of the detector; readers ask it for what neither file nor keys tell.
 
     Raises:
         CheckpointError: the file cannot be read (says what is inside), or holds no detector that we know.
     """
     if str(source).startswith(TORCHVISION_PREFIX):
-        return torchvision.download(str(source).removeprefix(TORCHVISION_PREFIX))
+        return replace(torchvision.download(str(source).removeprefix(TORCHVISION_PREFIX)), origin=str(source))
     path = file_of(source)
     content = read(path)
     form = next((form for form in FORMATS.values() if form.matches(content)), None)
@@ -43,7 +44,7 @@ def load_weights(source: str | Path, architecture: Architecture | None = None) -
             f"{path}: no detector of a known format ({', '.join(FORMATS)}) is inside. Found: {described(content)}"
         )
     try:
-        return form.to_weights(content, str(path), architecture)
+        return replace(form.to_weights(content, str(path), architecture), origin=str(source))
     except ValidationError as error:  # settings in the file that no detector can have
         problems = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
         raise CheckpointError("\n  ".join([f"{path}: its settings cannot be used:", *problems])) from None

@@ -18,21 +18,32 @@ Not kept: images are resized as torchvision does it, whose sides may differ by a
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from defeat_cli.checkpoints import mmdet_config
+from defeat_cli.checkpoints.configuration import read_section
 from defeat_cli.checkpoints.conversion import (
+    ANCHOR_DELTAS,
+    BOX_DELTAS,
+    RPN_DELTAS,
+    Inputs,
     Tables,
+    as_said,
+    assumptions,
     fold_bgr,
+    fold_deltas,
+    guessed_classes,
+    pixels_as_said,
     renamed,
+    require_anchors,
     require_whole,
     resnet_keys,
-    unit_range,
     with_background_first,
 )
-from defeat_cli.checkpoints.torchvision import coco_classes, resnet_name
+from defeat_cli.checkpoints.mmdet_inputs import read_inputs, says_how_to_normalize
+from defeat_cli.checkpoints.mmdet_settings import FasterRCNN, RetinaNet
+from defeat_cli.checkpoints.torchvision import resnet_name
 from defeat_cli.checkpoints.weights import StateDict, Weights, is_state_dict
 from defeat_cli.config.architecture import Architecture, Conventions
 from defeat_cli.errors import CheckpointError
@@ -84,43 +95,38 @@ REFUSED = [
     (r"bbox_head\..+", "a one-stage head that is not RetinaNet's"),
 ]
 
-SETTINGS = {
-    "model.backbone.type": ("ResNet", "ResNeXt"),
-    "model.backbone.norm_cfg.type": ("BN", "SyncBN"),
-    "model.backbone.avg_down": (False,),
-    "model.backbone.strides": ([1, 2, 2, 2],),
-    "model.backbone.dilations": ([1, 1, 1, 1],),
-    "model.neck.type": ("FPN",),
-}
-TWO_STAGE_SETTINGS = {
-    **SETTINGS,
-    "model.type": ("FasterRCNN",),
-    "model.neck.add_extra_convs": (False,),
-    "model.rpn_head.anchor_generator.strides": ([4, 8, 16, 32, 64],),
-    "model.rpn_head.anchor_generator.center_offset": (0.0,),
-    "model.rpn_head.anchor_generator.scale_major": (True,),
-    "model.roi_head.bbox_roi_extractor.finest_scale": (56,),
-    "model.roi_head.bbox_head.type": ("Shared2FCBBoxHead", "ConvFCBBoxHead"),
-    "model.roi_head.bbox_head.loss_cls.use_sigmoid": (False,),
-    "model.roi_head.bbox_head.bbox_coder.type": ("DeltaXYWHBBoxCoder",),
-    "model.roi_head.bbox_head.bbox_coder.target_stds": ([0.1, 0.1, 0.2, 0.2],),
-}
-ONE_STAGE_SETTINGS = {
-    **SETTINGS,
-    "model.type": ("RetinaNet",),
-    "model.neck.add_extra_convs": ("on_input", "on_output", True),
-    "model.bbox_head.anchor_generator.strides": ([8, 16, 32, 64, 128],),
-    "model.bbox_head.anchor_generator.center_offset": (0.0,),
-    "model.bbox_head.anchor_generator.scale_major": (True,),
-    "model.bbox_head.type": ("RetinaHead",),
-    "model.bbox_head.loss_cls.use_sigmoid": (True,),
-    "model.bbox_head.bbox_coder.type": ("DeltaXYWHBBoxCoder",),
-    "model.bbox_head.bbox_coder.target_stds": ([1.0, 1.0, 1.0, 1.0],),
-}
-"""Settings that neither keys nor shapes show, with the values that can be represented, the library's default first."""
 
-MEAN_RGB, STD_RGB = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
-MEAN_BGR, STD_CAFFE = [103.53, 116.28, 123.675], [1.0, 1.0, 1.0]
+ALL = 2**31 - 1
+"""A number of anchors that no level has."""
+
+PIXELS = {
+    "pytorch": {
+        "mean": [123.675, 116.28, 103.53],
+        "std": [58.395, 57.12, 57.375],
+        "bgr_to_rgb": True,
+        "pad_size_divisor": 32,
+    },
+    "caffe": {"mean": [103.53, 116.28, 123.675], "std": [1.0, 1.0, 1.0], "pad_size_divisor": 32},
+}
+"""What each style of backbone is usually fed."""
+
+BOX_TEST = {"score_thr": 0.05, "nms": {"iou_threshold": 0.5}, "max_per_img": 100}
+PROPOSAL_TEST = {"nms_pre": 1000, "max_per_img": 1000, "nms": {"iou_threshold": 0.7}, "min_bbox_size": 0}
+
+USUAL_TWO_STAGE = {
+    "backbone": {"style": "pytorch"},
+    "neck": {},
+    "rpn_head": {"anchor_generator": {"scales": [8], "ratios": [0.5, 1.0, 2.0]}},
+    "roi_head": {},
+    "test_cfg": {"rpn": PROPOSAL_TEST, "rcnn": BOX_TEST},
+}
+USUAL_ONE_STAGE = {
+    "backbone": {"style": "pytorch"},
+    "neck": {"add_extra_convs": "on_input"},
+    "bbox_head": {},
+    "test_cfg": {**BOX_TEST, "nms_pre": 1000, "min_bbox_size": 0},
+}
+"""Sections that are assumed where a file has none of that name: those of the detectors that mmdetection publishes."""
 
 
 def matches(content: Any) -> bool:
@@ -134,7 +140,8 @@ def to_weights(content: Any, origin: str, architecture: Architecture | None = No
     """The detector in an mmdetection checkpoint.
 
     Args:
-        architecture: used only where the file has no configuration: `conventions.stride_in_1x1` then says caffe style.
+        architecture: used only where the file has no configuration: `conventions.channels` then says that image mean
+            and std, their order and the stride are as `conventions` has them, and `stride_in_1x1` alone caffe style.
 
     Raises:
         CheckpointError: names what of it torchvision's detectors do not have.
@@ -147,38 +154,50 @@ def to_weights(content: Any, origin: str, architecture: Architecture | None = No
             f"{origin}: from mmdetection {version or '1.x'}, which counts pixels and classes otherwise. "
             "Those of 2.x and 3.x are read"
         )
-    text = str(meta.get("cfg") or meta.get("config") or "")
-    config = mmdet_config.parse(text)
     two_stage = any(key.startswith(("roi_head.", "rpn_head.")) for key in state_dict)
-    _refuse_settings(config, two_stage, origin)
     keys = FASTER_RCNN_KEYS if two_stage else RETINANET_KEYS
     converted, dropped = renamed(state_dict, Tables(keys, DROPPED, REFUSED), origin)
     require_whole(converted, two_stage, origin)
-    classes = with_background_first(converted, origin)
+    config = mmdet_config.found(content, origin)
+    said = architecture.conventions if architecture is not None else Conventions()
+    completed, missing = _completed(config or {}, converted, two_stage, said)
+    settings, inputs = settings_of(completed, two_stage, origin)
+    inputs = pixels_as_said(inputs, said, origin, known="data_preprocessor" not in missing)
     body = {key.removeprefix("backbone.body."): value for key, value in converted.items() if "backbone.body." in key}
     backbone = resnet_name(body, origin)
-    caffe = re.search(r"""\bstyle['"]?\s*[=:]\s*['"]caffe['"]""", text) is not None
-    if not text and architecture is not None:
-        caffe = architecture.conventions.stride_in_1x1
-    mean, std, is_rgb = _normalization(config, caffe)
-    if not is_rgb:
+    built = as_said(_architecture(settings, inputs, converted, backbone, origin), said)
+    _fold_coders(settings, converted)
+    classes = with_background_first(converted, origin)
+    if not inputs.is_rgb:
         fold_bgr(converted)
-        mean, std = mean[::-1], std[::-1]
-    conventions = _conventions(config, converted, mean, std, caffe)
-    built = _architecture(config, converted, two_stage, backbone, conventions, origin)
-    names = _class_names(meta, classes)
-    source = "its configuration" if "model" in config else "the library's defaults, for the file has no configuration"
+    names, naming = _class_names(meta, classes)
+    short_side, long_side = sorted(inputs.scale or (800, 1333))
     notes = [
         f"an mmdetection {version or '2.x or 3.x'} checkpoint: {built.detector} on {backbone}, {classes} classes",
-        f"conventions from {source}: {'caffe' if caffe else 'pytorch'} style",
         "the background was the last class and is now the first"
         if two_stage
         else "a column for the background was added",
-        "takes RGB as it was trained" if is_rgb else "trained on BGR: its first convolution now takes RGB",
+        "takes RGB as it was trained" if inputs.is_rgb else "trained on BGR: its first convolution now takes RGB",
         *dropped,
     ]
-    short_side, long_side = _sides(config)
-    return Weights("mmdet", converted, built, classes, names, short_side, long_side, notes)
+    if config is None:
+        assumed = assumptions(built, inputs.is_rgb, short_side, long_side, "the file has no configuration")
+    else:
+        why = "assumed, for the configuration has none:"
+        assumed = [f"{why} mmdetection's usual model.{name}" for name in missing]
+        assumed += [f"{why} a test_pipeline for images of 800 pixels, 1333 at most"] if inputs.scale is None else []
+    return Weights(
+        "mmdet",
+        converted,
+        built,
+        classes,
+        names,
+        short_side,
+        long_side,
+        notes,
+        [*naming, *assumed],
+        stated="test_cfg" not in missing,
+    )
 
 
 def _unwrapped(content: Any) -> StateDict | None:
@@ -188,121 +207,130 @@ def _unwrapped(content: Any) -> StateDict | None:
     return {key.removeprefix("module."): value for key, value in inner.items()}
 
 
-def _class_names(meta: Mapping[str, Any], classes: int) -> list[str] | None:
-    """Names from the file (3.x: `dataset_meta`, 2.x: `CLASSES`), else COCO's where there are 80."""
+def _class_names(meta: Mapping[str, Any], classes: int) -> tuple[list[str] | None, list[str]]:
+    """Names from the file (3.x: `dataset_meta`, 2.x: `CLASSES`), else COCO's where there are 80; and notes on them."""
     dataset = meta.get("dataset_meta") if isinstance(meta.get("dataset_meta"), Mapping) else {}
     names = dataset.get("classes") or dataset.get("CLASSES") or meta.get("CLASSES")
     names = [names] if isinstance(names, str) else names  # 2.x keeps a single class as a bare string
-    if isinstance(names, list | tuple) and len(names) == classes and all(isinstance(name, str) for name in names):
-        return list(names)
-    return coco_classes(classes) if classes == 80 else None
+    notes = []
+    if isinstance(names, list | tuple) and all(isinstance(name, str) for name in names):
+        if len(names) == classes:
+            return list(names), []
+        notes = [f"the file names {len(names)} classes where the head has {classes}: these names are left out"]
+    guess, guessing = guessed_classes(classes)
+    return guess, notes + guessing
 
 
-def _refuse_settings(config: dict[str, Any], two_stage: bool, origin: str) -> None:
-    """Refuse what the configuration asks for, keys and shapes do not show, and torchvision's detectors do not do."""
+def _completed(
+    config: dict[str, Any], converted: StateDict, two_stage: bool, said: Conventions
+) -> tuple[dict[str, Any], list[str]]:
+    """A configuration with the usual sections in place of those that it does not have, and the names of these."""
+    usual = {**(USUAL_TWO_STAGE if two_stage else USUAL_ONE_STAGE)}
+    p6 = converted.get("backbone.fpn.extra_blocks.p6.weight")
+    if p6 is not None and p6.shape[0] == p6.shape[1]:
+        usual["neck"] = {"add_extra_convs": "on_output"}
+    if said.stride_in_1x1:
+        usual["backbone"] = {"style": "caffe"}
+    model = config.get("model", {})
+    backbone = model.get("backbone") or usual["backbone"]
+    if "model" not in config or not says_how_to_normalize(config):
+        caffe = isinstance(backbone, Mapping) and backbone.get("style") == "caffe"
+        usual["data_preprocessor"] = PIXELS["caffe" if caffe else "pytorch"]
+    missing = [name for name in usual if model.get(name) is None]
+    return {**config, "model": {**model, **{name: usual[name] for name in missing}}}, missing
+
+
+def settings_of(config: dict[str, Any], two_stage: bool, origin: str) -> tuple[FasterRCNN | RetinaNet, Inputs]:
+    """What a configuration says.
+
+    Raises:
+        CheckpointError: names everything that is not understood.
+    """
+    kind = FasterRCNN if two_stage else RetinaNet
+    read: list[Any] = []
     problems = []
-    for key, allowed in (TWO_STAGE_SETTINGS if two_stage else ONE_STAGE_SETTINGS).items():
-        value = mmdet_config.get(config, key, allowed[0])
-        if key.endswith(".type"):
-            value = str(value).rpartition(".")[2]  # a class may be named with its package
-        if value not in allowed:
-            problems.append(f"{key} = {value!r} (can be {' or '.join(map(repr, allowed))})")
+    for section in (lambda: read_section(kind, config["model"], "model"), lambda: read_inputs(config)):
+        try:
+            read.append(section())
+        except CheckpointError as error:
+            problems.append(str(error))
     if problems:
         raise CheckpointError("\n  ".join([f"{origin}: a detector that cannot be represented here:", *problems]))
-
-
-def _normalization(config: dict[str, Any], caffe: bool) -> tuple[list[float], list[float], bool]:
-    """Pixel mean and std in the detector's channel order, and whether that is RGB: images are read as BGR."""
-    settings = (
-        mmdet_config.get(config, "model.data_preprocessor")  # 3.x
-        or mmdet_config.get(config, "data_preprocessor")
-        or mmdet_config.get(config, "img_norm_cfg")  # 2.x
-        or {}
-    )
-    mean = settings.get("mean") or (MEAN_BGR if caffe else MEAN_RGB)
-    std = settings.get("std") or (STD_CAFFE if caffe else STD_RGB)
-    swapped = any(settings.get(key) for key in ("bgr_to_rgb", "rgb_to_bgr", "to_rgb"))
-    return list(mean), list(std), swapped if settings.get("mean") else not caffe
-
-
-def _conventions(
-    config: dict[str, Any], converted: StateDict, mean: list[float], std: list[float], caffe: bool
-) -> Conventions:
-    get = mmdet_config.get
-    pooling = get(config, "model.roi_head.bbox_roi_extractor.roi_layer", {})
-    p6 = converted.get("backbone.fpn.extra_blocks.p6.weight")
-    # What P6 is computed from shows in its channels, but for a C5 that has as many as the FPN.
-    on_input = get(config, "model.neck.add_extra_convs") == "on_input"
-    from_c5 = on_input or (p6 is not None and p6.shape[1] != p6.shape[0])
-    return Conventions(
-        image_mean=unit_range(mean),
-        image_std=unit_range(std),
-        stride_in_1x1=caffe,
-        batch_norm_eps=1e-5,
-        roi_align_aligned=pooling.get("aligned", True),
-        roi_align_sampling_ratio=pooling.get("sampling_ratio", pooling.get("sample_num", 0)),
-        edge_cases="mmdetection",
-        rounded_anchors=False,
-        anchor_order="ratios-first",
-        nominal_strides=True,
-        p6_from="c5" if from_c5 else "p5",
-        p7_relu=bool(get(config, "model.neck.relu_before_extra_convs", False)),
-    )
+    return tuple(read)
 
 
 def _architecture(
-    config: dict[str, Any],
-    converted: StateDict,
-    two_stage: bool,
-    backbone: str,
-    conventions: Conventions,
-    origin: str,
+    settings: FasterRCNN | RetinaNet, inputs: Inputs, converted: StateDict, backbone: str, origin: str
 ) -> Architecture:
-    get = mmdet_config.get
-    test = get(config, "model.test_cfg") or get(config, "test_cfg") or {}
-    boxes = get(test, "rcnn", {}) if two_stage else test
-    sizes, ratios = _anchors(config, two_stage)
-    fpn_channels = len(converted["backbone.fpn.layer_blocks.0.0.bias"])
-    found = len(converted["rpn.head.cls_logits.bias" if two_stage else "head.regression_head.bbox_reg.bias"])
-    anchors = found if two_stage else found // 4
-    if anchors != len(sizes[0]) * len(ratios):
-        raise CheckpointError(f"{origin}: {anchors} anchors a cell, where {len(sizes[0]) * len(ratios)} are configured")
+    two_stage = isinstance(settings, FasterRCNN)
+    anchors = (settings.rpn_head if two_stage else settings.bbox_head).anchor_generator
+    boxes = settings.test_cfg.rcnn if two_stage else settings.test_cfg
+    require_anchors(converted, anchors.sizes, anchors.ratios, origin)
+    nms = boxes.nms
+    conventions = {
+        **inputs.conventions,
+        "stride_in_1x1": settings.backbone.style == "caffe",
+        "batch_norm_eps": settings.backbone.norm_cfg.eps,
+        "edge_cases": "mmdetection",
+        "rounded_anchors": False,
+        "anchor_order": "ratios-first" if anchors.scale_major else "sizes-first",
+        "nominal_strides": True,
+        "suppression": "hard" if nms.type == "nms" else nms.method,
+        "suppression_sigma": nms.sigma,
+        "suppression_least_score": nms.min_score,
+        "suppression_across_classes": nms.class_agnostic,
+    }
     shared = {
         "backbone": backbone,
-        "fpn_channels": fpn_channels,
-        "anchor_sizes": sizes,
-        "anchor_ratios": ratios,
-        "score_threshold": get(boxes, "score_thr", 0.05),
-        "nms_threshold": get(boxes, "nms.iou_threshold", get(boxes, "nms.iou_thr", 0.5)),
-        "detections_per_image": get(boxes, "max_per_img", 100),
-        "conventions": conventions,
+        "fpn_channels": len(converted["backbone.fpn.layer_blocks.0.0.bias"]),
+        "anchor_sizes": anchors.sizes,
+        "anchor_ratios": anchors.ratios,
+        "score_threshold": boxes.score_thr,
+        "nms_threshold": nms.iou_threshold,
+        "detections_per_image": boxes.max_per_img,
     }
     if two_stage:
-        proposals = get(test, "rpn.max_per_img", get(test, "rpn.max_num", 1000))
-        head_channels = len(converted["roi_heads.box_head.fc7.bias"])
-        return Architecture(detector="faster_rcnn", head_channels=head_channels, proposals=proposals, **shared)
-    return Architecture(detector="retinanet", **shared)
+        head, proposals = settings.roi_head, settings.test_cfg.rpn
+        pooling = head.bbox_roi_extractor.roi_layer
+        conventions |= {
+            "roi_align_aligned": pooling.aligned,
+            "roi_align_sampling_ratio": pooling.sampling_ratio,
+            "clip_proposals": settings.rpn_head.bbox_coder.clip_border,
+            "clip_detections": head.bbox_head.bbox_coder.clip_border,
+            "smallest_box": proposals.min_bbox_size,
+        }
+        return Architecture(
+            detector="faster_rcnn",
+            head_channels=len(converted["roi_heads.box_head.fc7.bias"]),
+            proposals=proposals.max_per_img,
+            proposals_before_nms=proposals.nms_pre if proposals.nms_pre > 0 else ALL,
+            proposal_nms_threshold=proposals.nms.iou_threshold,
+            conventions=Conventions(**conventions),
+            **shared,
+        )
+    conventions |= {
+        "p6_from": "p5" if settings.neck.add_extra_convs == "on_output" else "c5",
+        "p7_relu": settings.neck.relu_before_extra_convs,
+        "clip_detections": settings.bbox_head.bbox_coder.clip_border,
+        "smallest_box": settings.test_cfg.min_bbox_size,
+    }
+    return Architecture(
+        detector="retinanet",
+        candidates_per_level=settings.test_cfg.nms_pre,
+        conventions=Conventions(**conventions),
+        **shared,
+    )
 
 
-def _anchors(config: dict[str, Any], two_stage: bool) -> tuple[list[list[float]], list[float]]:
-    """Anchor sizes of each level, and ratios. A size is the level's base, which is its stride, times a scale."""
-    path = "model.rpn_head.anchor_generator" if two_stage else "model.bbox_head.anchor_generator"
-    settings = mmdet_config.get(config, path, {})
-    bases = settings.get("base_sizes") or ([4, 8, 16, 32, 64] if two_stage else [8, 16, 32, 64, 128])
-    scales = settings.get("scales")
-    if scales is None and (two_stage or settings.get("octave_base_scale") is None):
-        scales = [8] if two_stage else [4 * 2 ** (i / 3) for i in range(3)]
-    elif scales is None:
-        count = settings["scales_per_octave"]
-        scales = [settings["octave_base_scale"] * 2 ** (i / count) for i in range(count)]
-    ratios = [float(ratio) for ratio in settings.get("ratios") or [0.5, 1.0, 2.0]]
-    return [[float(base * scale) for scale in scales] for base in bases], ratios
-
-
-def _sides(config: dict[str, Any]) -> tuple[int, int]:
-    """Short and long side of images at test time; 800 and 1333 where the configuration does not say."""
-    pipeline = config.get("test_pipeline")
-    scale = mmdet_config.find(pipeline, "img_scale") or mmdet_config.find(pipeline, "scale")
-    if isinstance(scale, list) and len(scale) == 2 and all(isinstance(side, int) for side in scale):
-        return min(scale), max(scale)
-    return 800, 1333
+def _fold_coders(settings: FasterRCNN | RetinaNet, converted: StateDict) -> None:
+    """Let the layers that give box deltas give those of torchvision's coders."""
+    coders = (
+        {ANCHOR_DELTAS: settings.bbox_head.bbox_coder}
+        if isinstance(settings, RetinaNet)
+        else {
+            RPN_DELTAS: settings.rpn_head.bbox_coder,
+            BOX_DELTAS: settings.roi_head.bbox_head.bbox_coder,
+        }
+    )
+    for layer, coder in coders.items():
+        fold_deltas(converted, layer, coder.target_means, coder.target_stds)

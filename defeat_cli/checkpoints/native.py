@@ -1,26 +1,31 @@
 """Our own checkpoints: a detector that knows its architecture and classes, with what training needs to go on.
 
-{"format": "defeat", "version": 1, "recipe": {…}, "classes": [names], "student": plain torchvision state dict,
- "training": {…}, "metrics": {…}}
+{"format": "defeat", "version": 2, "recipe": {…}, "classes": [names], "student": plain torchvision state dict,
+ "metrics": {…}, "training": {…}, "folder": "../.."}
+
+`training` is there where a run can go on from the file. `folder` leads from the checkpoint's own folder to the one that
+paths in the recipe start from. In version 1 a detector of torchvision's builders was run with the builder's thresholds,
+whatever its recipe says.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from defeat_cli.checkpoints.meaning import Meaning, meaning_of_recipe, with_meaning
 from defeat_cli.checkpoints.reading import read
-from defeat_cli.checkpoints.weights import Weights, is_state_dict
-from defeat_cli.config.architecture import Architecture
-from defeat_cli.config.schema import validate
-from defeat_cli.errors import CheckpointError, RecipeError
+from defeat_cli.checkpoints.weights import StateDict, Weights, is_state_dict
+from defeat_cli.config.architecture import TORCHVISION_BUILDERS, Architecture, own_settings
+from defeat_cli.errors import CheckpointError
 from defeat_cli.files import replacing
 
 FORMAT = "defeat"
-VERSION = 1
+VERSION = 2
 KEYS = ("recipe", "classes", "student", "metrics")
 """Of every checkpoint. `terms`, and in last.pt `training`, may come with them."""
 
@@ -29,12 +34,14 @@ def save(path: Path, content: dict[str, Any]) -> None:
     """Write a checkpoint of our own; a reader never sees half a file.
 
     Args:
-        content: the keys of `KEYS`, made of tensors, numbers, strings, lists and dicts only.
+        content: the keys of `KEYS`, and `training` where it can be gone on with, made of tensors, numbers, strings,
+            lists and dicts only.
     """
     missing = [key for key in KEYS if key not in content]
     if missing:
         raise KeyError(f"checkpoint content lacks {', '.join(missing)}")
-    write_atomically(path, {"format": FORMAT, "version": VERSION, **content})
+    folder = os.path.relpath(Path.cwd(), path.parent)
+    write_atomically(path, {"format": FORMAT, "version": VERSION, "folder": folder, **content})
 
 
 def write_atomically(path: Path, content: Any) -> None:
@@ -55,9 +62,9 @@ def checked(content: Mapping[str, Any], origin: str) -> dict[str, Any]:
         CheckpointError: names what is missing or newer.
     """
     version = content.get("version")
-    if version != VERSION:
+    if version not in range(1, VERSION + 1):
         raise CheckpointError(
-            f"{origin}: a defeat checkpoint of version {version}; this defeat reads version {VERSION}"
+            f"{origin}: a defeat checkpoint of version {version}; this defeat reads versions 1 to {VERSION}"
         )
     missing = [key for key in KEYS if key not in content]
     if missing:
@@ -65,6 +72,10 @@ def checked(content: Mapping[str, Any], origin: str) -> dict[str, Any]:
     classes = content["classes"]
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise CheckpointError(f"{origin}: classes should be a list of names")
+    if not isinstance(content["recipe"], Mapping):
+        raise CheckpointError(f"{origin}: recipe should be a mapping")
+    if not isinstance(content.get("folder", ""), str):
+        raise CheckpointError(f"{origin}: folder should be a path")
     if not is_state_dict(content["student"]):
         raise CheckpointError(f"{origin}: student should be a state dict")
     return dict(content)
@@ -73,24 +84,36 @@ def checked(content: Mapping[str, Any], origin: str) -> dict[str, Any]:
 def to_weights(content: Mapping[str, Any], origin: str, architecture: Architecture | None = None) -> Weights:
     """The detector in a native checkpoint. It knows its own architecture: the one given by the caller is not needed."""
     content = checked(content, origin)
-    # The rest of the recipe is none of a teacher's business, and may be of an earlier form.
-    own = {name: content["recipe"].get(name, {}) for name in ("student", "data")}
-    try:
-        recipe = validate(own, f"{origin}: the recipe in it")
-    except RecipeError as error:
-        raise CheckpointError(str(error)) from None
-    shared = {name: getattr(recipe.student, name) for name in Architecture.__dataclass_fields__}
+    recipe = content["recipe"]
+    if content["version"] == 1 and isinstance(recipe.get("student"), Mapping):
+        recipe = {**recipe, "student": _as_built(recipe["student"])}
     classes = content["classes"]
+    meaning = meaning_of_recipe(recipe, f"{origin}: the recipe in it", classes)
     return Weights(
-        format="native",
-        state_dict=dict(content["student"]),
-        architecture=Architecture(**shared),
-        num_classes=len(classes),
-        classes=classes,
-        short_side=recipe.data.short_side[-1],
-        long_side=recipe.data.long_side,
-        notes=[f"a defeat checkpoint: {recipe.student.detector}, {len(classes)} classes"],
+        "native",
+        dict(content["student"]),
+        meaning.architecture,
+        len(classes),
+        classes,
+        meaning.short_side,
+        meaning.long_side,
+        notes=[f"a defeat checkpoint: {meaning.architecture.detector}, {len(classes)} classes"],
+        recipe=recipe,
+        folder=Path(origin).parent / content["folder"] if "folder" in content else None,
     )
+
+
+def exported(content: Mapping[str, Any], origin: str) -> StateDict:
+    """The student of a checkpoint as a plain state dict that says what it is, to be saved for use elsewhere."""
+    weights = to_weights(content, origin)
+    meaning = Meaning(weights.architecture, weights.classes, weights.short_side, weights.long_side)
+    return with_meaning(content["student"], meaning)
+
+
+def _as_built(student: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a student of version 1 that were in force."""
+    built = student.get("detector") in TORCHVISION_BUILDERS
+    return {name: value for name, value in student.items() if not (built and name in own_settings(student["detector"]))}
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -103,13 +126,3 @@ def load(path: Path) -> dict[str, Any]:
     if not matches(content):
         raise CheckpointError(f"{path}: not a checkpoint of this tool")
     return checked(content, str(path))
-
-
-def recipe_in(path: Path) -> dict[str, Any] | None:
-    """The recipe in a native checkpoint, None for a file of another format.
-
-    Raises:
-        CheckpointError: it cannot be read.
-    """
-    content = read(path)
-    return checked(content, str(path))["recipe"] if matches(content) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,16 +13,30 @@ from urllib.error import URLError
 from torchvision.models import get_model_weights
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
+from defeat_cli.checkpoints.meaning import meaning_beside, meaning_of
 from defeat_cli.checkpoints.weights import StateDict, Weights, is_state_dict
-from defeat_cli.config.architecture import TORCHVISION_BUILDERS, Architecture, Conventions
+from defeat_cli.config.architecture import (
+    PLAIN_BUILDERS,
+    TORCHVISION_BUILDERS,
+    Architecture,
+    Conventions,
+    own_settings,
+    own_sizes,
+    structure,
+)
 from defeat_cli.config.schema import nearest
 from defeat_cli.errors import CheckpointError
 
-WRAPPERS = ("model", "state_dict", "model_state_dict")
-"""Keys under which training scripts keep the state dict; torchvision's references use `model`."""
+WRAPPERS = ("model_ema", "state_dict_ema", "model", "state_dict", "model_state_dict")
+"""Keys under which training scripts keep the state dict, a moving average's first: that is what they evaluate."""
+
+HEADS = ("roi_heads.box_predictor.cls_score.bias", "head.classification_head.cls_logits.bias")
+"""The classifier's bias, by which a torchvision detector is known."""
+
+COMPILED = "_orig_mod."
+"""What torch.compile puts before the names of what it has compiled."""
 
 KEYS = [
-    (r"module\.(.+)", r"\1"),  # DistributedDataParallel
     (r"(backbone\.fpn\.(?:inner|layer)_blocks\.\d+)\.(weight|bias)", r"\1.0.\2"),
     (r"rpn\.head\.conv\.(weight|bias)", r"rpn.head.conv.0.0.\1"),
 ]
@@ -48,7 +63,9 @@ RESNETS = {
     ((3, 4, 23, 3), True, 64, 4): "resnext101_64x4d",
 }
 
-GIVE_A_RECIPE = "say what it is with teacher.architecture (or student) in a recipe"
+SAY_ANCHORS = (
+    "say them with anchor_sizes and anchor_ratios (--set student.anchor_sizes=…, teacher.architecture.anchor_sizes)"
+)
 
 
 def coco_classes(num_classes: int) -> list[str] | None:
@@ -58,40 +75,55 @@ def coco_classes(num_classes: int) -> list[str] | None:
 
 
 def matches(content: Any) -> bool:
-    state_dict = _unwrapped(content)
-    return state_dict is not None and _head_key(state_dict) is not None
+    return any(_prefixes(state_dict) for _, state_dict in _state_dicts(content))
 
 
 def to_weights(content: Any, origin: str, architecture: Architecture | None = None) -> Weights:
     """The detector in a torchvision state dict.
 
+    What it is comes from the state dict itself where it says so (`meaning`), else from a recipe beside the file that
+    fits, else from keys and shapes, with the settings that torchvision's builder of that family has.
+
     Args:
-        architecture: what it is; None reads it from keys and shapes.
+        architecture: what the caller says of it; needed only for anchors, which keys and shapes do not tell.
 
     Raises:
         CheckpointError: it is not known what the detector is made of.
     """
-    raw = _unwrapped(content)
-    notes = ["a torchvision state dict"]
-    if any(key.startswith("module.") for key in raw):
-        notes.append("the prefix `module.` of a distributed training was taken off")
-    state_dict = renamed(raw)
-    if architecture is None:
-        try:
-            architecture = infer_architecture(state_dict, origin)
-        except KeyError as error:
-            raise CheckpointError(
-                f"{origin}: a torchvision detector, but not one of ours: it has no {error.args[0]}; {GIVE_A_RECIPE}"
-            ) from None
-        notes.append(f"read from its keys and shapes: {_spoken(architecture)}")
-    if Path(origin).name.startswith(WITHOUT_EPSILON):
-        architecture = without_epsilon(architecture)
-        notes.append("torchvision's published file: BatchNorm epsilon is 0, as torchvision runs it")
+    raw, state_dict, notes = _detector_in(content, origin)
     num_classes = count_classes(state_dict)
-    classes = coco_classes(num_classes)
-    if classes:
-        notes.append(f"{num_classes} classes without names in the file: taken to be COCO's")
-    return Weights("torchvision", state_dict, architecture, num_classes, classes, notes=notes)
+    meaning = meaning_of(raw, origin)
+    made_of = meaning.architecture if meaning else _inferred(state_dict, origin)
+
+    def fits(other: Architecture) -> bool:
+        return structure(other) == structure(made_of) and _anchors(other) in (None, _anchors_in(state_dict))
+
+    beside, recipe, more = meaning_beside(Path(origin), fits)
+    stated = meaning or beside
+    if meaning is None:
+        notes += more
+    if stated is None:
+        notes.append(f"read from its keys and shapes: {_spoken(made_of)}")
+        if _published(origin, made_of, num_classes):
+            made_of = without_epsilon(made_of)
+            notes.append("torchvision's published file: BatchNorm epsilon is 0, as torchvision runs it")
+        _require_known_anchors(state_dict, made_of, architecture, origin)
+    classes = stated.classes if stated else None
+    return Weights(
+        "torchvision",
+        state_dict,
+        stated.architecture if stated else made_of,
+        num_classes,
+        coco_classes(num_classes) if classes is None else classes,
+        stated.short_side if stated else None,
+        stated.long_side if stated else None,
+        notes,
+        []
+        if classes or not coco_classes(num_classes)
+        else [f"{num_classes} classes without names: taken to be COCO's"],
+        stated=stated is not None,
+        recipe=recipe,
+    )
 
 
 def download(name: str) -> Weights:
@@ -118,15 +150,13 @@ def download(name: str) -> Weights:
     if Path(weights.url).name.startswith(WITHOUT_EPSILON):
         architecture = without_epsilon(architecture)
     num_classes = count_classes(state_dict)
-    short_side, long_side = (320, 640) if "320" in name else (800, 1333)
     return Weights(
         "torchvision",
         state_dict,
         architecture,
         num_classes,
         coco_classes(num_classes),
-        short_side,
-        long_side,
+        **own_sizes(name),
         notes=[f"torchvision's COCO weights of {name}"],
     )
 
@@ -136,12 +166,50 @@ def without_epsilon(architecture: Architecture) -> Architecture:
     return replace(architecture, conventions=replace(architecture.conventions, batch_norm_eps=0.0))
 
 
-def _unwrapped(content: Any) -> StateDict | None:
+def _published(origin: str, architecture: Architecture, num_classes: int) -> bool:
+    """Whether a file is one of those that torchvision published first, whatever its name is now.
+
+    torchvision's files are named by the beginning of their SHA-256.
+    """
+    if num_classes != 90 or architecture.backbone != "resnet50":
+        return False
+    if Path(origin).name.startswith(WITHOUT_EPSILON):
+        return True
+    digest = hashlib.sha256(Path(origin).read_bytes()).hexdigest() if Path(origin).is_file() else ""
+    return digest.startswith(tuple(name.rpartition("-")[2] for name in WITHOUT_EPSILON))
+
+
+def _state_dicts(content: Any) -> list[tuple[str, StateDict]]:
+    """State dicts in a checkpoint, with the key that each is under; a bare one is under none."""
     if is_state_dict(content):
-        return content
+        return [("", content)]
     if isinstance(content, Mapping):
-        return next((content[key] for key in WRAPPERS if is_state_dict(content.get(key))), None)
-    return None
+        return [(key, content[key]) for key in WRAPPERS if is_state_dict(content.get(key))]
+    return []
+
+
+def _prefixes(state_dict: StateDict) -> list[str]:
+    """What stands before the names of each torchvision detector in a state dict, e.g. `module.`."""
+    names = [key.replace(COMPILED, "") for key in state_dict]
+    found = [name.removesuffix(head) for name in names for head in HEADS if name.endswith(head)]
+    return [prefix for prefix in found if any(name.startswith(f"{prefix}backbone.fpn.inner_blocks.") for name in names)]
+
+
+def _detector_in(content: Any, origin: str) -> tuple[StateDict, StateDict, list[str]]:
+    """The state dict as it is in a checkpoint, the same by today's names, and notes on what was chosen."""
+    key, raw = next((key, found) for key, found in _state_dicts(content) if _prefixes(found))
+    prefixes = _prefixes(raw)
+    if len(prefixes) > 1:
+        listed = ", ".join(f"{prefix}*" for prefix in prefixes)
+        raise CheckpointError(f"{origin}: holds {len(prefixes)} detectors ({listed}); save the state dict of one")
+    notes = ["a torchvision state dict"]
+    if key.endswith("_ema"):
+        notes.append(f"its moving average is taken (`{key}`)")
+    if prefixes[0]:
+        notes.append(f"the prefix `{prefixes[0]}` was taken off")
+    plain = {name.replace(COMPILED, "").removeprefix(prefixes[0]): value for name, value in raw.items()}
+    plain.pop("n_averaged", None)  # a counter of torch's AveragedModel
+    return raw, renamed(plain), notes
 
 
 def renamed(state_dict: StateDict) -> StateDict:
@@ -156,26 +224,55 @@ def renamed(state_dict: StateDict) -> StateDict:
     return result
 
 
-def _head_key(state_dict: StateDict) -> str | None:
-    """The name of the classifier's bias, by which a torchvision detector is known."""
-    names = ("roi_heads.box_predictor.cls_score.bias", "head.classification_head.cls_logits.bias")
-    return next((key for key in state_dict if key.removeprefix("module.") in names and _has_fpn(state_dict)), None)
-
-
-def _has_fpn(state_dict: StateDict) -> bool:
-    return any(key.removeprefix("module.").startswith("backbone.fpn.inner_blocks.") for key in state_dict)
-
-
 def count_classes(state_dict: StateDict) -> int:
     """K without background, for which torchvision's RetinaNet and FCOS have a column too, though they never use it."""
-    outputs = len(state_dict[_head_key(state_dict)])
+    outputs = len(next(state_dict[head] for head in HEADS if head in state_dict))
+    return outputs // (_anchors_in(state_dict) if HEADS[1] in state_dict else 1) - 1
+
+
+def _anchors_in(state_dict: StateDict) -> int:
+    """Anchors a cell of the weights."""
     regression = state_dict.get("head.regression_head.bbox_reg.bias")
-    anchors = len(regression) // 4 if regression is not None else 1
-    return outputs // anchors - 1
+    return len(state_dict["rpn.head.cls_logits.bias"]) if regression is None else len(regression) // 4
+
+
+def _anchors(architecture: Architecture) -> int | None:
+    """Anchors a cell of an architecture; None where torchvision's builder decides."""
+    usual = {"faster_rcnn": 1, "retinanet": 3}.get(architecture.detector)
+    if usual is None:
+        return None
+    per_ratio = len(architecture.anchor_sizes[0]) if architecture.anchor_sizes else usual
+    return per_ratio * len(architecture.anchor_ratios)
+
+
+def _require_known_anchors(
+    state_dict: StateDict, made_of: Architecture, said: Architecture | None, origin: str
+) -> None:
+    found, usual = _anchors_in(state_dict), _anchors(made_of)
+    if usual is None or usual == found:
+        return
+    if said is not None:
+        with_said = replace(made_of, anchor_sizes=said.anchor_sizes, anchor_ratios=said.anchor_ratios)
+        if _anchors(with_said) == found:
+            return
+    raise CheckpointError(
+        f"{origin}: {found} anchors a cell, not the usual {usual}: their sizes are not in the file; {SAY_ANCHORS}"
+    )
+
+
+def _inferred(state_dict: StateDict, origin: str) -> Architecture:
+    try:
+        return infer_architecture(state_dict, origin)
+    except KeyError as error:
+        raise CheckpointError(
+            f"{origin}: a torchvision detector, but not one that can be built here: it has no {error.args[0]}"
+        ) from None
 
 
 def infer_architecture(state_dict: StateDict, origin: str) -> Architecture:
     """What a torchvision detector is made of, from the names and shapes of its weights.
+
+    Thresholds, which weights do not tell, are those of torchvision's own class.
 
     Raises:
         CheckpointError: names the part that is not recognised.
@@ -185,28 +282,17 @@ def infer_architecture(state_dict: StateDict, origin: str) -> Architecture:
     counted = any(key.startswith("backbone.body.") and key.endswith("num_batches_tracked") for key in state_dict)
     norm = "batch" if counted else "frozen"
     parts = {**backbone, "fpn_channels": fpn, "norm": norm}
-    if "head.regression_head.bbox_ctrness.weight" in state_dict:
-        return Architecture(detector="fcos", **parts, **_p6(state_dict))
     if "head.regression_head.bbox_reg.weight" in state_dict:
-        if "head.classification_head.conv.0.1.weight" in state_dict:
+        family = "fcos" if "head.regression_head.bbox_ctrness.weight" in state_dict else "retinanet"
+        if family == "retinanet" and "head.classification_head.conv.0.1.weight" in state_dict:
             return Architecture(detector="retinanet_resnet50_fpn_v2", norm=norm)
-        _expect_anchors(len(state_dict["head.regression_head.bbox_reg.bias"]) // 4, 9, origin)
-        return Architecture(detector="retinanet", **parts, **_p6(state_dict))
-    anchors = len(state_dict["rpn.head.cls_logits.bias"])
+        return Architecture(detector=family, **parts, **_p6(state_dict), **own_settings(PLAIN_BUILDERS[family]))
     if "roi_heads.box_head.0.0.weight" in state_dict:
         return Architecture(detector="fasterrcnn_resnet50_fpn_v2", norm=norm)
-    if parts["backbone"] == "mobilenet_v3_large" and anchors == 15 and fpn == 256:
+    if parts["backbone"] == "mobilenet_v3_large" and _anchors_in(state_dict) == 15 and fpn == 256:
         return Architecture(detector="fasterrcnn_mobilenet_v3_large_fpn", norm=norm)
-    _expect_anchors(anchors, 3, origin)
     head = state_dict["roi_heads.box_head.fc7.weight"].shape[0]
     return Architecture(detector="faster_rcnn", **parts, head_channels=head)
-
-
-def _expect_anchors(found: int, usual: int, origin: str) -> None:
-    if found != usual:
-        raise CheckpointError(
-            f"{origin}: {found} anchors a cell, not the usual {usual}: their sizes are not in the file; {GIVE_A_RECIPE}"
-        )
 
 
 def _p6(state_dict: StateDict) -> dict[str, Any]:
@@ -234,7 +320,7 @@ def _backbone(state_dict: StateDict, origin: str) -> dict[str, Any]:
     if "1.block.0.0.weight" in body:
         # The first block that widens its input does so to 64 channels in the large one, to 72 in the small one.
         return {"backbone": "mobilenet_v3_large" if body["2.block.0.0.weight"].shape[0] == 64 else "mobilenet_v3_small"}
-    raise CheckpointError(f"{origin}: a torchvision detector with a backbone that is not recognised; {GIVE_A_RECIPE}")
+    raise CheckpointError(f"{origin}: a torchvision detector with a backbone that is not recognised")
 
 
 def resnet_name(body: StateDict, origin: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,11 @@ class Weights:
     classes: K names, label `i + 1` is `classes[i]`; None where the file does not tell.
     short_side, long_side: resizing the detector was trained with; None where unknown.
     notes: one line each on what was recognised, converted or dropped.
+    assumptions: one line each on what was taken for granted, which a user should know.
+    stated: whether thresholds and anchors are what the file says; False where they are only usual ones.
+    recipe: what it was trained by, as it was written then; None where that is not known.
+    origin: names the weights, for messages.
+    folder: where paths in `recipe` start from; None where that is not known.
     """
 
     format: str
@@ -39,6 +45,11 @@ class Weights:
     short_side: int | None = None
     long_side: int | None = None
     notes: list[str] = field(default_factory=list)
+    assumptions: list[str] = field(default_factory=list)
+    stated: bool = True
+    recipe: dict[str, Any] | None = None
+    origin: str = ""
+    folder: Path | None = None
 
 
 def is_state_dict(content: Any) -> bool:

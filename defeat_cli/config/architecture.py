@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
+from typing_extensions import TypedDict
 
 from defeat_cli.config.types import Count, Finite, Flag, Fraction, NonNegative, Positive, Whole
 
@@ -73,6 +74,27 @@ class Conventions:
     """A ReLU stands between P6 and P7."""
     clip_after_nms: Flag = False
     """RetinaNet's boxes are clipped to the image after non-maximum suppression instead of before."""
+    clip_proposals: Flag = True
+    """The RPN's boxes are clipped to the image; false keeps what lies outside."""
+    clip_detections: Flag = True
+    """Detections are clipped to the image."""
+    smallest_box: Finite | None = None
+    """Proposals (RetinaNet: detections) with a side of this many pixels or less are dropped before suppression; below 0
+    keeps all. Null takes the library's own: almost 0.001 for torchvision's proposals, 0 for the others'."""
+    suppression: Literal["hard", "linear", "gaussian"] = "hard"
+    """What overlapping detections suffer: they are dropped, or (soft-NMS) their scores are lowered, at once above
+    `nms_threshold` (linear) or gradually (gaussian)."""
+    suppression_sigma: Positive = 0.5
+    """Spread of the gaussian."""
+    suppression_least_score: Fraction = 0.001
+    """Detections whose score soft-NMS lowers below this are dropped."""
+    suppression_across_classes: Flag = False
+    """A detection suppresses those of other classes too."""
+    keep_ratio: Flag = True
+    """Images keep their ratio of sides; false stretches all to `long_side` x `short_side`."""
+    channels: Literal["rgb", "bgr"] | None = None
+    """Channel order that the weights of another library were trained on, with `image_mean`, `image_std` (both RGB) and
+    `stride_in_1x1`, for a checkpoint that does not say; null takes what is usual for it. Once read, they take RGB."""
     edge_cases: Literal["torchvision", "mmdetection", "detectron2"] = "torchvision"
     """Whose rules hold where it seldom matters: regions on the edge of two levels, empty boxes, extreme deltas."""
 
@@ -99,15 +121,22 @@ class Architecture:
     anchor_sizes: list[list[Positive]] | None = None
     """Anchor sides in pixels, one list per FPN level; null takes the family's defaults."""
     anchor_ratios: Annotated[list[Positive], Field(min_length=1)] = field(default_factory=lambda: [0.5, 1.0, 2.0])
-    proposals: Count = 1000
-    """Proposals kept per image by the RPN, before and after suppression, at inference."""
+    proposals: Count | None = None
+    """Proposals kept per image by the RPN after suppression, at inference; null takes the detector's own, as for the
+    thresholds and counts below (see `own_settings`)."""
+    proposals_before_nms: Count | None = None
+    """Proposals of each level that go into suppression, at inference; null takes as many as `proposals`."""
+    proposal_nms_threshold: Fraction = 0.7
+    """Overlap above which the RPN suppresses a proposal."""
+    candidates_per_level: Count = 1000
+    """Detections of each level that go into RetinaNet's and FCOS's suppression."""
     proposals_train: Count = 2000
-    """The same in training."""
+    """Proposals kept in training, before and after suppression."""
     regions_per_image: Count = 512
     """Proposals sampled per image for the box head, and for head distillation from this detector as teacher."""
-    score_threshold: Fraction = 0.05
-    nms_threshold: Fraction = 0.5
-    detections_per_image: Count = 100
+    score_threshold: Fraction | None = None
+    nms_threshold: Fraction | None = None
+    detections_per_image: Count | None = None
     conventions: Conventions = Conventions()
 
     def __post_init__(self) -> None:
@@ -116,12 +145,134 @@ class Architecture:
                 raise ValueError("widths is needed for backbone regnet, e.g. [32, 64, 128, 256]")
         elif self.widths is not None or self.depths is not None:
             raise ValueError(f"widths and depths are for backbone regnet only, not {self.backbone}")
+        for name, value in own_settings(self.detector).items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)  # the dataclass is frozen for everyone else
+
+
+def _partial(settings: type) -> type:
+    """The same settings as a mapping that may leave any of them out."""
+    fields = get_type_hints(settings, include_extras=True)
+    nested = {name: _partial(kind) for name, kind in fields.items() if kind is Conventions}
+    partial = TypedDict(f"Some{settings.__name__}Settings", {**fields, **nested}, total=False)
+    partial.__pydantic_config__ = STRICT
+    return partial
+
+
+SomeSettings = _partial(Architecture)
+"""Settings that a user gives a trained detector; those that are not said are the checkpoint's own."""
+
+STRUCTURE = ("detector", "backbone", "widths", "depths", "fpn_channels", "head_channels")
+"""Settings that decide which weights there are: those of given weights cannot be changed."""
+
+TRAINING = ("norm", "frozen_stages", "proposals_train", "regions_per_image")
+"""Settings that training alone depends on."""
+
+INFERENCE = (
+    *(name for name in Architecture.__dataclass_fields__ if name not in (*STRUCTURE, *TRAINING, "conventions")),
+    *(f"conventions.{name}" for name in Conventions.__dataclass_fields__),
+)
+"""Settings that decide what given weights detect, by dotted name: every one that is not named above."""
+
+SIZES = ("short_side", "long_side")
+"""What decides inference too, but is a setting of the data."""
+
+USUAL = {"proposals": 1000, "score_threshold": 0.05, "nms_threshold": 0.5, "detections_per_image": 100}
+OWN = {
+    "fasterrcnn_mobilenet_v3_large_320_fpn": {"proposals": 150},
+    "retinanet_resnet50_fpn": {"detections_per_image": 300},
+    "retinanet_resnet50_fpn_v2": {"detections_per_image": 300},
+    "fcos_resnet50_fpn": {"score_threshold": 0.2, "nms_threshold": 0.6},
+}
+"""Where torchvision's builders set something else than `USUAL`."""
+
+PLAIN_BUILDERS = {
+    "faster_rcnn": "fasterrcnn_resnet50_fpn",
+    "retinanet": "retinanet_resnet50_fpn",
+    "fcos": "fcos_resnet50_fpn",
+}
+"""torchvision's builder of each family, with the settings that the family's class has there by default."""
+
+
+def own_settings(detector: str) -> dict[str, Any]:
+    """Thresholds and counts that a detector has where nobody says otherwise."""
+    return USUAL | OWN.get(detector, {})
+
+
+def own_sizes(detector: str) -> dict[str, int]:
+    """Short and long side, in pixels, that torchvision resizes images to for a detector."""
+    short_side, long_side = (320, 640) if detector == "fasterrcnn_mobilenet_v3_large_320_fpn" else (800, 1333)
+    return {"short_side": short_side, "long_side": long_side}
+
+
+def structure(architecture: Architecture) -> dict[str, Any]:
+    """The settings of `STRUCTURE`, the same for detectors whose weights have the same names and shapes."""
+    detector = architecture.detector
+    if detector in DETECTOR_FAMILIES:
+        parts = {name: getattr(architecture, name) for name in STRUCTURE}
+        if architecture.backbone == "regnet":
+            parts["depths"] = architecture.depths or [1] * 4
+        if detector != "faster_rcnn":
+            del parts["head_channels"]
+        return parts
+    family = next((family for family, builder in PLAIN_BUILDERS.items() if builder == detector), None)
+    if family is not None:
+        return structure(Architecture(detector=family))
+    # The same detector, run on smaller images.
+    return {"detector": detector.replace("_320", "")}
+
+
+def without_effect(architecture: Architecture) -> set[str]:
+    """Settings of `INFERENCE` that a detector does not have, by dotted name."""
+    detector, name = architecture.detector, architecture.backbone
+    built = detector in TORCHVISION_BUILDERS
+    family = next(
+        family for family in DETECTOR_FAMILIES if detector.replace("fasterrcnn", "faster_rcnn").startswith(family)
+    )
+    missing = set(NOT_IN_FAMILY[family])
+    if built:
+        missing |= set(INFERENCE) - set(OPEN_IN_BUILDERS)
+        name = detector
+    if not any(bottleneck in name for bottleneck in ("resnet50", "resnet101", "resnet152", "resnext")):
+        missing.add("conventions.stride_in_1x1")
+    if architecture.conventions.suppression != "gaussian":
+        missing.add("conventions.suppression_sigma")
+    if architecture.conventions.suppression == "hard":
+        missing.add("conventions.suppression_least_score")
+    return missing | {"conventions.channels"}  # it has said all that it has to say once the weights are read
+
+
+OF_PROPOSALS = (
+    *("proposals", "proposals_before_nms", "proposal_nms_threshold"),
+    *("conventions.clip_proposals", "conventions.roi_align_aligned", "conventions.roi_align_sampling_ratio"),
+)
+NOT_IN_FAMILY = {
+    "faster_rcnn": (
+        *("candidates_per_level", "conventions.p6_from", "conventions.p7_relu", "conventions.clip_after_nms"),
+    ),
+    "retinanet": OF_PROPOSALS,
+    "fcos": (
+        *OF_PROPOSALS,
+        *("anchor_sizes", "anchor_ratios", "conventions.rounded_anchors", "conventions.anchor_order"),
+        *("conventions.nominal_strides", "conventions.clip_after_nms", "conventions.edge_cases"),
+        *("conventions.clip_detections", "conventions.smallest_box", "conventions.suppression"),
+        *("conventions.suppression_sigma", "conventions.suppression_least_score"),
+        "conventions.suppression_across_classes",
+    ),
+}
+OPEN_IN_BUILDERS = (
+    *("proposals", "proposals_before_nms", "proposal_nms_threshold", "candidates_per_level"),
+    *("score_threshold", "nms_threshold", "detections_per_image"),
+    *(f"conventions.{name}" for name in ("image_mean", "image_std", "batch_norm_eps", "stride_in_1x1", "keep_ratio")),
+)
+"""Settings of `INFERENCE` that the detectors of torchvision's builders have; the builder decides the others."""
 
 
 def changed_settings(settings: Architecture | Conventions) -> dict[str, Any]:
-    """The settings that are not at their default, nested, as a recipe would give them."""
-    values, defaults = asdict(settings), asdict(type(settings)())
-    changed = {name: value for name, value in values.items() if value != defaults[name]}
+    """The settings that are not at their default, nested, as a recipe would give them; a detector's kind always."""
+    always = {"detector": settings.detector} if isinstance(settings, Architecture) else {}
+    values, defaults = asdict(settings), asdict(type(settings)(**always))
+    changed = always | {name: value for name, value in values.items() if value != defaults[name]}
     if "conventions" in changed:
         changed["conventions"] = changed_settings(settings.conventions)
     return changed

@@ -9,14 +9,15 @@ import difflib
 import re
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model, model_validator
 from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
+from typing_extensions import is_typeddict
 
-from defeat_cli.config.architecture import STRICT, Architecture
+from defeat_cli.config.architecture import STRICT, Architecture, SomeSettings
 from defeat_cli.config.terms import DEFAULT_TERMS, SETTINGS, TermSettings
 from defeat_cli.config.types import Count, Fraction, NonNegative, Positive
 from defeat_cli.config.yaml import read_yaml
@@ -50,8 +51,9 @@ class Teacher(Section):
     """A checkpoint file, `torchvision:NAME` for torchvision's COCO weights, `shipped:NAME`; `--teacher`."""
     recipe: str | None = None
     """Recipe that trains the teacher first, where no checkpoint is given."""
-    architecture: Architecture | None = None
-    """For a plain state dict, which does not say what it is; null reads it from the keys where it can."""
+    architecture: SomeSettings | None = None
+    """Settings of the teacher in place of its checkpoint's own, e.g. `score_threshold`, or what a plain state dict
+    does not tell (`anchor_sizes`). They cannot change what its weights are of."""
     size: Literal["student", "own"] = "student"
     """The image size that it sees: the student's (cheapest: images are prepared once), or the one that it was trained
     with (its features are resized to the student's grid, its regions scaled)."""
@@ -72,13 +74,23 @@ class Data(Section):
 
     path: str | None = None
     """Folder that holds the data set; `--data`."""
-    format: Literal["auto", "coco", "voc", "shapes"] = "auto"
+    format: Literal["auto", "coco", "voc", "yolo", "xml", "shapes"] = "auto"
+    """Layout; `auto` sees it from the folder, `xml` is images with a VOC XML file each, `shapes` is drawn."""
     train_annotations: str | None = None
     """Annotation file, relative to `path`; null finds it by the layout. For VOC the image set, e.g. `trainval`."""
     val_annotations: str | None = None
     train_images: str | None = None
     """Image folder, relative to `path`; null finds it by the layout."""
     val_images: str | None = None
+    test_annotations: str | None = None
+    """For `--split test`, as is `test_images`."""
+    test_images: str | None = None
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of the training images that is set apart for validation, by image; null takes the layout's own split."""
+    split_seed: Annotated[int, Field(ge=0)] = 0
+    """Decides which images these are. Not `run.seed`: runs of all seeds share one split."""
+    classes: Annotated[list[str], Field(min_length=1)] | None = None
+    """Classes to keep; null keeps all."""
     short_side: Annotated[list[Count], Field(min_length=1)] = [800]
     """Images are resized to this short side; several are drawn from in training, the last is used at evaluation."""
     long_side: Count = 1333
@@ -89,7 +101,41 @@ class Data(Section):
     """Images per step and process."""
     workers: Annotated[int, Field(ge=0)] = 4
     """Loader processes; 0 reads in the main process."""
+    unlabelled: str | None = None
+    """Folder of images without annotations, not relative to `path`; subfolders count. The terms of distillation see
+    these images beside the labelled ones, which alone make the detection loss."""
+    unlabelled_batch: Count | None = None
+    """Unlabelled images beside each batch; null takes `batch_size`."""
+    unlabelled_threshold: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Score from which on what the teacher detects on an unlabelled image stands for an annotated box."""
     shapes: Shapes = Shapes()
+
+    @property
+    def unlabelled_a_batch(self) -> int:
+        """Unlabelled images beside each batch, where there are any."""
+        return self.unlabelled_batch or self.batch_size
+
+    def labelled_only(self) -> Data:
+        """The same data without unlabelled images."""
+        return self.model_copy(update={name: Data.model_fields[name].default for name in UNLABELLED})
+
+    @model_validator(mode="after")
+    def _settings_need_the_folder(self) -> Data:
+        for name in UNLABELLED:
+            if self.unlabelled is None and getattr(self, name) != Data.model_fields[name].default:
+                raise ValueError(f"{name} is about unlabelled images, and there are none; give unlabelled: FOLDER")
+        return self
+
+    @model_validator(mode="after")
+    def _one_split(self) -> Data:
+        named = [name for name in ("val_annotations", "val_images") if getattr(self, name) is not None]
+        if self.val_fraction is not None and named:
+            raise ValueError(f"val_fraction divides the training images, and {named[0]} names others; leave one out")
+        return self
+
+
+UNLABELLED = ("unlabelled", "unlabelled_batch", "unlabelled_threshold")
+"""Keys of `data` that are about unlabelled images."""
 
 
 class _Distillation(Section):
@@ -321,6 +367,8 @@ def _problem(details: dict[str, Any], within: tuple[str, ...] = ()) -> str:
 
 def _fields(section: type | None) -> dict[str, Any]:
     """Keys of a section and their types; none where there is no such section."""
+    if section is not None and is_typeddict(section):
+        return get_type_hints(section)
     if section is None or not hasattr(section, "__pydantic_fields__"):
         return {}
     return {name: info.annotation for name, info in section.__pydantic_fields__.items()}

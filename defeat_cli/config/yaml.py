@@ -39,7 +39,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file that holds one mapping.
 
     Raises:
-        RecipeError: it does not parse (with the line), or holds something else.
+        RecipeError: it does not parse (with the line), or holds nothing or something else.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -55,8 +55,8 @@ def _parsed_mapping(text: str, origin: str) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         line = f"{origin}:{mark.line + 1}" if mark else origin
         raise RecipeError(f"{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
-    if content is None:
-        return {}
+    if not content:
+        raise RecipeError(f"{origin}: is empty")
     if not isinstance(content, dict):
         raise RecipeError(f"{origin}: expected a mapping of keys to values, found {type(content).__name__}")
     return content

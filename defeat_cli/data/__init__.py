@@ -1,1 +1,1 @@
-"""Datasets: COCO and VOC folders, the drawn data set, and how samples become batches."""
+"""Data sets: read from the layouts in `formats`, divided and thinned out, changed at random, and put into batches."""

@@ -1,10 +1,12 @@
-"""Images with boxes from a COCO file (or what reads like one), and where a folder keeps them."""
+"""Images with boxes, as training and evaluation read them."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import os
+from collections import Counter
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,79 +17,85 @@ from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from defeat_cli.data.annotations import Annotations, Id, parse_annotations, read_annotations
-from defeat_cli.data.formats.voc import find_image_sets, is_voc, read_voc
-from defeat_cli.data.transforms import horizontal_flip, image_size, read_image
+from defeat_cli.data.annotations import Annotations
+from defeat_cli.data.transforms import Target, Transform, image_size, read_image
 from defeat_cli.errors import DataError
+from defeat_cli.text import listed
 
-LAYOUTS = (("annotations/instances_{split}2017.json", "{split}2017"), ("{split}.json", "images"))
-"""Annotation file and image folder: COCO's own layout, and the simple one."""
 MIN_SIDE = 0.1
 """Thinner boxes, in pixels, hold nothing to learn and can vanish when resized."""
 CLIP_NOTICE = 1.0
 """Boxes that leave the image by less than so many pixels are clipped without a word: COCO's own are rounded so."""
+FEW_BOXES = 3
+LEAVING = 0.2
+"""So many boxes, all of which fit as corners where so large a share leaves the image as sides, are corners."""
 
 
 class Sample(NamedTuple):
-    """image: [3, H, W] uint8 RGB. target: `boxes` [M, 4] float32 xyxy pixels, `labels` [M] int64 in 1..K."""
+    """image: [3, H, W] uint8 RGB. image_id: the number by which `DetectionDataset.coco` knows it."""
 
     image: Tensor
-    target: dict[str, Tensor]
-    image_id: Id
+    target: Target
+    image_id: int
 
 
-class CocoDataset(Dataset):
+class DetectionDataset(Dataset):
     """Images with boxes.
 
     Boxes in targets are clipped to the image; degenerate boxes and crowds are left out. `coco` holds all boxes as the
-    file has them, for evaluation.
+    annotations have them, for evaluation.
 
     Args:
-        annotations: a COCO file, or content like that of one.
-        images: folder that its file names are relative to.
-        train: whether images are flipped, and whether notes speak of training.
-        flip: chance of a horizontal flip, decided by (seed, epoch, index) alone.
+        annotations: what is on the images.
+        images: folder that their file names are relative to.
+        train: whether notes speak of training.
+        transforms: applied to each sample in turn.
+        seed: of the transforms' random draws, with the epoch and the index.
+        layout: how the folder keeps them, a key of `formats.FORMATS`.
 
     Attributes:
-        classes, category_ids: ordered by category id; label `i + 1` is `classes[i]`.
-        image_ids, sizes: id and (height, width) of each image.
+        classes: ordered by category id; label `i + 1` is `classes[i]`.
+        sizes: (height, width) of each image.
         notes: one line for each thing that a user should know about this data.
 
     Raises:
-        DataError: annotations that cannot be used, or images that are not there.
+        DataError: images that are not there, or boxes that are not what they should be.
     """
 
     def __init__(
-        self, annotations: Path | dict[str, Any], images: Path, train: bool, flip: float = 0.0, seed: int = 0
+        self,
+        annotations: Annotations,
+        images: Path,
+        train: bool,
+        transforms: Sequence[Transform] = (),
+        seed: int = 0,
+        layout: str = "coco",
     ) -> None:
+        self.annotations = annotations
         self.images = Path(images)
-        if isinstance(annotations, dict):
-            self.annotations = parse_annotations(annotations, str(images))
-        else:
-            self.annotations = read_annotations(Path(annotations))
-        self.flip = flip if train else 0.0
+        self.transforms = tuple(transforms)
         self.seed = seed
-        self.classes = self.annotations.classes
-        self.category_ids = self.annotations.category_ids
-        self.image_ids = self.annotations.image_ids
+        self.layout = layout
+        self.classes = annotations.classes
         self._refuse_missing()
         self.sizes = [
             size or image_size(self.images / name)
-            for size, name in zip(self.annotations.sizes, self.annotations.file_names, strict=True)
+            for size, name in zip(annotations.sizes, annotations.file_names, strict=True)
         ]
-        self._boxes, clipped = _clip(self.annotations, self.sizes)
+        _refuse_other_boxes(annotations, self.sizes)
+        self._boxes, clipped = _clip(annotations, self.sizes)
         degenerate = (self._boxes[:, 2:] - self._boxes[:, :2] < MIN_SIDE).any(axis=1)
-        used = np.flatnonzero(~degenerate & ~self.annotations.crowd)
-        used = used[np.argsort(self.annotations.images[used], kind="stable")]
-        self._boxes, self._labels = self._boxes[used], self.annotations.labels[used]
-        self._first = np.searchsorted(self.annotations.images[used], np.arange(len(self.image_ids) + 1))
+        used = np.flatnonzero(~degenerate & ~annotations.crowd)
+        used = used[np.argsort(annotations.images[used], kind="stable")]
+        self._boxes, self._labels = self._boxes[used], annotations.labels[used]
+        self._first = np.searchsorted(annotations.images[used], np.arange(len(self) + 1))
         self.notes = self._notes(train, int(clipped.sum()), int(degenerate.sum()))
 
     def __len__(self) -> int:
-        return len(self.image_ids)
+        return len(self.annotations.image_ids)
 
     def __getitem__(self, key: int | tuple[int, int]) -> Sample:
-        """The sample at an index, or at (epoch, index): its random flip is another one in each epoch.
+        """The sample at an index, or at (epoch, index): its random changes are others in each epoch.
 
         The epoch comes with the index because loader processes, which live through all epochs, see nothing else.
 
@@ -98,34 +106,46 @@ class CocoDataset(Dataset):
         index = range(len(self))[index]
         image = read_image(self.images / self.file_name(index), self.sizes[index])
         mine = slice(self._first[index], self._first[index + 1])
-        boxes = torch.from_numpy(self._boxes[mine].copy())
-        if self.flip and np.random.default_rng((self.seed, epoch, index)).random() < self.flip:
-            image, boxes = horizontal_flip(image, boxes)
-        target = {"boxes": boxes, "labels": torch.from_numpy(self._labels[mine].copy())}
-        return Sample(image, target, self.image_ids[index])
+        target = {
+            "boxes": torch.from_numpy(self._boxes[mine].copy()),
+            "labels": torch.from_numpy(self._labels[mine].copy()),
+        }
+        if self.transforms:
+            rng = np.random.default_rng((self.seed, epoch, index))
+            for transform in self.transforms:
+                image, target = transform(image, target, rng)
+        return Sample(image, target, self._numbers[index])
 
     def file_name(self, index: int) -> str:
         """The image's file, relative to the image folder."""
         return self.annotations.file_names[index]
 
     @cached_property
-    def coco(self) -> COCO:
-        """Ground truth for pycocotools, every box as the file has it.
+    def _numbers(self) -> list[int]:
+        """Image ids as small numbers in the order of the ids: pycocotools makes floats of large ones."""
+        ids = self.annotations.image_ids
+        numbers = np.empty(len(ids), dtype=np.int64)
+        numbers[sorted(range(len(ids)), key=ids.__getitem__)] = np.arange(1, len(ids) + 1)
+        return numbers.tolist()
 
-        Annotations are numbered anew from 1: pycocotools takes a match with id 0 for none.
+    @cached_property
+    def coco(self) -> COCO:
+        """Ground truth for pycocotools, every box as the annotations have it.
+
+        Images and annotations are numbered anew from 1 (pycocotools takes a match with id 0 for none), and categories
+        by their labels; `in_own_ids` turns detections back.
         """
         a = self.annotations
-        image_ids = [a.image_ids[i] for i in a.images]
-        category_ids = [a.category_ids[label - 1] for label in a.labels]
-        rows = zip(image_ids, category_ids, a.boxes.tolist(), a.areas.tolist(), a.crowd.tolist(), strict=True)
+        numbers = np.array(self._numbers)[a.images].tolist()
+        rows = zip(numbers, a.labels.tolist(), a.boxes.tolist(), a.areas.tolist(), a.crowd.tolist(), strict=True)
         coco = COCO()
         coco.dataset = {
             "info": {},
             "images": [
-                {"id": image_id, "file_name": name, "height": height, "width": width}
-                for image_id, name, (height, width) in zip(a.image_ids, a.file_names, self.sizes, strict=True)
+                {"id": number, "file_name": name, "height": height, "width": width}
+                for number, name, (height, width) in zip(self._numbers, a.file_names, self.sizes, strict=True)
             ],
-            "categories": [{"id": i, "name": name} for i, name in zip(a.category_ids, a.classes, strict=True)],
+            "categories": [{"id": label, "name": name} for label, name in enumerate(a.classes, start=1)],
             "annotations": [
                 {"id": i, "image_id": image, "category_id": kind, "bbox": box, "area": area, "iscrowd": int(crowd)}
                 for i, (image, kind, box, area, crowd) in enumerate(rows, start=1)
@@ -135,105 +155,166 @@ class CocoDataset(Dataset):
             coco.createIndex()
         return coco
 
+    def in_own_ids(self, detections: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Detections in `coco`'s numbers with the ids of the annotations in their place."""
+        image_ids = dict(zip(self._numbers, self.annotations.image_ids, strict=True))
+        category_ids = self.annotations.category_ids
+        return [
+            {**d, "image_id": image_ids[d["image_id"]], "category_id": category_ids[d["category_id"] - 1]}
+            for d in detections
+        ]
+
+    def refuse_vanishing(self, short_sides: Sequence[int], long_side: int) -> None:
+        """Refuse images of which nothing is left after resizing.
+
+        Args:
+            short_sides, long_side: pixels, as `data.short_side` and `data.long_side`.
+
+        Raises:
+            DataError: the first image of which a side becomes 0.
+        """
+        paths = [self.images / name for name in self.annotations.file_names]
+        refuse_vanishing(paths, self.sizes, short_sides, long_side)
+
+    def refuse_boxless(self, what: str) -> None:
+        """Refuse data that nothing can be learned from nor scored on.
+
+        Args:
+            what: these images, for the message, e.g. `validation`.
+
+        Raises:
+            DataError: no image has a box.
+        """
+        if not len(self._boxes):
+            held = len(self.annotations.labels)
+            but = f" but {held} crowds or boxes without area" if held else ""
+            raise DataError(
+                f"{self.annotations.origin}: the {what} images have no boxes{but}: nothing to learn or to score"
+            )
+
     def _refuse_missing(self) -> None:
         """One listing a folder, not one question a file: there may be 100,000 of them on a network disk."""
         names = self.annotations.file_names
         listings = {}
         for parent in {os.path.dirname(name) for name in names}:
-            folder = self.images / parent
-            listings[parent] = set(os.listdir(folder)) if folder.is_dir() else set()
+            try:
+                listings[parent] = set(os.listdir(self.images / parent))
+            except (OSError, ValueError):
+                listings[parent] = set()
         missing = [name for name in names if os.path.basename(name) not in listings[os.path.dirname(name)]]
         if missing:
-            first = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
             share = f"{len(missing)} of its {len(names)} images"
-            raise DataError(f"{self.annotations.origin}: {share} are not in {self.images}: {first}")
+            raise DataError(f"{self.annotations.origin}: {share} are not in {self.images}: {listed(missing, 3)}")
+        places: dict[str, int] = {}
+        for i, name in enumerate(names):
+            first = places.setdefault(os.path.normpath(name), i)
+            if first != i:
+                ids = self.annotations.image_ids
+                raise DataError(
+                    f"{self.annotations.origin}: image {name} is listed twice, with ids {ids[first]!r} and {ids[i]!r}; "
+                    "put its boxes under one id"
+                )
+
+    def _files(self) -> list[str]:
+        """Every image's whole path, links followed up to the folder."""
+        folder = os.path.realpath(self.images)
+        return [os.path.normpath(os.path.join(folder, name)) for name in self.annotations.file_names]
+
+    def _content(self, index: int) -> tuple | None:
+        """What tells an image from others without reading it: name, size, classes and boxes; None without boxes."""
+        mine = slice(self._first[index], self._first[index + 1])
+        kinds = tuple(self.classes[label - 1] for label in self._labels[mine])
+        name = os.path.basename(self.file_name(index))
+        return (name, self.sizes[index], kinds, self._boxes[mine].tobytes()) if kinds else None
 
     def _notes(self, train: bool, clipped: int, degenerate: int) -> list[str]:
-        notes = []
+        notes = list(self.annotations.notes)
         if clipped and train:
             notes.append(f"{_count(clipped, 'box reaches', 'boxes reach')} beyond the image and is clipped in training")
+        total = len(self.annotations.boxes)
+        if clipped > total / 2 and total >= FEW_BOXES:
+            notes.append(f"{clipped} of {total} boxes reach beyond their images: are they of images of another size?")
         if degenerate:
             fate = "left out of training" if train else "still in the ground truth, and will count as missed"
             notes.append(f"{_count(degenerate, 'box', 'boxes')} without area: {fate}")
+        folded = Counter(name.casefold() for name in self.classes if len(name) > 1)
+        alike = [name for name in self.classes if folded[name.casefold()] > 1]
+        if alike:
+            notes.append(f"classes that differ by case alone are classes of their own: {listed(alike, 8)}")
         present = set(self.annotations.labels[~self.annotations.crowd].tolist())
         absent = [name for label, name in enumerate(self.classes, start=1) if label not in present]
         if absent:
-            names = ", ".join(absent[:8]) + (", …" if len(absent) > 8 else "")
-            notes.append(f"{len(absent)} of {len(self.classes)} classes have no box: {names}")
+            notes.append(f"{len(absent)} of {len(self.classes)} classes have no box: {listed(absent, 8)}")
         empty = int((np.diff(self._first) == 0).sum())
         if empty and train:
             notes.append(f"{_count(empty, 'image has', 'images have')} no box; used as background")
         return [f"{self.annotations.origin}: {note}" for note in notes]
 
 
-def find_split(path: Path, split: str, annotations: str | None = None, images: str | None = None) -> tuple[Path, Path]:
-    """Annotation file and image folder of a split.
+def refuse_vanishing(
+    paths: Sequence[Path], sizes: Sequence[tuple[int, int]], short_sides: Sequence[int], long_side: int
+) -> None:
+    """See `DetectionDataset.refuse_vanishing`; paths and (height, width) of the images."""
+    sides = np.array(sizes, dtype=np.float64)
+    scale = np.minimum(min(short_sides) / sides.min(axis=1), long_side / sides.max(axis=1))
+    gone = np.flatnonzero((sides.min(axis=1) * scale).astype(np.int64) == 0)
+    if gone.size:
+        height, width = sizes[gone[0]]
+        raise DataError(
+            f"{paths[gone[0]]}: is {width}x{height} (width x height); resized to a long side of {long_side} its short "
+            "side is 0 pixels. Leave it out, crop it, or raise data.long_side"
+        )
 
-    Args:
-        split: `train` or `val`.
-        annotations, images: relative to `path`, in place of what the layouts say.
+
+def overlap(train: DetectionDataset, val: DetectionDataset) -> str | None:
+    """What validation images are among the training images, in words; None where there are none.
+
+    An image is the same where its file is, or where name, size, classes and boxes all are.
+    """
+    files, contents = set(train._files()), {train._content(i) for i in range(len(train))} - {None}
+    shared = [val.file_name(i) for i, file in enumerate(val._files()) if file in files or val._content(i) in contents]
+    if not shared:
+        return None
+    return (
+        f"{len(shared)} of {len(val)} validation images are training images too ({listed(shared, 3)}): "
+        "the figures will be too good"
+    )
+
+
+def _refuse_other_boxes(annotations: Annotations, sizes: list[tuple[int, int]]) -> None:
+    """Refuse boxes that are shares of the image or corners, as the set of them tells.
 
     Raises:
-        DataError: nothing there; lists what was looked for.
+        DataError: says what they are and what they should be.
     """
-    if not path.is_dir():
-        raise DataError(f"{path}: no such folder")
-    looked_for = []
-    for layout_file, layout_folder in LAYOUTS:
-        file = path / (annotations or layout_file.format(split=split))
-        folder = path / (images or layout_folder.format(split=split))
-        if file.is_file() and folder.is_dir():
-            return file, folder
-        line = f"{file}{_absent(file.is_file())} with {folder}{os.sep}{_absent(folder.is_dir())}"
-        if line not in looked_for:
-            looked_for.append(line)
-    voc = "For VOC's layout: JPEGImages, Annotations and ImageSets/Main"
-    raise DataError("\n  ".join([f"{path}: no {split} data there. Looked for", *looked_for, voc]))
-
-
-def open_split(
-    path: Path,
-    split: str,
-    format: str = "auto",
-    annotations: str | None = None,
-    images: str | None = None,
-    *,
-    train: bool,
-    flip: float = 0.0,
-    seed: int = 0,
-) -> CocoDataset:
-    """One split of a data set in COCO's, the simple, or VOC's layout.
-
-    Args:
-        split: `train` or `val`.
-        format: `coco`, `voc`, or `auto` to see from the folder.
-        annotations: file relative to `path`; for VOC image sets (see `voc.find_image_sets`).
-        images: folder relative to `path`; not for VOC.
-        train, flip, seed: see `CocoDataset`.
-
-    Raises:
-        DataError: no data there, or data that cannot be used.
-    """
-    names_json = annotations is not None and annotations.endswith(".json")
-    if format == "voc" or (format == "auto" and not names_json and is_voc(path)):
-        image_sets = find_image_sets(path, split, annotations)
-        return CocoDataset(read_voc(path, image_sets), path, train, flip, seed)
-    file, folder = find_split(path, split, annotations, images)
-    return CocoDataset(file, folder, train, flip, seed)
+    boxes = annotations.boxes
+    if not len(boxes):
+        return
+    limits = np.array(sizes, dtype=np.float64)[annotations.images][:, ::-1]
+    shown = f"the first is {boxes[0].round(4).tolist()}"
+    far = boxes[:, :2] + boxes[:, 2:]
+    if far.max() <= 1 and (boxes[:, 2:] > 0).all(axis=1).any() and limits.min() > 2:
+        raise DataError(
+            f"{annotations.origin}: all its {len(boxes)} boxes are within 0..1, so they seem to be shares of the image "
+            f"({shown}); boxes must be in pixels: multiply by width and height"
+        )
+    as_corners = (boxes[:, 2:] > boxes[:, :2]) & (boxes[:, :2] >= -CLIP_NOTICE) & (boxes[:, 2:] <= limits + CLIP_NOTICE)
+    outside = (far > limits + CLIP_NOTICE).any(axis=1)
+    if len(boxes) >= FEW_BOXES and as_corners.all() and outside.mean() > LEAVING:
+        raise DataError(
+            f"{annotations.origin}: {outside.sum()} of its {len(boxes)} boxes leave their images, and all fit as "
+            f"corners [x1, y1, x2, y2] ({shown}); boxes must be [x, y, width, height]"
+        )
 
 
 def _clip(annotations: Annotations, sizes: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
     """[A, 4] float32 xyxy inside the images, and [A] bool of those that were noticeably outside."""
     boxes = annotations.boxes.copy()
     boxes[:, 2:] += boxes[:, :2]
-    heights, widths = np.array(sizes, dtype=np.float64)[annotations.images].T
+    heights, widths = np.array(sizes, dtype=np.float64).reshape(-1, 2)[annotations.images].T
     limits = np.stack([widths, heights, widths, heights], axis=1)
     inside = boxes.clip(0, limits)
     return inside.astype(np.float32), (np.abs(inside - boxes) > CLIP_NOTICE).any(axis=1)
-
-
-def _absent(there: bool) -> str:
-    return "" if there else " (not there)"
 
 
 def _count(number: int, one: str, many: str) -> str:

@@ -12,14 +12,14 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from defeat_cli.data.annotations import Id
-from defeat_cli.data.dataset import CocoDataset, Sample
+from defeat_cli.data.dataset import DetectionDataset, Sample
+from defeat_cli.data.transforms import Target
 from defeat_cli.errors import DataError
 
 PREFETCH = 4
 """Batches that each loader process reads ahead."""
 
-LoadedBatch = tuple[list[Tensor], list[dict[str, Tensor]], list[Id]]
+LoadedBatch = tuple[list[Tensor], list[Target], list[int]]
 
 
 class BatchOrder(Sampler[list[tuple[int, int]]]):
@@ -95,7 +95,7 @@ class Loader(DataLoader):
 
 
 def training_loader(
-    dataset: CocoDataset,
+    dataset: DetectionDataset,
     batch_size: int,
     workers: int,
     seed: int = 0,
@@ -112,9 +112,12 @@ def training_loader(
     return Loader(dataset, workers, batch_sampler=order, pin_memory=pin_memory)
 
 
-def evaluation_loader(dataset: Dataset, batch_size: int, workers: int, *, pin_memory: bool = False) -> Loader:
-    """Batches in the data set's order; a `Subset` will do."""
-    return Loader(dataset, workers, batch_size=batch_size, pin_memory=pin_memory)
+def evaluation_loader(dataset: Dataset, workers: int, *, pin_memory: bool = False) -> Loader:
+    """One image at a time in the data set's order; a `Subset` will do.
+
+    In a larger batch an image is padded to the size of others, which changes what is detected on it.
+    """
+    return Loader(dataset, workers, batch_size=1, pin_memory=pin_memory)
 
 
 def collate(samples: list[Sample | DataError]) -> LoadedBatch | DataError:

@@ -1,27 +1,46 @@
-"""Image files to RGB tensors, and the flip."""
+"""Image files to RGB tensors, and the random changes of images in training."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from defeat_cli.errors import DataError
 
-ORIENTATION = 0x0112
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""EXIF orientation -> what makes the image upright. 5 to 8 swap height and width."""
+Target = dict[str, Tensor]
+"""`boxes` [M, 4] float32 xyxy pixels, `labels` [M] int64 in 1..K."""
+Transform = Callable[[Tensor, Target, np.random.Generator], tuple[Tensor, Target]]
+"""Changes an image [3, H, W] uint8 and its target together, at random by the generator alone. It must survive pickling,
+because loader processes get it, and must leave its input as it is."""
+
+METADATA = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
+"""What Pillow would write anew after turning an image, and fails at where it is a little broken."""
+
+
+@dataclass(frozen=True)
+class RandomFlip:
+    """Mirrors left and right, with this chance."""
+
+    chance: float
+
+    def __call__(self, image: Tensor, target: Target, rng: np.random.Generator) -> tuple[Tensor, Target]:
+        if rng.random() >= self.chance:
+            return image, target
+        image, boxes = horizontal_flip(image, target["boxes"])
+        return image, {**target, "boxes": boxes}
+
+
+def horizontal_flip(image: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """Mirror left and right an image [..., H, W] and its boxes [M, 4] xyxy in pixels."""
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    width = image.shape[-1]
+    return image.flip(-1), torch.stack([width - x2, y1, width - x1, y2], dim=-1)
 
 
 def read_image(path: Path, expected_size: tuple[int, int] | None = None) -> Tensor:
@@ -42,11 +61,13 @@ def read_image(path: Path, expected_size: tuple[int, int] | None = None) -> Tens
     """
     try:
         with Image.open(path) as image:
-            turn = _turn(image, expected_size)
             image.load()
-            pixels = _as_rgb(image)
-            if turn is not None:
-                pixels = pixels.transpose(turn)
+            stored, upright = (image.height, image.width), _upright_size(image)
+            # Where only the stored image is of the annotated size, whoever drew the boxes saw it as it is stored.
+            turn = expected_size is None or stored != tuple(expected_size) or upright == stored
+            for key in METADATA:
+                image.info.pop(key, None)
+            pixels = _as_rgb(ImageOps.exif_transpose(image) if turn else image)
     except Exception as error:  # Pillow's decoders raise nearly every kind of exception on broken files
         raise DataError(f"{path}: {_reason(error)}") from error
     if expected_size is not None and (pixels.height, pixels.width) != tuple(expected_size):
@@ -65,31 +86,16 @@ def image_size(path: Path) -> tuple[int, int]:
     """
     try:
         with Image.open(path) as image:
-            width, height = image.size
-            return (width, height) if _orientation(image) >= 5 else (height, width)
+            return _upright_size(image)
     except Exception as error:  # as above
         raise DataError(f"{path}: {_reason(error)}") from error
 
 
-def horizontal_flip(image: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """Mirror left and right an image [..., H, W] and its boxes [M, 4] xyxy in pixels."""
-    x1, y1, x2, y2 = boxes.unbind(-1)
-    width = image.shape[-1]
-    return image.flip(-1), torch.stack([width - x2, y1, width - x1, y2], dim=-1)
-
-
-def _orientation(image: Image.Image) -> int:
-    orientation = image.getexif().get(ORIENTATION, 1)
-    return orientation if orientation in TURNS else 1
-
-
-def _turn(image: Image.Image, expected_size: tuple[int, int] | None) -> Image.Transpose | None:
-    orientation = _orientation(image)
-    raw = (image.height, image.width)
-    turned = raw[::-1] if orientation >= 5 else raw
-    if expected_size is not None and raw == tuple(expected_size) != turned:
-        return None  # whoever drew the boxes saw the image as it is stored
-    return TURNS.get(orientation)
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    """(height, width) after the turn that EXIF asks for."""
+    exif = Image.Image.getexif(image)  # a PNG's own looks behind the pixels too, and reads them all for that
+    lying = exif.get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    return (image.width, image.height) if lying else (image.height, image.width)
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:

@@ -117,6 +117,15 @@ class Detector(nn.Module, ABC):
     def detect(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
         """Final detections: `boxes` xyxy in each image's own pixels, `scores`, `labels` in 1..K. Needs eval mode."""
 
+    def detections(self, features: list[Tensor], batch: Batch) -> list[dict[str, Tensor]]:
+        """Final detections on a batch, `boxes` in its pixels. Needs eval mode.
+
+        Those of `detect` on the images as they were resized; a detector that can go on from its features does.
+        """
+        return self.detect(
+            [i[:, :height, :width] for i, (height, width) in zip(batch.pixels, batch.sizes, strict=True)]
+        )
+
     @cached_property
     def levels(self) -> list[Level]:
         """Strides and channels of the FPN levels, measured on a real forward pass."""
@@ -377,7 +386,7 @@ def level_names(letter: str, strides: Sequence[int]) -> list[str]:
 def scaled(boxes: Tensor, old: Sequence[int], new: Sequence[int]) -> Tensor:
     """Boxes [M, 4] xyxy of an image of `old` (height, width) on the same image of `new`."""
     down, across = new[0] / old[0], new[1] / old[1]
-    return boxes * boxes.new_tensor([across, down, across, down])
+    return boxes * torch.tensor([across, down, across, down], dtype=boxes.dtype, device=boxes.device)
 
 
 def in_unit_range(image: Tensor) -> Tensor:

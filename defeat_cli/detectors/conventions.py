@@ -8,6 +8,8 @@ there that the outputs would differ a little. `recipe.Conventions` says which of
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +19,20 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork
-from torchvision.ops import MultiScaleRoIAlign, batched_nms, clip_boxes_to_image, roi_align
+from torchvision.ops import (
+    MultiScaleRoIAlign,
+    batched_nms,
+    box_iou,
+    clip_boxes_to_image,
+    remove_small_boxes,
+    roi_align,
+)
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from defeat_cli.config.architecture import Architecture, Conventions
 from defeat_cli.errors import RecipeError
+
+SomeModule = TypeVar("SomeModule", bound=nn.Module)
 
 POOLED_LEVELS = ["0", "1", "2", "3"]
 """Names of the FPN levels that regions are pooled from, P2 to P5."""
@@ -118,9 +129,14 @@ class SymmetricBoxCoder(BoxCoder):
         return super().decode_single(deltas.maximum(deltas.new_tensor(lowest)).flatten(1), boxes)
 
 
-class LogitProposals(RegionProposalNetwork):
-    """detectron2's: proposals are ranked by their logits. torchvision and mmdetection rank them by the sigmoid, which
-    rounds the surest ones to the same score."""
+class ConventionProposals(RegionProposalNetwork):
+    """Proposals suppressed by their logits, as detectron2 has it: torchvision and mmdetection take the sigmoid, which
+    rounds the surest ones to the same score. Also boxes may stay outside of the image, as mmdetection can be told."""
+
+    def adopt(self, conventions: Conventions) -> None:
+        self.by_logit = conventions.edge_cases == "detectron2"
+        self.clip = conventions.clip_proposals
+        self.smallest = _smallest(conventions, ("mmdetection", "detectron2"))
 
     def filter_proposals(
         self,
@@ -129,15 +145,79 @@ class LogitProposals(RegionProposalNetwork):
         image_shapes: list[tuple[int, int]],
         num_anchors_per_level: list[int],
     ) -> tuple[list[Tensor], list[Tensor]]:
-        # A sixteenth of the logits has the same order, and stays clear of where a sigmoid is flat.
-        return super().filter_proposals(proposals, objectness / 16, image_shapes, num_anchors_per_level)
+        logits = objectness.detach().reshape(len(proposals), -1)
+        levels = torch.cat([torch.full((n,), i, device=logits.device) for i, n in enumerate(num_anchors_per_level)])
+        results = []
+        best_of_all = self._get_top_n_idx(logits, num_anchors_per_level)
+        for boxes, scores, best, shape in zip(proposals, logits, best_of_all, image_shapes, strict=True):
+            boxes, scores, of_level = boxes[best], scores[best], levels[best]
+            scores = scores if self.by_logit else scores.sigmoid()
+            boxes = clip_boxes_to_image(boxes, shape) if self.clip else boxes
+            stock = self.smallest is None
+            large = remove_small_boxes(boxes, self.min_size) if stock else _has_area(boxes, self.smallest)
+            boxes, scores, of_level = boxes[large], scores[large], of_level[large]
+            kept = batched_nms(boxes, scores, of_level, self.nms_thresh)[: self.post_nms_top_n()]
+            results.append((boxes[kept], scores[kept]))
+        return tuple(map(list, zip(*results, strict=True)))
+
+
+@dataclass(frozen=True)
+class Suppression:
+    """How overlapping detections of an image are thinned out; `Conventions` says what the settings mean."""
+
+    threshold: float
+    kind: str
+    sigma: float
+    least_score: float
+    across_classes: bool
+
+    @classmethod
+    def of(cls, conventions: Conventions, threshold: float) -> Suppression:
+        return cls(
+            threshold,
+            conventions.suppression,
+            conventions.suppression_sigma,
+            conventions.suppression_least_score,
+            conventions.suppression_across_classes,
+        )
+
+    def __call__(self, boxes: Tensor, scores: Tensor, labels: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+        """Indices of at most `limit` boxes, best first, and their scores, which soft-NMS (arXiv 1704.04503) lowers.
+
+        Args:
+            boxes: [D, 4] xyxy.
+            scores: [D] in [0, 1].
+            labels: [D]; boxes of different labels leave each other alone, unless suppression goes across classes.
+        """
+        groups = torch.zeros_like(labels) if self.across_classes else labels
+        if self.kind == "hard":
+            kept = batched_nms(boxes, scores, groups, self.threshold)[:limit]
+            return kept, scores[kept]
+        left, kept = scores.clone(), []
+        alive = torch.ones_like(labels, dtype=torch.bool)
+        while len(kept) < limit and bool(alive.any()):
+            best = left.where(alive, -1.0).argmax()
+            kept.append(best)
+            alive[best] = False
+            overlap = box_iou(boxes[best, None], boxes)[0].nan_to_num(0.0) * (groups == groups[best])
+            share = torch.exp(-overlap.square() / self.sigma)
+            if self.kind == "linear":
+                share = torch.where(overlap >= self.threshold, 1 - overlap, 1.0)
+            left = torch.where(alive, left * share, left)
+            alive &= left >= self.least_score
+        kept = torch.stack(kept) if kept else labels[:0]
+        return kept, left[kept]
 
 
 class ConventionRoIHeads(RoIHeads):
-    """Boxes that clipping leaves without area: torchvision drops those thinner than 0.01 pixels before suppression;
-    mmdetection keeps all, and detectron2 drops empty ones at the very end."""
+    """Detections suppressed as the conventions say. Of boxes that clipping leaves without area, torchvision drops those
+    thinner than 0.01 pixels before suppression, detectron2 empty ones at the very end; mmdetection keeps all."""
 
-    drop_empty = False
+    def adopt(self, conventions: Conventions) -> None:
+        self.clip = conventions.clip_detections
+        self.suppress = Suppression.of(conventions, self.nms_thresh)
+        self.thinnest = 0.01 if conventions.edge_cases == "torchvision" else 0.0
+        self.drop_empty = conventions.edge_cases == "detectron2"
 
     def postprocess_detections(
         self, class_logits: Tensor, box_regression: Tensor, proposals: list[Tensor], image_shapes: list[tuple[int, int]]
@@ -148,30 +228,28 @@ class ConventionRoIHeads(RoIHeads):
         results = []
         for boxes, scores, shape in zip(every_box, every_score, image_shapes, strict=True):
             regions, classes = torch.where(scores > self.score_thresh)
-            boxes, scores, labels = (
-                clip_boxes_to_image(boxes[regions, classes], shape),
-                scores[regions, classes],
-                classes + 1,
-            )
-            kept = batched_nms(boxes, scores, labels, self.nms_thresh)[: self.detections_per_img]
-            if self.drop_empty:
-                kept = kept[_has_area(boxes[kept])]
-            results.append((boxes[kept], scores[kept], labels[kept]))
+            boxes, scores, labels = boxes[regions, classes], scores[regions, classes], classes + 1
+            boxes = clip_boxes_to_image(boxes, shape) if self.clip else boxes
+            large = remove_small_boxes(boxes, self.thinnest)
+            boxes, scores, labels = boxes[large], scores[large], labels[large]
+            kept, scores = self.suppress(boxes, scores, labels, self.detections_per_img)
+            boxes, labels = boxes[kept], labels[kept]
+            full = _has_area(boxes) | (not self.drop_empty)
+            results.append((boxes[full], scores[full], labels[full]))
         return tuple(map(list, zip(*results, strict=True)))
 
 
 class ConventionRetinaNet(RetinaNet):
-    """RetinaNet whose boxes without area are dropped: by mmdetection before suppression, by detectron2 at the very end.
-    Also detectron2 suppresses boxes that are not clipped to the image yet."""
-
-    clip_after_nms = False
-    drop_empty_first = False
+    """RetinaNet that suppresses as the conventions say. Boxes without area are dropped by mmdetection before, by
+    detectron2 after suppression. Also detectron2 suppresses boxes that are not clipped to the image yet."""
 
     def adopt(self, conventions: Conventions) -> None:
-        """Follow these conventions; built without them it follows torchvision's, but for the empty boxes."""
-        self.clip_after_nms = conventions.clip_after_nms
+        """Follow these conventions."""
+        self.clip, self.clip_after_nms = conventions.clip_detections, conventions.clip_after_nms
+        self.suppress = Suppression.of(conventions, self.nms_thresh)
+        self.smallest = _smallest(conventions, ("mmdetection",))
+        self.drop_empty = conventions.edge_cases == "detectron2"
         if conventions.edge_cases == "mmdetection":
-            self.drop_empty_first = True
             self.box_coder = SymmetricBoxCoder(self.box_coder.weights)
 
     def postprocess_detections(
@@ -182,14 +260,15 @@ class ConventionRetinaNet(RetinaNet):
             levels = zip(head_outputs["cls_logits"], head_outputs["bbox_regression"], anchors[image], strict=True)
             candidates = [self._candidates(logits[image], deltas[image], a) for logits, deltas, a in levels]
             boxes, scores, labels = (torch.cat(parts) for parts in zip(*candidates, strict=True))
-            if not self.clip_after_nms:
+            if self.clip and not self.clip_after_nms:
                 boxes = clip_boxes_to_image(boxes, shape)
-            if self.drop_empty_first:
-                full = _has_area(boxes)
-                boxes, scores, labels = boxes[full], scores[full], labels[full]
-            kept = batched_nms(boxes, scores, labels, self.nms_thresh)[: self.detections_per_img]
-            boxes, scores, labels = clip_boxes_to_image(boxes[kept], shape), scores[kept], labels[kept]
-            full = _has_area(boxes)
+            if self.smallest is not None:
+                large = _has_area(boxes, self.smallest)
+                boxes, scores, labels = boxes[large], scores[large], labels[large]
+            kept, scores = self.suppress(boxes, scores, labels, self.detections_per_img)
+            boxes, labels = boxes[kept], labels[kept]
+            boxes = clip_boxes_to_image(boxes, shape) if self.clip else boxes
+            full = _has_area(boxes) | (not self.drop_empty)
             results.append({"boxes": boxes[full], "scores": scores[full], "labels": labels[full]})
         return results
 
@@ -203,8 +282,16 @@ class ConventionRetinaNet(RetinaNet):
         return self.box_coder.decode_single(deltas[rows], anchors[rows]), scores, labels
 
 
-def _has_area(boxes: Tensor) -> Tensor:
-    return (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+def _smallest(conventions: Conventions, of_zero: tuple[str, ...]) -> float | None:
+    """What sides must exceed before suppression; the libraries `of_zero` drop boxes without area if nothing is said."""
+    if conventions.smallest_box is None and conventions.edge_cases in of_zero:
+        return 0.0
+    return conventions.smallest_box
+
+
+def _has_area(boxes: Tensor, smallest: float = 0.0) -> Tensor:
+    """[D] bool: both sides are longer than `smallest`."""
+    return ((boxes[:, 2:] - boxes[:, :2]) > smallest).all(dim=1)
 
 
 def build_anchor_generator(architecture: Architecture, default_sizes: list[list[float]]) -> AnchorGenerator:
@@ -247,40 +334,69 @@ def build_roi_pool(architecture: Architecture, output_size: int) -> nn.Module:
     )
 
 
-def adopt_edge_cases(model: FasterRCNN, architecture: Architecture) -> None:
-    """Give a Faster R-CNN another library's rules for boxes that hardly are boxes."""
-    library = architecture.conventions.edge_cases
-    if library == "torchvision":
-        return
-    rpn, heads = model.rpn, model.roi_heads
-    if library == "detectron2":
-        model.rpn = LogitProposals(
-            rpn.anchor_generator,
-            rpn.head,
-            fg_iou_thresh=rpn.proposal_matcher.high_threshold,
-            bg_iou_thresh=rpn.proposal_matcher.low_threshold,
-            batch_size_per_image=rpn.fg_bg_sampler.batch_size_per_image,
-            positive_fraction=rpn.fg_bg_sampler.positive_fraction,
-            pre_nms_top_n=rpn._pre_nms_top_n,
-            post_nms_top_n=rpn._post_nms_top_n,
-            nms_thresh=rpn.nms_thresh,
+THINNING = (
+    "edge_cases",
+    "clip_proposals",
+    "clip_detections",
+    "clip_after_nms",
+    "smallest_box",
+    "suppression",
+    "suppression_across_classes",
+)
+"""Conventions that torchvision's own post-processing does not know."""
+
+
+def thins_out_otherwise(conventions: Conventions) -> bool:
+    """Whether proposals and detections are thinned out in another way than torchvision does it."""
+    return bool(_changed(conventions))
+
+
+def _changed(conventions: Conventions) -> list[str]:
+    stock = Conventions()
+    return [name for name in THINNING if getattr(conventions, name) != getattr(stock, name)]
+
+
+def refuse_thinning(architecture: Architecture) -> None:
+    """Refuse conventions for a detector whose post-processing is torchvision's own.
+
+    Raises:
+        RecipeError: names those that it cannot follow.
+    """
+    names = _changed(architecture.conventions)
+    if names:
+        raise RecipeError(
+            f"{architecture.detector} is built as torchvision has it, and cannot follow conventions."
+            f"{', conventions.'.join(names)}; leave them out"
         )
-    # torchvision drops proposals thinner than 0.001 pixels, the others those without area.
-    model.rpn.min_size = torch.finfo(torch.float32).tiny
-    model.roi_heads = ConventionRoIHeads(
-        heads.box_roi_pool,
-        heads.box_head,
-        heads.box_predictor,
-        fg_iou_thresh=heads.proposal_matcher.high_threshold,
-        bg_iou_thresh=heads.proposal_matcher.low_threshold,
-        batch_size_per_image=heads.fg_bg_sampler.batch_size_per_image,
-        positive_fraction=heads.fg_bg_sampler.positive_fraction,
-        bbox_reg_weights=heads.box_coder.weights,
-        score_thresh=heads.score_thresh,
-        nms_thresh=heads.nms_thresh,
-        detections_per_img=heads.detections_per_img,
-    )
-    model.roi_heads.drop_empty = library == "detectron2"
-    if library == "mmdetection":
-        for part in (model.rpn, model.roi_heads):
+
+
+def adopt_thinning(model: FasterRCNN, architecture: Architecture) -> None:
+    """Let a Faster R-CNN thin out proposals and detections as its conventions say."""
+    conventions = architecture.conventions
+    if not thins_out_otherwise(conventions):
+        return
+    model.rpn = _turned_into(ConventionProposals, model.rpn)
+    model.roi_heads = _turned_into(ConventionRoIHeads, model.roi_heads)
+    for part in (model.rpn, model.roi_heads):
+        part.adopt(conventions)
+        if conventions.edge_cases == "mmdetection":
             part.box_coder = SymmetricBoxCoder(part.box_coder.weights)
+
+
+def _turned_into(kind: type[SomeModule], module: nn.Module) -> SomeModule:
+    """A module of a subclass with everything that `module` has, which takes no further arguments."""
+    turned = kind.__new__(kind)
+    turned.__dict__.update(module.__dict__)
+    return turned
+
+
+def transform_settings(architecture: Architecture, short_side: list[int], long_side: int) -> dict[str, Any]:
+    """How torchvision's detectors are told to resize and normalise images."""
+    conventions = architecture.conventions
+    return {
+        "min_size": tuple(short_side),
+        "max_size": long_side,
+        "image_mean": conventions.image_mean,
+        "image_std": conventions.image_std,
+        **({} if conventions.keep_ratio else {"fixed_size": (long_side, short_side[-1])}),
+    }

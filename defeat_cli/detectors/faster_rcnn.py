@@ -22,7 +22,12 @@ from defeat_cli.detectors.contract import (
     at_least_float32,
     image_list,
 )
-from defeat_cli.detectors.conventions import adopt_edge_cases, build_anchor_generator, build_roi_pool
+from defeat_cli.detectors.conventions import (
+    adopt_thinning,
+    build_anchor_generator,
+    build_roi_pool,
+    transform_settings,
+)
 
 ANCHOR_SIZES = [[32.0], [64.0], [128.0], [256.0], [512.0]]
 """Anchor sides of P2 to P6, pixels."""
@@ -82,6 +87,12 @@ class FasterRCNNDetector(TorchvisionDetector, TorchvisionAnchors):
         _, head_losses = self.model.roi_heads(named, proposals, batch.sizes, batch.targets)
         return {**head_losses, **rpn_losses}
 
+    def detections(self, features: list[Tensor], batch: Batch) -> list[dict[str, Tensor]]:
+        named = self._named(features)
+        proposals, _ = self.model.rpn(image_list(batch), named)
+        found, _ = self.model.roi_heads(named, proposals, batch.sizes)
+        return found
+
     def classify(self, features: list[Tensor], regions: Regions) -> Tensor:
         """[R, K + 1] softmax logits, background first; box deltas are not computed."""
         heads = self.model.roi_heads
@@ -117,15 +128,13 @@ def build_faster_rcnn(
     channels = architecture.fpn_channels
     model = FasterRCNN(
         build_backbone(architecture, one_stage=False),
-        min_size=tuple(short_side),
-        max_size=long_side,
-        image_mean=architecture.conventions.image_mean,
-        image_std=architecture.conventions.image_std,
+        **transform_settings(architecture, short_side, long_side),
         rpn_anchor_generator=build_anchor_generator(architecture, ANCHOR_SIZES),
         rpn_pre_nms_top_n_train=architecture.proposals_train,
-        rpn_pre_nms_top_n_test=architecture.proposals,
+        rpn_pre_nms_top_n_test=architecture.proposals_before_nms or architecture.proposals,
         rpn_post_nms_top_n_train=architecture.proposals_train,
         rpn_post_nms_top_n_test=architecture.proposals,
+        rpn_nms_thresh=architecture.proposal_nms_threshold,
         box_roi_pool=build_roi_pool(architecture, POOL_SIZE),
         box_head=TwoMLPHead(channels * POOL_SIZE**2, architecture.head_channels),
         box_predictor=FastRCNNPredictor(architecture.head_channels, num_classes + 1),
@@ -134,5 +143,5 @@ def build_faster_rcnn(
         box_detections_per_img=architecture.detections_per_image,
         box_batch_size_per_image=architecture.regions_per_image,
     )
-    adopt_edge_cases(model, architecture)
+    adopt_thinning(model, architecture)
     return model

@@ -9,6 +9,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from defeat_cli.config.architecture import Architecture
 from defeat_cli.detectors.backbones import build_backbone
 from defeat_cli.detectors.contract import Target
+from defeat_cli.detectors.conventions import refuse_thinning, transform_settings
 from defeat_cli.detectors.one_stage import OneStageDetector
 from defeat_cli.errors import RecipeError
 
@@ -43,7 +44,8 @@ def build_fcos(architecture: Architecture, num_classes: int, short_side: list[in
         short_side, long_side: resizing, see `recipe.Data`.
 
     Raises:
-        RecipeError: anchor sizes, which FCOS has not, or an FPN width that its head cannot normalise.
+        RecipeError: anchor sizes, which FCOS does not have, an FPN width that its head cannot normalise, or conventions
+            that it cannot follow.
     """
     if architecture.anchor_sizes is not None:
         raise RecipeError("anchor_sizes: fcos classifies points and has no anchors; leave it null")
@@ -53,15 +55,14 @@ def build_fcos(architecture: Architecture, num_classes: int, short_side: list[in
             f"fpn_channels: must be 64, 96, 128, … for fcos, whose head normalises {NORM_GROUPS} groups of channels "
             f"(got {architecture.fpn_channels})"
         )
+    refuse_thinning(architecture)
     return FCOS(
         build_backbone(architecture, one_stage=True),
         num_classes + 1,
-        min_size=tuple(short_side),
-        max_size=long_side,
-        image_mean=architecture.conventions.image_mean,
-        image_std=architecture.conventions.image_std,
+        **transform_settings(architecture, short_side, long_side),
         anchor_generator=AnchorGenerator(POINT_SIZES, ((1.0,),) * len(POINT_SIZES)),
         score_thresh=architecture.score_threshold,
         nms_thresh=architecture.nms_threshold,
         detections_per_img=architecture.detections_per_image,
+        topk_candidates=architecture.candidates_per_level,
     )

@@ -50,9 +50,22 @@ class OneStageDetector(TorchvisionDetector, DenseHead):
 
     def losses(self, features: list[Tensor], batch: Batch) -> dict[str, Tensor]:
         """The named losses of torchvision's head, in any mode."""
-        outputs = {name: at_least_float32(output) for name, output in self.model.head(features).items()}
-        anchors = self.model.anchor_generator(image_list(batch), features)
+        outputs, anchors = self._outputs(features, batch)
         return self._compute_loss(self.model, batch.targets, outputs, anchors, features)
+
+    def detections(self, features: list[Tensor], batch: Batch) -> list[dict[str, Tensor]]:
+        outputs, anchors = self._outputs(features, batch)
+        cells = [feature.shape[-2] * feature.shape[-1] for feature in features]
+        a_cell = len(anchors[0]) // sum(cells)
+        counts = [number * a_cell for number in cells]
+        by_level = {name: list(output.split(counts, dim=1)) for name, output in outputs.items()}
+        anchors_by_level = [list(of_image.split(counts)) for of_image in anchors]
+        return self.model.postprocess_detections(by_level, anchors_by_level, batch.sizes)
+
+    def _outputs(self, features: list[Tensor], batch: Batch) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """What the head says, [N, A, ·] by name, and the anchors that it says it of, one [A, 4] an image."""
+        outputs = {name: at_least_float32(output) for name, output in self.model.head(features).items()}
+        return outputs, self.model.anchor_generator(image_list(batch), features)
 
     def classify(self, features: list[Tensor], regions: Regions) -> Tensor:
         """[N * A, K] sigmoid logits of all anchors; torchvision's unused background column is left out."""

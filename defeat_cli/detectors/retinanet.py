@@ -9,7 +9,12 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from defeat_cli.config.architecture import Architecture
 from defeat_cli.detectors.backbones import build_backbone
 from defeat_cli.detectors.contract import Target, TorchvisionAnchors
-from defeat_cli.detectors.conventions import ConventionRetinaNet, build_anchor_generator
+from defeat_cli.detectors.conventions import (
+    ConventionRetinaNet,
+    build_anchor_generator,
+    thins_out_otherwise,
+    transform_settings,
+)
 from defeat_cli.detectors.one_stage import OneStageDetector
 
 ANCHOR_SIZES = [[float(int(side * 2 ** (third / 3))) for third in range(3)] for side in (32, 64, 128, 256, 512)]
@@ -42,21 +47,17 @@ def build_retinanet(architecture: Architecture, num_classes: int, short_side: li
     Raises:
         RecipeError: `anchor_sizes` does not fit the five levels.
     """
-    conventions = architecture.conventions
-    foreign = conventions.clip_after_nms or conventions.edge_cases != "torchvision"
-    kind = ConventionRetinaNet if foreign else RetinaNet
-    model = kind(
+    foreign = thins_out_otherwise(architecture.conventions)
+    model = (ConventionRetinaNet if foreign else RetinaNet)(
         build_backbone(architecture, one_stage=True),
         num_classes + 1,
-        min_size=tuple(short_side),
-        max_size=long_side,
-        image_mean=conventions.image_mean,
-        image_std=conventions.image_std,
+        **transform_settings(architecture, short_side, long_side),
         anchor_generator=build_anchor_generator(architecture, ANCHOR_SIZES),
         score_thresh=architecture.score_threshold,
         nms_thresh=architecture.nms_threshold,
         detections_per_img=architecture.detections_per_image,
+        topk_candidates=architecture.candidates_per_level,
     )
     if foreign:
-        model.adopt(conventions)
+        model.adopt(architecture.conventions)
     return model

@@ -10,6 +10,7 @@ from torchvision.models import detection
 from defeat_cli.config.architecture import Architecture
 from defeat_cli.detectors.backbones import finish_body, mobilenet_stage_ends
 from defeat_cli.detectors.contract import Detector
+from defeat_cli.detectors.conventions import refuse_thinning, transform_settings
 from defeat_cli.detectors.faster_rcnn import FasterRCNNDetector, build_faster_rcnn
 from defeat_cli.detectors.fcos import FCOSDetector, build_fcos
 from defeat_cli.detectors.retinanet import RetinaNetDetector, build_retinanet
@@ -22,17 +23,35 @@ Build = Callable[[Architecture, int, list[int], int], nn.Module]
 def build_by_name(architecture: Architecture, num_classes: int, short_side: list[int], long_side: int) -> nn.Module:
     """The model of torchvision's builder of that name, without weights.
 
-    The builder decides everything but the image size. Its backbone's norms and frozen stages, which torchvision sets by
-    the weights it is given, come from the architecture.
+    The builder decides what the detector is made of. Image sizes, thresholds, counts and the backbone's norms and
+    frozen stages come from the architecture, which has the builder's own where nobody says otherwise.
     """
+    refuse_thinning(architecture)
+    a = architecture
+    if a.detector.startswith("fasterrcnn"):
+        settings = {
+            "box_score_thresh": a.score_threshold,
+            "box_nms_thresh": a.nms_threshold,
+            "box_detections_per_img": a.detections_per_image,
+            "box_batch_size_per_image": a.regions_per_image,
+            "rpn_nms_thresh": a.proposal_nms_threshold,
+            "rpn_pre_nms_top_n_test": a.proposals_before_nms or a.proposals,
+            "rpn_post_nms_top_n_test": a.proposals,
+            **{f"rpn_{when}_nms_top_n_train": a.proposals_train for when in ("pre", "post")},
+        }
+    else:
+        settings = {
+            "score_thresh": a.score_threshold,
+            "nms_thresh": a.nms_threshold,
+            "detections_per_img": a.detections_per_image,
+            "topk_candidates": a.candidates_per_level,
+        }
     model = detection.__dict__[architecture.detector](
         weights=None,
         weights_backbone=None,
         num_classes=num_classes + 1,
-        min_size=tuple(short_side),
-        max_size=long_side,
-        image_mean=architecture.conventions.image_mean,
-        image_std=architecture.conventions.image_std,
+        **transform_settings(architecture, short_side, long_side),
+        **settings,
     )
     body = model.backbone.body
     if "layer1" in body:

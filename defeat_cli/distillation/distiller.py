@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from defeat_cli.detectors.contract import Detector, Stages, Target
 from defeat_cli.distillation.balance import Balance, pulls
 from defeat_cli.distillation.terms import Loss, Term, View
+from defeat_cli.distillation.unlabelled import PseudoLabels, apart, averaged
 from defeat_cli.errors import TermError
 
 
@@ -40,6 +41,7 @@ class Distiller(nn.Module):
         own_size: the teacher sees images at its own size, not at the student's.
         balance: the pull that every term is to have, by a factor on its weight that is measured in the first steps;
             None leaves the weights as they are.
+        pseudo_labels: what stands for the targets of unlabelled images; None takes the default ones.
 
     Raises:
         TermError: `own_size` with a term that cannot have it.
@@ -53,6 +55,7 @@ class Distiller(nn.Module):
         *,
         own_size: bool = False,
         balance: float | None = None,
+        pseudo_labels: PseudoLabels | None = None,
     ) -> None:
         super().__init__()
         if terms and teacher is None:
@@ -65,6 +68,9 @@ class Distiller(nn.Module):
         self.terms = nn.ModuleDict(terms or {})
         self.own_size = own_size
         self.balance = Balance(list(self.terms), balance) if balance is not None and terms else None
+        if pseudo_labels is None and teacher is not None:
+            pseudo_labels = PseudoLabels(student, teacher)
+        self.pseudo_labels = pseudo_labels
 
     def train(self, mode: bool = True) -> Distiller:
         """Switch the student and terms; the teacher stays in eval mode."""
@@ -73,30 +79,44 @@ class Distiller(nn.Module):
             self.teacher.eval()
         return self
 
-    def views(self, images: list[Tensor], targets: list[Target]) -> tuple[View, View | None]:
-        """The student's and the teacher's look at a batch; see `forward` for the arguments."""
+    def views(self, images: list[Tensor], targets: list[Target] | None) -> tuple[View, View | None]:
+        """The student's and the teacher's look at a batch.
+
+        Args:
+            images, targets: as `Detector.prepare` takes them; without targets, `pseudo_labels` finds them where a view
+                is asked for them.
+        """
         batch = self.student.prepare(images, targets)
         if self.teacher is None:
             return View(self.student, batch), None
         theirs = self.teacher.prepare(images, targets) if self.own_size else batch
-        return View(self.student, batch), View(self.teacher, theirs, frozen=True)
+        if targets is not None:
+            return View(self.student, batch), View(self.teacher, theirs, frozen=True)
+        teacher = View(self.teacher, theirs, frozen=True, find=self.pseudo_labels)
+        return View(self.student, batch, find=teacher.targets_in), teacher
 
     def forward(
         self,
         images: list[Tensor],
-        targets: list[Target],
+        targets: list[Target | None],
         strength: float | Mapping[str, float | None] = 1.0,
         *,
         measure: bool = False,
     ) -> StepLosses:
         """Every loss of one batch.
 
+        The detection losses are those of the labelled images. Unlabelled ones go through both detectors in a batch of
+        their own, after all that is done for the labelled ones; each loss of a term is the mean of its values on both
+        batches, by their numbers of images.
+
         Args:
-            images, targets: as `Detector.prepare` takes them; labels are the student's.
+            images, targets: as `Detector.prepare` takes them; labels are the student's. The target of an unlabelled
+                image is None; at least one image is labelled.
             strength: factor in [0, 1] on the terms, or on each by name; a term whose factor is None is off.
             measure: fill in `pull` too, which takes a backward pass through the heads for each term. Needs gradients.
-                A balance wants it where `balancing` says so.
+                A balance wants it where `balancing` says so. Pulls are measured on the labelled images.
         """
+        images, targets, unlabelled = apart(images, targets)
         student, teacher = self.views(images, targets)
         losses = StepLosses()
         for name, value in student.detector.losses(student.features, student.batch).items():
@@ -107,6 +127,9 @@ class Distiller(nn.Module):
         computed = {name: self.terms[name](student, teacher) for name, factor in factors.items() if factor is not None}
         if computed and measure:
             losses.pull.update(_pulls(student, detection, computed))
+        if computed and unlabelled:
+            views, share = self.views(unlabelled, None), len(unlabelled) / (len(images) + len(unlabelled))
+            computed = {name: averaged(parts, self.terms[name](*views), share) for name, parts in computed.items()}
         gains = self._gains(losses.pull)
         for name, parts in computed.items():
             for part, loss in parts.items():

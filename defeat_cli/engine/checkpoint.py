@@ -22,6 +22,7 @@ class Training:
 
     step: optimizer steps done; epochs: epochs done and evaluated; best_ap: best AP so far.
     seconds: time spent training, evaluation left out.
+    seen: how many labelled and how many unlabelled images the student was trained on, one that is seen twice as two.
     sums: running sums of the logged values since the last log line, on the device; counts: how many are in each.
     """
 
@@ -33,6 +34,7 @@ class Training:
     epochs: int = 0
     best_ap: float = -math.inf
     seconds: float = 0.0
+    seen: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("labelled", "unlabelled"), 0))
     sums: dict[str, Tensor] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
 
@@ -54,6 +56,7 @@ class Training:
             "epochs": self.epochs,
             "best_ap": self.best_ap,
             "seconds": self.seconds,
+            "seen": self.seen,
             "sums": self.sums,
             "counts": self.counts,
         }
@@ -72,6 +75,7 @@ class Training:
         self.step, self.epochs, self.best_ap = state["step"], state["epochs"], state["best_ap"]
         self.sums = {name: value.to(device) for name, value in state["sums"].items()}
         self.counts, self.seconds = dict(state["counts"]), state["seconds"]
+        self.seen = dict(state.get("seen", self.seen))  # older states do not have it
 
 
 def make_ema(student: Detector, decay: float) -> AveragedModel:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
+from torch.utils.data import Subset
 
+from defeat_cli.data.dataset import DetectionDataset
+from defeat_cli.data.loading import evaluation_loader
 from defeat_cli.detectors.contract import Detector
 from defeat_cli.distillation.pairing import match_classes
 from defeat_cli.errors import DataError
@@ -26,7 +29,7 @@ class CocoEvaluator:
     Args:
         coco: ground truth.
         classes: the detector's class names, label `i + 1` being `classes[i]`, matched to the data's as
-            `pairing.match_classes` does it. Detections of classes that the data has not are left out.
+            `pairing.match_classes` does it. Detections of classes that the data does not have are left out.
 
     Raises:
         DataError: no class name is in the ground truth.
@@ -107,32 +110,35 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 def evaluate(
     detector: Detector,
-    batches: Iterable[tuple[list[Tensor], Any, list[int]]],
-    coco: COCO,
+    dataset: DetectionDataset | Subset,
     *,
+    workers: int = 0,
     autocast: torch.dtype | None = None,
-    on_batch: Callable[[int], None] = lambda images: None,
+    on_image: Callable[[int], None] = lambda images: None,
     keep_detections: list[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Detect on every batch and score the result.
+    """Detect on one image at a time, as plain torchvision does in use, and score the result.
+
+    In a batch an image would be padded to the size of others, and its detections would depend on them.
 
     Args:
-        batches: (images, targets, image ids) as the evaluation loader gives them.
-        coco: ground truth.
+        dataset: images with their ground truth, or some of them.
+        workers: loader processes.
         autocast: dtype of CUDA autocast, None for full precision.
-        on_batch: told the number of images after each batch.
+        on_image: told the number of images done, 1, after each.
         keep_detections: a list that the detections are appended to, in COCO results format.
 
     Returns:
         The metrics of `CocoEvaluator.evaluate`.
     """
-    evaluator = CocoEvaluator(coco, detector.classes)
+    whole = dataset.dataset if isinstance(dataset, Subset) else dataset
+    evaluator = CocoEvaluator(whole.coco, detector.classes)
     device = next(detector.parameters()).device
+    loader = evaluation_loader(dataset, workers, pin_memory=device.type == "cuda")
     with evaluating(detector), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-        for images, _, image_ids in batches:
-            outputs = detector.detect([image.to(device, non_blocking=True) for image in images])
-            evaluator.process(image_ids, outputs)
-            on_batch(len(images))
+        for images, _, image_ids in loader:
+            evaluator.process(image_ids, detector.detect([image.to(device, non_blocking=True) for image in images]))
+            on_image(len(images))
     if keep_detections is not None:
         keep_detections.extend(evaluator.detections)
     return evaluator.evaluate()

@@ -21,7 +21,8 @@ from defeat_cli.engine.optimization import lr_factor
 from defeat_cli.engine.runs import BEST, LAST, RunFolder
 from defeat_cli.errors import Interrupted, RunError
 
-TrainingBatch = tuple[list[Tensor], list[dict[str, Tensor]], list[int]]
+TrainingBatch = tuple[list[Tensor], list[dict[str, Tensor] | None], list[int]]
+"""Images, targets (None for unlabelled images) and image ids."""
 
 
 def seed_step(seed: int, step: int, part: int = 0) -> None:
@@ -61,7 +62,7 @@ def train_step(
     for part, (images, targets, _) in enumerate(batches):
         seed_step(seed, training.step, part)
         images = [image.to(device, non_blocking=True) for image in images]
-        targets = [{key: value.to(device, non_blocking=True) for key, value in target.items()} for target in targets]
+        targets = [t and {key: value.to(device, non_blocking=True) for key, value in t.items()} for t in targets]
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
             losses = training.distiller(images, targets, strength, measure=measure and part == len(batches) - 1)
         total = torch.stack([value.float() for value in losses.weighted.values()]).sum()
@@ -139,9 +140,12 @@ def fit(
                 )
                 _add(training, losses)
                 clock.tick(sum(len(images) for images, _, _ in batches))
+                _count(training, batches, distilled=any(factor is not None for factor in strength.values()))
                 if training.step % recipe.run.log_every == 0:
                     entry = {"kind": "train", "step": training.step, "epoch": epoch + 1, "lr": lr, "strength": strength}
                     entry |= _averages(training) | clock.speed()
+                    if recipe.data.unlabelled is not None:
+                        entry["seen"] = dict(training.seen)
                     run.log(entry)
                     reporter.logged(entry)
                     proportion.look(entry["pull"])
@@ -169,6 +173,14 @@ def _groups(loader: Iterable[TrainingBatch], size: int) -> Iterator[list[Trainin
     batches = iter(loader)
     while group := list(islice(batches, size)):
         yield group
+
+
+def _count(training: Training, batches: list[TrainingBatch], *, distilled: bool) -> None:
+    """Count a step's images; where no term is on, unlabelled ones are of no use and not looked at."""
+    for _, targets, _ in batches:
+        labelled = sum(target is not None for target in targets)
+        training.seen["labelled"] += labelled
+        training.seen["unlabelled"] += distilled * (len(targets) - labelled)
 
 
 def _add(training: Training, losses: StepLosses) -> None:

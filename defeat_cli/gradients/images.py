@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from defeat_cli.data.annotations import Annotations
-from defeat_cli.data.dataset import MIN_SIDE, CocoDataset
+from defeat_cli.data.dataset import MIN_SIDE, DetectionDataset
 from defeat_cli.data.transforms import read_image
 from defeat_cli.detectors.contract import Batch, Detector, Target
 from defeat_cli.distillation.pairing import match_classes
 from defeat_cli.errors import CheckpointError, DataError
 from defeat_cli.gradients.pictures import View
+from defeat_cli.text import listed
 
 IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 """Files of a folder that are taken for images; a file named by itself may be called anything."""
@@ -81,20 +82,20 @@ def find_images(
     Raises:
         DataError: an input leads to no image, or to none that the annotations know.
     """
-    if annotations is None:
-        paths = dict.fromkeys(path for name in inputs for path in _expand(name))
-        return [Source(path) for path in paths][:limit]
-    places = _Places(annotations)
-    known: dict[Path, int] = {}
+    ends = _ends(annotations) if annotations is not None else {}
+    places: dict[Path, int | None] = {}
     for name in inputs:
-        of_input = {path: place for path in _expand(name) if (place := places.of(path)) is not None}
+        of_input = {path: _place(path, ends) for path in _expand(name)}
+        if annotations is not None:
+            of_input = {path: place for path, place in of_input.items() if place is not None}
         if not of_input:
             raise DataError(f"{name}: {annotations.origin} has no ground truth for it: no image of this name")
-        known |= of_input
-    return [_annotated(path, annotations, place) for path, place in list(known.items())[:limit]]
+        places |= of_input
+    chosen = list(places.items())[:limit]
+    return [Source(path) if place is None else _annotated(path, annotations, place) for path, place in chosen]
 
 
-def images_of(dataset: CocoDataset, limit: int | None = None) -> list[Source]:
+def images_of(dataset: DetectionDataset, limit: int | None = None) -> list[Source]:
     """The images of a data set with their ground truth; at most `limit`, from the front."""
     count = min(len(dataset), limit or len(dataset))
     return [_annotated(dataset.images / dataset.file_name(i), dataset.annotations, i) for i in range(count)]
@@ -106,33 +107,26 @@ def _expand(name: str) -> list[Path]:
         return [path]
     if path.is_dir():
         found = [file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES]
-        if not found:
-            raise DataError(
-                f"{name}: no images in this folder; files ending in {', '.join(sorted(IMAGE_SUFFIXES))} count"
-            )
-        return sorted(found)
-    found = [Path(file) for file in glob.glob(name, recursive=True) if Path(file).is_file()]
+        problem = f"no images in this folder; files ending in {', '.join(sorted(IMAGE_SUFFIXES))} count"
+    else:
+        found = [Path(file) for file in glob.glob(name, recursive=True) if Path(file).is_file()]
+        problem = "no file matches this pattern" if glob.has_magic(name) else "no such image or folder"
     if not found:
-        what = "no file matches this pattern" if glob.has_magic(name) else "no such image or folder"
-        raise DataError(f"{name}: {what}")
+        raise DataError(f"{name}: {problem}")
     return sorted(found)
 
 
-class _Places:
-    """Where images are in annotations."""
+def _ends(annotations: Annotations) -> dict[tuple[str, ...], int]:
+    """Position of each file name, by its parts; by its last part alone too where it shares that with no other."""
+    whole = {Path(name).parts: i for i, name in enumerate(annotations.file_names)}
+    alike = Counter(parts[-1] for parts in whole)
+    return {parts[-1:]: i for parts, i in whole.items() if alike[parts[-1]] == 1} | whole
 
-    def __init__(self, annotations: Annotations) -> None:
-        self.whole = {Path(name).parts: i for i, name in enumerate(annotations.file_names)}
-        self.alike = Counter(parts[-1] for parts in self.whole)
-        self.last = {parts[-1]: i for parts, i in self.whole.items()}
 
-    def of(self, path: Path) -> int | None:
-        """Position of the entry whose file name the path ends in, or whose last part it shares with no other entry."""
-        parts = path.resolve().parts
-        for start in range(len(parts)):
-            if parts[start:] in self.whole:
-                return self.whole[parts[start:]]
-        return self.last[path.name] if self.alike[path.name] == 1 else None
+def _place(path: Path, ends: dict[tuple[str, ...], int]) -> int | None:
+    """Position of the file name that the path ends in, the longest first."""
+    parts = path.resolve().parts
+    return next((ends[parts[start:]] for start in range(len(parts)) if parts[start:] in ends), None)
 
 
 def _annotated(path: Path, annotations: Annotations, index: int) -> Source:
@@ -160,8 +154,8 @@ def require_classes(sources: Iterable[Source], detector: Detector, name: str) ->
     missing = sorted(used - set(_labels(used, detector)))
     if missing:
         raise CheckpointError(
-            f"{name} has no class for {_listed(missing)}, which the ground truth has boxes of; "
-            f"it knows {_listed(detector.classes)}"
+            f"{name} has no class for {listed(missing)}, which the ground truth has boxes of; "
+            f"it knows {listed(detector.classes)}"
         )
 
 
@@ -169,10 +163,6 @@ def _labels(names: Iterable[str], detector: Detector) -> dict[str, int]:
     """Class name -> the detector's label, for names that it has in this or another form (`aeroplane`, `airplane`)."""
     names = sorted(set(names))
     return {names[n]: label + 1 for n, label in match_classes(names, detector.classes)}
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
 
 
 @torch.no_grad()
@@ -197,18 +187,15 @@ def device_of(detector: Detector) -> torch.device:
 def view_of(batch: Batch) -> View:
     """The first image of a batch for drawing: its own area, without padding, and its boxes."""
     height, width = batch.sizes[0]
-    pixels = (batch.pixels[0, :, :height, :width] * 255).round().byte().permute(1, 2, 0)
-    return View(pixels.cpu().numpy(), batch.targets[0]["boxes"].cpu().numpy())
+    pixels = (batch.pixels[0, :, :height, :width] * 255).round().byte()
+    return View(pixels.cpu(), batch.targets[0]["boxes"].cpu())
 
 
 def distinct_names(sources: Sequence[Source]) -> list[str]:
     """The files' names without suffix; `_2`, `_3` … are added where several files are called alike."""
-    names: list[str] = []
-    taken: set[str] = set()
+    names: dict[str, None] = {}
     for source in sources:
         stem = source.path.stem
         numbered = (f"{stem}_{k}" for k in itertools.count(2))
-        name = next(name for name in itertools.chain([stem], numbered) if name not in taken)
-        taken.add(name)
-        names.append(name)
-    return names
+        names[next(name for name in itertools.chain([stem], numbered) if name not in names)] = None
+    return list(names)

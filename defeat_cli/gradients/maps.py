@@ -6,24 +6,23 @@ input of its own, as it does in distillation: what P6 passes back to the P5 that
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from defeat_cli.detectors.contract import Batch, Detector
-from defeat_cli.distillation.adapters import Adapter
-from defeat_cli.distillation.losses import imitation_loss
-from defeat_cli.distillation.masks import box_masks, valid_masks
-from defeat_cli.distillation.pairing import match_levels
-from defeat_cli.errors import CheckpointError, DefeatError
+from defeat_cli.detectors.contract import Batch, Detector, evaluating
+from defeat_cli.distillation.terms import Term, View
+from defeat_cli.errors import DefeatError
 
 Reduce = Literal["l2", "mean-abs"]
 
-LOSSES = {
+NeckLoss = Callable[[list[Tensor]], Tensor]
+"""A scalar from a detector's FPN features of one image, finest first, each [1, C_l, h_l, w_l]."""
+
+PARTS = {
     "rpn": ("loss_objectness", "loss_rpn_box_reg"),
     "classification": ("loss_classifier", "classification"),
     "regression": ("loss_box_reg", "bbox_regression", "bbox_ctrness"),
@@ -36,50 +35,29 @@ REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 """[N, C, h, w] gradients to [N, h, w] magnitudes."""
 
-NECK_VARIANTS = {
-    "full": (False, True, False),
-    "fg-only": (True, True, False),
-    "bg-only": (True, False, True),
-    "neck": (True, True, True),
-}
-"""Variants of the neck term (design 1.5): is it decoupled by boxes, has it a foreground and has it a background group.
-Where it is not decoupled, every cell is foreground."""
 
-
-def gradient_maps(
-    detector: Detector,
-    batch: Batch,
-    loss: str = "total",
-    samples: int = 8,
-    seed: int = 0,
-    reduce: Reduce = "l2",
+def detection_maps(
+    detector: Detector, batch: Batch, part: str = "total", samples: int = 8, seed: int = 0, reduce: Reduce = "l2"
 ) -> list[Tensor]:
     """Magnitude of the detection loss's gradient with respect to each FPN level.
 
-    Two-stage detectors draw the anchors and proposals that they are trained on. Magnitudes, not gradients, are averaged
-    over the draws: that is the pull of an average training step, and more draws make it steadier without making it
-    smaller. The loss is that of training, with every normalization in eval mode; no weight, buffer or mode is changed.
+    Two-stage detectors draw the anchors and proposals that they are trained on. The loss is that of training, with
+    every normalization in eval mode; no weight, buffer or mode is changed.
 
     Args:
         batch: one image with its target.
-        loss: `total`, or a part of it, a key of `LOSSES`.
-        samples: draws; detectors that draw nothing are asked once.
-        seed: fixes the draws. The global random state is left as it was.
-        reduce: L2 norm or mean absolute value over channels.
+        part: `total`, or a part of the loss, a key of `PARTS`.
+        samples, seed, reduce: as in `loss_maps`.
 
     Returns:
         One [h, w] map a level, finest first.
 
     Raises:
-        DefeatError: the detector has no such loss.
+        DefeatError: the detector's loss has no such part.
     """
-    if not hasattr(detector.model, "rpn"):
-        samples = 1
+    features = neck_features(detector, batch)
     with losses_in_eval_mode(detector):
-        features = _as_leaves(detector, batch)
-        return _mean_magnitudes(
-            lambda: part_of(detector.losses(features, batch), loss), features, samples, seed, reduce
-        )
+        return loss_maps(lambda leaves: part_of(detector.losses(leaves, batch), part), features, samples, seed, reduce)
 
 
 def part_of(losses: Mapping[str, Tensor], part: str) -> Tensor:
@@ -90,90 +68,68 @@ def part_of(losses: Mapping[str, Tensor], part: str) -> Tensor:
     """
     if part == "total":
         return sum(losses.values())
-    chosen = [value for name, value in losses.items() if name in LOSSES.get(part, ())]
+    chosen = [value for name, value in losses.items() if name in PARTS[part]]
     if not chosen:
-        has = [name for name, terms in LOSSES.items() if any(term in losses for term in terms)]
+        has = [name for name, terms in PARTS.items() if any(term in losses for term in terms)]
         raise DefeatError(f"--loss {part}: this detector has no such loss; it has total, {', '.join(has)}")
     return sum(chosen)
 
 
-def distillation_maps(
-    student: Detector,
-    teacher: Detector,
-    adapters: Sequence[nn.Module],
-    batch: Batch,
-    *,
-    alpha_fg: float = 4.0,
-    alpha_bg: float = 16.0,
-    finest_scale: float = 56.0,
-    reduce: Reduce = "l2",
-) -> dict[str, list[Tensor]]:
-    """Magnitude of the neck distillation term's gradient with respect to each of the student's FPN levels.
+def neck_features(detector: Detector, batch: Batch) -> list[Tensor]:
+    """FPN features in eval mode, finest first, as leaves that want a gradient: the backbone keeps no activations."""
+    with evaluating(detector):
+        features = detector.features(batch)
+    return [feature.detach().requires_grad_() for feature in features]
+
+
+def loss_maps(
+    loss: NeckLoss, features: list[Tensor], samples: int = 1, seed: int = 0, reduce: Reduce = "l2"
+) -> list[Tensor]:
+    """Magnitude of any loss's gradient with respect to each FPN level.
+
+    Magnitudes, not gradients, are averaged over the draws: that is the pull of an average training step, and more draws
+    make it steadier without making it smaller.
 
     Args:
-        adapters: one for each pair of levels that student and teacher share, finest first; see `neck_adapters`.
-        batch: one image with its target.
+        features: as `neck_features` gives them.
+        samples: how often the loss is asked; a loss that draws nothing is asked once.
+        seed: fixes the draws. The global random state is left as it was.
+        reduce: L2 norm or mean absolute value over channels.
 
     Returns:
-        Variant of the neck term -> one [h, w] map a level; zeros on a level that the teacher has not.
+        One [h, w] map a level, finest first; zeros where the loss does not depend on a level.
     """
-    with losses_in_eval_mode(student), losses_in_eval_mode(teacher):
-        features = _as_leaves(student, batch)
-        teacher_features = _as_leaves(teacher, batch)
-    shapes = [tuple(feature.shape[-2:]) for feature in features]
-    valid = valid_masks(batch.valid, shapes)
-    inside = box_masks([target["boxes"] for target in batch.targets], shapes, student.strides, finest_scale)
-    pairs = match_levels(student.strides, teacher.strides)
-
-    def term(decoupled: bool, foreground: bool, background: bool) -> Tensor:
-        losses = []
-        for (s, t), adapter in zip(pairs, adapters, strict=True):
-            mask = inside[s] if decoupled else torch.ones_like(inside[s])
-            alphas = alpha_fg * foreground, alpha_bg * background
-            losses.append(sum(imitation_loss(adapter(features[s]), teacher_features[t], mask, *alphas, valid=valid[s])))
-        return torch.stack(losses).mean()
-
-    return {
-        variant: _mean_magnitudes(partial(term, *groups), features, samples=1, seed=0, reduce=reduce)
-        for variant, groups in NECK_VARIANTS.items()
-    }
+    totals = [feature.new_zeros(feature.shape[-2:]) for feature in features]
+    device, draws = features[0].device, 0
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad():
+        torch.manual_seed(seed)
+        while draws < samples:
+            before = _random_state(device)
+            value = loss(features)
+            if value.requires_grad:
+                gradients = torch.autograd.grad(value, features, allow_unused=True, materialize_grads=True)
+                for total, gradient in zip(totals, gradients, strict=True):
+                    total += REDUCTIONS[reduce](gradient)[0]
+            draws += 1
+            if torch.equal(before, _random_state(device)):
+                break
+    return [total / draws for total in totals]
 
 
-def neck_adapters(
-    student: Detector, teacher: Detector, trained: Mapping[str, Tensor] | None, checkpoint: str
-) -> nn.ModuleList:
-    """The neck's adapters between two detectors, as training left them; none are needed where channels agree.
+def _random_state(device: torch.device) -> Tensor:
+    """Of the generators that a loss on a device may draw from."""
+    on_device = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    return torch.cat([torch.get_rng_state(), *on_device])
 
-    Args:
-        trained: their state dict, from a checkpoint of a distilled run; None or empty where there is none.
-        checkpoint: what a message calls it.
 
-    Raises:
-        CheckpointError: the detectors share no level, the adapters are between other detectors, or there are none and
-            channels differ.
-    """
-    pairs = match_levels(student.strides, teacher.strides)
-    inner, outer = [student.levels[s].channels for s, _ in pairs], [teacher.levels[t].channels for _, t in pairs]
-    if not pairs:
-        raise CheckpointError(
-            f"no level of the teacher ({teacher.strides}) has a stride of the student's {student.strides}"
-        )
-    if trained:
-        adapters = nn.ModuleList(Adapter(i, o) for i, o in zip(inner, outer, strict=True))
-        try:
-            adapters.load_state_dict(trained)
-        except RuntimeError:
-            raise CheckpointError(
-                f"{checkpoint}: its adapters were trained with another teacher than this one"
-            ) from None
-    elif inner == outer:
-        adapters = nn.ModuleList(nn.Identity() for _ in pairs)
-    else:
-        raise CheckpointError(
-            f"{checkpoint}: holds no adapters from the student's {inner} channels to the teacher's {outer}; "
-            "give best.pt or last.pt of a run that was distilled from this teacher"
-        )
-    return adapters.eval().to(next(student.parameters()).device)
+def term_loss(term: Term, student: View, teacher: View) -> NeckLoss:
+    """A distillation term's losses at their full weights, as a function of the student's features."""
+
+    def loss(features: list[Tensor]) -> Tensor:
+        losses = term(View.of_features(student.detector, student.batch, features), teacher)
+        return sum(part.weight * part.value for part in losses.values())
+
+    return loss
 
 
 @contextmanager
@@ -194,28 +150,3 @@ def losses_in_eval_mode(detector: Detector) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
-
-
-def _as_leaves(detector: Detector, batch: Batch) -> list[Tensor]:
-    """FPN features, computed once and cut loose from the backbone, which keeps no activations."""
-    with torch.no_grad():
-        features = detector.features(batch)
-    return [feature.detach().requires_grad_() for feature in features]
-
-
-def _mean_magnitudes(
-    loss: Callable[[], Tensor], features: list[Tensor], samples: int, seed: int, reduce: Reduce
-) -> list[Tensor]:
-    """Mean over seeded draws of the loss of its gradients' magnitudes, one [h, w] a level."""
-    totals = [feature.new_zeros(feature.shape[-2:]) for feature in features]
-    device = features[0].device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad():
-        torch.manual_seed(seed)
-        for _ in range(samples):
-            value = loss()
-            if not value.requires_grad:
-                continue
-            gradients = torch.autograd.grad(value, features, allow_unused=True, materialize_grads=True)
-            for total, gradient in zip(totals, gradients, strict=True):
-                total += REDUCTIONS[reduce](gradient)[0] / samples
-    return totals

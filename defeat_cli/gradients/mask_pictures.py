@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from matplotlib.colors import Normalize
+from torch import Tensor
 
-from defeat_cli.detectors.contract import Batch, Detector
-from defeat_cli.distillation.masks import MASKS, valid_masks
+from defeat_cli.detectors.contract import Anchored, Batch, Detector
+from defeat_cli.distillation.masks import MASKS
 from defeat_cli.errors import DataError
 from defeat_cli.gradients.images import Source, detected, device_of, distinct_names, view_of
-from defeat_cli.gradients.numbers import boxes_by_level, level_name, own_area
-from defeat_cli.gradients.pictures import Panel, Row, Scale, draw_panels
+from defeat_cli.gradients.numbers import cells_of_boxes, own_area
+from defeat_cli.gradients.pictures import Row, Scale, draw_panels, level_panels, shortened
 
 BY_LEVEL = ("boxes", "gaussian")
 """Masks that take each box on one level; the others take all boxes on all levels."""
@@ -55,31 +57,31 @@ def draw_masks(
         path = output / f"{name}_masks.png"
         draw_panels(
             view,
-            _rows(detector, batch, finest_scale),
-            Scale(1.0, "how much a cell is foreground", strength=0.75),
+            _rows(detector, batch, view.boxes, finest_scale),
+            Scale(Normalize(0, 1), "how much a cell is foreground", strength=0.75),
             path,
-            heading=f"{source.path.name} · what each mask kind takes for foreground",
+            heading=f"{shortened(source.path.name, 60)} · what each mask kind takes for foreground",
             note=f"Boxes: {objects.origin}. Each panel outlines the boxes that its mask is made of.",
-            boxes=f"image, {len(view.boxes)} boxes",
         )
         paths.append(path)
     return paths
 
 
 @torch.no_grad()
-def _rows(detector: Detector, batch: Batch, finest_scale: float) -> list[Row]:
-    """A row for each mask kind."""
+def _rows(detector: Detector, batch: Batch, boxes: Tensor, finest_scale: float) -> list[Row]:
+    """A row for each mask kind that the detector can have: without anchors there is no fine-grained mask."""
     features = detector.features(batch)
     shapes = [tuple(feature.shape[-2:]) for feature in features]
-    boxes = batch.targets[0]["boxes"]
-    anchors = detector.anchors(features, batch)
-    valid = [mask[0] for mask in valid_masks(batch.valid, shapes)]
-    outlined = boxes_by_level(boxes.cpu().numpy(), shapes, detector.strides, finest_scale)
+    anchors = detector.anchors(features, batch) if isinstance(detector, Anchored) else None
+    own_level = [
+        boxes[cells.flatten(1).any(dim=1)] for cells in cells_of_boxes(boxes, shapes, detector.strides, finest_scale)
+    ]
     rows = []
     for kind, mask in MASKS.items():
-        masks = mask([boxes], shapes, detector.strides, finest_scale=finest_scale, anchors=anchors)
-        own = own_area([level[0].float() for level in masks], valid)
-        titles = [f"{level_name(stride)} · stride {stride}" for stride in detector.strides]
-        used = outlined if kind in BY_LEVEL else [None] * len(own)
-        rows.append(Row(kind, [Panel(*panel) for panel in zip(titles, own, detector.strides, used, strict=True)]))
+        if kind == "fine-grained" and anchors is None:
+            continue
+        masks = mask([batch.targets[0]["boxes"]], shapes, detector.strides, finest_scale=finest_scale, anchors=anchors)
+        own = own_area([level[0].float() for level in masks], batch.sizes[0], detector.strides)
+        outlined = own_level if kind in BY_LEVEL else [boxes] * len(own)
+        rows.append(Row(kind, level_panels(own, detector.strides, outlined)))
     return rows

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,40 +12,30 @@ from torch import Tensor
 from defeat_cli.distillation.masks import box_masks
 
 
-def level_name(stride: int) -> str:
-    """`P3` for the FPN level of stride 8."""
-    return f"P{round(math.log2(stride))}"
-
-
-def foreground_cells(
+def cells_of_boxes(
     boxes: Tensor, shapes: Sequence[tuple[int, int]], strides: Sequence[int], finest_scale: float | None = None
 ) -> list[Tensor]:
-    """Cells inside boxes, one [h, w] bool a level.
+    """Cells inside each box, one [M, h, w] bool a level.
 
     Args:
         boxes: [M, 4] xyxy in network-input pixels.
         finest_scale: None marks every box on every level: inside and outside of objects, wherever they are learned. A
             number marks each box on its own level only, as the distillation mask does.
     """
+    if not len(boxes):
+        return [torch.zeros(0, *shape, dtype=torch.bool, device=boxes.device) for shape in shapes]
+    apart = list(boxes.split(1))
     if finest_scale is not None:
-        return [mask[0] for mask in box_masks([boxes], list(shapes), list(strides), finest_scale)]
-    return [box_masks([boxes], [shape], [stride])[0][0] for shape, stride in zip(shapes, strides, strict=True)]
+        return box_masks(apart, list(shapes), list(strides), finest_scale)
+    return [box_masks(apart, [shape], [stride])[0] for shape, stride in zip(shapes, strides, strict=True)]
 
 
-def boxes_by_level(
-    boxes: np.ndarray, shapes: Sequence[tuple[int, int]], strides: Sequence[int], finest_scale: float | None = None
-) -> list[np.ndarray]:
-    """[M, 4] boxes on each level: those that `foreground_cells` marks there."""
-    if finest_scale is None or not len(boxes):
-        return [boxes] * len(shapes)
-    alone = box_masks(list(torch.from_numpy(boxes).split(1)), list(shapes), list(strides), finest_scale)
-    return [boxes[mask.flatten(1).any(dim=1).numpy()] for mask in alone]
-
-
-def own_area(maps: Sequence[Tensor], valid: Sequence[Tensor]) -> list[np.ndarray]:
-    """[h, w] maps without the padding at their right and lower edge; valid: [h, w] bool a level, True on the image."""
-    sizes = [(int(mask.any(dim=1).sum()), int(mask.any(dim=0).sum())) for mask in valid]
-    return [values[:height, :width].cpu().numpy() for values, (height, width) in zip(maps, sizes, strict=True)]
+def own_area(maps: Sequence[Tensor], size: tuple[int, int], strides: Sequence[int]) -> list[np.ndarray]:
+    """[h, w] maps without the cells that begin in the padding; size: (height, width) of the image's own area."""
+    return [
+        values[: -(-size[0] // stride), : -(-size[1] // stride)].cpu().numpy()
+        for values, stride in zip(maps, strides, strict=True)
+    ]
 
 
 def split_numbers(values: np.ndarray, foreground: np.ndarray) -> dict[str, Any]:
@@ -68,31 +57,35 @@ def split_numbers(values: np.ndarray, foreground: np.ndarray) -> dict[str, Any]:
             "mean": float(cells.mean()) if cells.size else None,
             "median": float(np.median(cells)) if cells.size else None,
         }
-    total = float(values.sum())
     return {
         **groups,
         "ratio": _ratio(groups["foreground"]["mean"], groups["background"]["mean"]),
-        "foreground_share": float(values[foreground].sum()) / total if total > 0 else None,
+        "foreground_share": _ratio(float(values[foreground].sum()), float(values.sum())),
         "foreground_area": float(foreground.mean()),
     }
 
 
 def map_numbers(
-    maps: Sequence[np.ndarray], foreground: Sequence[np.ndarray], strides: Sequence[int]
+    maps: Sequence[np.ndarray], foreground: Sequence[np.ndarray], names: Sequence[str]
 ) -> dict[str, dict[str, Any]]:
     """`split_numbers` by level, and `overall` over the cells of all levels together.
 
     Args:
         maps, foreground: one [h, w] a level, of the image's own area, without padding.
+        names: of the levels, each another.
     """
     flat = [(values.ravel(), mask.ravel()) for values, mask in zip(maps, foreground, strict=True)]
-    numbers = {level_name(stride): split_numbers(*level) for stride, level in zip(strides, flat, strict=True)}
-    together = [np.concatenate(parts) for parts in zip(*flat, strict=True)]
-    return {**numbers, "overall": split_numbers(*together)}
+    flat.append(tuple(np.concatenate(parts) for parts in zip(*flat, strict=True)))
+    return {name: split_numbers(*cells) for name, cells in zip([*names, "overall"], flat, strict=True)}
 
 
 def _ratio(numerator: float | None, denominator: float | None) -> float | None:
     return numerator / denominator if numerator is not None and denominator else None
+
+
+def concise(ratio: float) -> str:
+    """A ratio in as many digits as it deserves: `0.85`, `3.2`, `41`."""
+    return f"{ratio:.{2 if ratio < 0.995 else 1 if ratio < 9.95 else 0}f}"
 
 
 FIGURES: dict[str, Callable[[dict[str, Any]], float]] = {

@@ -2,75 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich import box
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 
 from defeat_cli.config.schema import nearest
-from defeat_cli.detectors.contract import Batch, Detector
-from defeat_cli.distillation.masks import valid_masks
-from defeat_cli.engine.runs import write_json
+from defeat_cli.detectors.contract import Batch, Detector, level_names
+from defeat_cli.distillation.distiller import Distiller
 from defeat_cli.errors import CheckpointError, DataError, DefeatError
 from defeat_cli.files import replacing
+from defeat_cli.gradients import pictures
 from defeat_cli.gradients.images import Objects, Source, detected, device_of, distinct_names, require_classes, view_of
-from defeat_cli.gradients.maps import LOSSES, NECK_VARIANTS, REDUCTIONS, distillation_maps, gradient_maps
-from defeat_cli.gradients.numbers import (
-    boxes_by_level,
-    foreground_cells,
-    level_name,
-    map_numbers,
-    own_area,
-    summarize,
-)
-from defeat_cli.gradients.pictures import (
-    ContactSheet,
-    Means,
-    Panel,
-    Row,
-    Scale,
-    View,
-    common_scale,
-    draw_panels,
-    sum_over_levels,
-    times,
-)
+from defeat_cli.gradients.maps import PARTS, REDUCTIONS, detection_maps, loss_maps, neck_features, term_loss
+from defeat_cli.gradients.numbers import cells_of_boxes, concise, map_numbers, own_area, summarize
+from defeat_cli.gradients.pictures import Panel, Row, View
 
 UNITS = {"l2": "L2 norm of the gradient over channels", "mean-abs": "mean absolute gradient over channels"}
 EVERY_LEVEL, OWN_LEVEL = "each box on every level", "each box on its own level, as in the distillation mask"
 
+NamedMaps = tuple[str, list[int], list[Tensor]]
+"""A row's name, its levels' strides, and one [h, w] map a level."""
+
 
 @dataclass(frozen=True)
 class Subject:
-    """What one picture of an image shows.
+    """What one picture of an image shows: a row for each detector, or for each distillation term.
 
     name: ends the picture's file name, and is the key in `gradients.json`.
-    rows: what is compared: detectors, or variants of a term.
     own_level: a box is foreground on its own level only, instead of on every level.
-    root: of the colour scale.
+    decades: colours follow the value's logarithm; else its square root.
     """
 
     name: str
     title: str
-    rows: list[str]
     own_level: bool
-    root: int
+    decades: bool
 
 
 @dataclass(frozen=True)
 class Settings:
     """What is asked of every image.
 
-    loss: `total`, `rpn`, `classification`, `regression`, or `distillation` for the neck term alone.
-    distillation: the neck term's variants are looked at too.
-    samples, seed, reduce: as in `gradient_maps`.
-    own_level: a box is foreground on its own level only, instead of on every level; the neck term always has it so.
+    loss: `total`, `rpn`, `classification`, `regression`, or `distillation` for the distillation losses alone.
+    distillation: the distillation losses are looked at too.
+    samples, seed, reduce: as in `loss_maps`.
+    own_level: a box is foreground on its own level only, instead of on every level; distillation always has it so.
     threshold: lowest score of a detection that stands in for ground truth.
-    alpha_fg, alpha_bg, finest_scale: of the neck term.
+    finest_scale: object side in pixels that the first level begins at.
     save_arrays: the maps are kept as .npz.
     """
 
@@ -81,14 +67,12 @@ class Settings:
     reduce: str = "l2"
     own_level: bool = False
     threshold: float = 0.5
-    alpha_fg: float = 4.0
-    alpha_bg: float = 16.0
     finest_scale: float = 56.0
     save_arrays: bool = False
 
     def __post_init__(self) -> None:
         for option, value, known in (
-            ("--loss", self.loss, ("total", *LOSSES, "distillation")),
+            ("--loss", self.loss, ("total", *PARTS, "distillation")),
             ("--reduce", self.reduce, tuple(REDUCTIONS)),
         ):
             if value not in known:
@@ -96,28 +80,26 @@ class Settings:
         if self.samples < 1 or self.seed < 0:
             raise DefeatError(f"--samples {self.samples} --seed {self.seed}: samples are at least 1, seeds at least 0")
 
-    def subjects(self, teacher: bool) -> list[Subject]:
-        """The pictures of an image, with or without a teacher's maps."""
-        subjects = []
-        if self.loss != "distillation":
-            loss = "the whole detection loss" if self.loss == "total" else f"the {self.loss} loss"
-            rows = ["checkpoint", "teacher"] if teacher else ["checkpoint"]
-            subjects.append(Subject("gradients", f"gradient of {loss} on the neck", rows, self.own_level, root=2))
-        if self.loss == "distillation" or self.distillation:
-            # Levels weigh the same in it however few cells they have: coarse cells are pulled far more strongly.
-            title = "gradient of the neck distillation term"
-            subjects.append(Subject("distillation", title, list(NECK_VARIANTS), own_level=True, root=4))
-        return subjects
+    @property
+    def detects(self) -> bool:
+        """Whether the detection loss is looked at."""
+        return self.loss != "distillation"
 
+    @property
+    def distils(self) -> bool:
+        """Whether distillation losses are looked at."""
+        return self.distillation or not self.detects
 
-@dataclass(frozen=True)
-class Maps:
-    """One row's maps of one image: cells of the image's own area, finest level first."""
-
-    name: str
-    strides: list[int]
-    levels: list[np.ndarray]
-    numbers: dict[str, dict[str, Any]]
+    @property
+    def subjects(self) -> list[Subject]:
+        """The pictures of an image."""
+        loss = "the whole detection loss" if self.loss == "total" else f"the {self.loss} loss"
+        title = f"gradient of {loss} on the neck"
+        detection = Subject("gradients", title, self.own_level, decades=False)
+        # Levels weigh the same in it however few cells they have: coarse cells are pulled far more strongly.
+        title = "gradient of the distillation terms on the neck"
+        distillation = Subject("distillation", title, own_level=True, decades=True)
+        return [detection] * self.detects + [distillation] * self.distils
 
 
 @dataclass
@@ -138,7 +120,7 @@ class GradientReport:
         return {
             subject.name: {
                 row: summarize([image[subject.name][row] for image in self.images], self.about["seed"])
-                for row in subject.rows
+                for row in self.images[0][subject.name]
             }
             for subject in self.subjects
         }
@@ -146,13 +128,8 @@ class GradientReport:
     def to_dict(self) -> dict[str, Any]:
         """The content of `gradients.json`."""
         foreground = {subject.name: OWN_LEVEL if subject.own_level else EVERY_LEVEL for subject in self.subjects}
-        return {
-            **self.about,
-            "foreground": foreground,
-            "summary": self.summary,
-            "images": self.images,
-            "skipped": self.skipped,
-        }
+        told = {"foreground": foreground, "summary": self.summary, "images": self.images, "skipped": self.skipped}
+        return self.about | told
 
     def tables(self) -> list[Table]:
         """The summary, as a user sees it."""
@@ -162,24 +139,16 @@ class GradientReport:
     def _table(self, subject: Subject, rows: dict[str, dict[str, Any]]) -> Table:
         count = len(self.images)
         title = f"{subject.title}: {UNITS[self.about['reduce']]}, mean per cell over {count} image{'s' * (count != 1)}"
-        table = Table(title=title, title_justify="left")
-        for column in ("", "level"):
-            table.add_column(column)
-        columns = (
-            "inside boxes",
-            "outside",
-            "ratio [95% interval]",
-            "share inside",
-            "area inside",
-            "images inside > outside",
-        )
-        for column in columns:
-            table.add_column(column, justify="right")
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+        table.add_column("level", no_wrap=True)
+        for column in (
+            "inside\nboxes", "outside\n", "ratio\n[95% interval]", "share\ninside", "area\ninside", "images\nin > out"
+        ):  # fmt: skip
+            table.add_column(column, justify="right", no_wrap=True)
         for row, levels in rows.items():
+            table.add_row(row, style="bold")
             for level, numbers in levels.items():
-                last = level == "overall"
-                name = row if level == next(iter(levels)) else ""
-                table.add_row(name, level, *_cells(numbers), style="bold" if last else "", end_section=last)
+                table.add_row(f" {level}", *_cells(numbers), end_section=level == "overall")
         return table
 
 
@@ -187,11 +156,11 @@ def _cells(numbers: dict[str, Any]) -> list[str]:
     if not numbers["images"]:
         return ["-"] * 6
     ratio, higher = numbers["ratio"], numbers["foreground_higher"]
-    interval = " [{:.2f}, {:.2f}]".format(*ratio["interval"]) if ratio["interval"] else ""
+    interval = f" [{', '.join(map(concise, ratio['interval']))}]" if ratio["interval"] else ""
     return [
         f"{numbers['foreground_mean']['mean']:.2e}",
         f"{numbers['background_mean']['mean']:.2e}",
-        f"{ratio['mean']:.2f}{interval}" if ratio["mean"] is not None else "-",
+        f"{concise(ratio['mean'])}{interval}" if ratio["mean"] is not None else "-",
         f"{numbers['foreground_share']['mean']:.0%}",
         f"{numbers['foreground_area']['mean']:.0%}",
         f"{round(higher['mean'] * numbers['images'])} of {numbers['images']}",
@@ -204,10 +173,10 @@ def run_gradient_maps(
     output: Path,
     settings: Settings,
     *,
-    name: str,
+    about: Mapping[str, Any],
     teacher: Detector | None = None,
     teacher_boxes: bool = False,
-    adapters: Sequence[nn.Module] = (),
+    distiller: Distiller | None = None,
     advance: Callable[[int], None] = lambda done: None,
 ) -> GradientReport:
     """Measure and draw where a detector's gradients live, image by image.
@@ -217,10 +186,10 @@ def run_gradient_maps(
 
     Args:
         student: the detector that is looked at; it prepares the images for the teacher too.
-        name: what messages and numbers call its checkpoint.
+        about: what `gradients.json` says beside the settings; its `checkpoint` is what messages call the student.
         teacher: its maps stand beside the student's, on one colour scale.
         teacher_boxes: where there is no ground truth the teacher's detections stand in, not the student's.
-        adapters: the neck's, one for each pair of levels; needed for distillation.
+        distiller: of both, with the terms that get a row each, where the settings ask for them.
         advance: called with 1 after each image.
 
     Returns:
@@ -231,169 +200,137 @@ def run_gradient_maps(
         DataError: not one image could be used.
         DefeatError: the detector has no such loss.
     """
-    subjects = settings.subjects(teacher is not None)
-    require_classes(sources, student, name)
-    if teacher is not None and "teacher" in subjects[0].rows:
+    require_classes(sources, student, about["checkpoint"])
+    if teacher is not None and settings.detects:
         require_classes(sources, teacher, "the teacher")
     output.mkdir(parents=True, exist_ok=True)
-    look = _Look(student.eval(), teacher and teacher.eval(), adapters, settings, subjects, teacher_boxes)
-    about = {"checkpoint": name, **asdict(settings)}
-    report = GradientReport(about, subjects)
-    note = (
-        f"from left to right: image, {', '.join(subjects[0].rows)}; sum over levels, each image on a colour scale of "
-        "its own; ×: mean inside boxes over mean outside"
-    )
-    sheet = ContactSheet(len(sources), len(subjects[0].rows), subjects[0].title, note)
+    thumbnail = max(60, min(300, round(2400 / math.sqrt(3 * len(sources)))))
+    look = _Look(student.eval(), teacher and teacher.eval(), distiller, settings, teacher_boxes, thumbnail)
+    report = GradientReport({**about, **asdict(settings)}, settings.subjects)
+    seen = []
     for source, stem in zip(sources, distinct_names(sources), strict=True):
         try:
             image = source.read()
         except DataError as error:
             report.skipped.append({"file": str(source.path), "reason": str(error)})
         else:
-            report.images.append(look.at(source, image, output / stem, sheet))
+            entry, *on_sheet = look.at(source, image, output / stem)
+            report.images.append(entry)
+            seen.append(on_sheet)
         advance(1)
     if not report.images:
         raise DataError("\n  ".join(["no image could be used:", *(entry["reason"] for entry in report.skipped)]))
-    sheet.save(output / "contact_sheet.png")
-    write_json(output / "gradients.json", report.to_dict())
+    first = report.subjects[0]
+    note = (
+        f"from left to right: image, {', '.join(report.images[0][first.name])}; sum over levels, each image on a "
+        "colour scale of its own; ×: mean inside boxes over mean outside"
+    )
+    pictures.draw_contact_sheet(*zip(*seen, strict=True), output / "contact_sheet.png", first.title, note)
+    with replacing(output / "gradients.json") as temporary:
+        temporary.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
     return report
 
 
 @dataclass(frozen=True)
 class _Look:
-    """What stays the same from image to image."""
+    """What stays the same from image to image. thumbnail: longer side, in pixels, of pictures on the contact sheet."""
 
     student: Detector
     teacher: Detector | None
-    adapters: Sequence[nn.Module]
+    distiller: Distiller | None
     settings: Settings
-    subjects: list[Subject]
     teacher_boxes: bool
+    thumbnail: int
 
-    def at(self, source: Source, image: Tensor, stem: Path, sheet: ContactSheet) -> dict[str, Any]:
-        """Measure, draw and write one image; its entry in `gradients.json`."""
+    def at(self, source: Source, image: Tensor, stem: Path) -> tuple[dict[str, Any], Tensor, str]:
+        """Measure, draw and write one image; its entry in `gradients.json`, its thumbnails and their caption."""
         objects = source.objects or self._stand_in(image)
-        batch = self._prepared(image, objects, self.student)
+        image = image.to(device_of(self.student))
+        batch = self.student.prepare([image], [objects.target(self.student)])
         view = view_of(batch)
         entry: dict[str, Any] = {"file": str(source.path), "boxes": objects.origin, "objects": len(view.boxes)}
-        arrays = {}
-        for subject in self.subjects:
-            rows = (
-                self._distillation(batch) if subject.name == "distillation" else self._detection(batch, image, objects)
-            )
-            rows = [self._measured(name, *maps, batch, subject.own_level) for name, maps in rows.items()]
-            heading = f"{source.path.name} · {subject.title}"
+        arrays, on_sheet = {}, []
+        for subject in self.settings.subjects:
+            distils = subject.name == "distillation"
+            maps = self._distillation(image, objects) if distils else self._detection(image, objects)
+            finest_scale = self.settings.finest_scale if subject.own_level else None
+            rows = [_row(*named, batch, view, finest_scale) for named in maps]
+            values = (panel.values for row in rows for panel in row.panels)
+            scale = pictures.common_scale(values, UNITS[self.settings.reduce], subject.decades)
             path = stem.with_name(f"{stem.name}_{subject.name}.png")
-            sums, scale = self._draw(subject, rows, view, objects, heading, path)
-            if subject is self.subjects[0]:
-                sheet.add(view, sums, scale, f"{stem.name}   {_ratios(rows)}")
+            heading = f"{pictures.shortened(source.path.name, 60)} · {subject.title}"
+            note = f"{_comparison(rows)}   Boxes: {objects.origin}."
+            pictures.draw_panels(view, rows, scale, path, heading=heading, note=note)
+            strip = pictures.thumbnails(view, [row.panels[-1] for row in rows], scale, self.thumbnail)
+            on_sheet += [strip, f"{stem.name}   {_ratios(rows)}"]
             entry[subject.name] = {row.name: row.numbers for row in rows}
             for row in rows:
-                names = [f"{row.name}/{level_name(stride)}" for stride in row.strides]
-                arrays |= dict(zip(names, row.levels, strict=True))
+                levels = zip(list(row.numbers)[:-1], row.panels[:-1], strict=True)
+                arrays |= {f"{row.name}/{level}": panel.values for level, panel in levels}
         if self.settings.save_arrays:
             with replacing(stem.with_name(f"{stem.name}_gradients.npz")) as temporary:
                 np.savez_compressed(temporary, **arrays)
-        return entry
+        return entry, *on_sheet[:2]
 
     def _stand_in(self, image: Tensor) -> Objects:
         """Detections where there is no ground truth."""
-        if self.teacher_boxes and self.teacher is not None:
-            return detected(self.teacher, image, self.settings.threshold, "the teacher")
-        return detected(self.student, image, self.settings.threshold, "the checkpoint")
+        by_teacher = self.teacher_boxes and self.teacher is not None
+        finder, name = (self.teacher, "the teacher") if by_teacher else (self.student, "the checkpoint")
+        return detected(finder, image, self.settings.threshold, name)
 
-    def _prepared(self, image: Tensor, objects: Objects, detector: Detector) -> Batch:
-        """The image as the student resizes it, with a detector's labels."""
-        return self.student.prepare([image.to(device_of(self.student))], [objects.target(detector)])
-
-    def _detection(self, batch: Batch, image: Tensor, objects: Objects) -> dict[str, tuple[list[int], list[Tensor]]]:
-        """Detector -> strides and maps of the detection loss."""
-        settings = self.settings
-        rows = {}
+    def _detection(self, image: Tensor, objects: Objects) -> Iterator[NamedMaps]:
+        """Each detector's name, strides, and maps of its loss, at the student's image size."""
         for name, detector in (("checkpoint", self.student), ("teacher", self.teacher)):
             if detector is not None:
-                own = batch if detector is self.student else self._prepared(image, objects, detector)
-                maps = gradient_maps(detector, own, settings.loss, settings.samples, settings.seed, settings.reduce)
-                rows[name] = detector.strides, maps
-        return rows
+                batch = self.student.prepare([image], [objects.target(detector)])
+                yield name, detector.strides, detection_maps(detector, batch, self.settings.loss, **self._draws)
 
-    def _distillation(self, batch: Batch) -> dict[str, tuple[list[int], list[Tensor]]]:
-        """Variant of the neck term -> strides and maps."""
-        settings = self.settings
-        variants = distillation_maps(
-            self.student,
-            self.teacher,
-            self.adapters,
-            batch,
-            alpha_fg=settings.alpha_fg,
-            alpha_bg=settings.alpha_bg,
-            finest_scale=settings.finest_scale,
-            reduce=settings.reduce,
-        )
-        return {name: (self.student.strides, maps) for name, maps in variants.items()}
+    def _distillation(self, image: Tensor, objects: Objects) -> Iterator[NamedMaps]:
+        """Each term's name, the student's strides, and maps of the term's loss."""
+        ours, theirs = self.distiller.views([image], [objects.target(self.student)])
+        features = neck_features(self.student, ours.batch)
+        for name, term in self.distiller.terms.items():
+            yield name, self.student.strides, loss_maps(term_loss(term, ours, theirs), features, **self._draws)
 
-    def _measured(self, name: str, strides: list[int], maps: list[Tensor], batch: Batch, own_level: bool) -> Maps:
-        """Maps cut to the image's own area, with their numbers."""
-        if not all(values.isfinite().all() for values in maps):
-            raise CheckpointError(f"{name}: its gradients are not finite; the weights hold NaN or huge numbers")
-        shapes = [tuple(values.shape) for values in maps]
-        scale = self.settings.finest_scale if own_level else None
-        inside = foreground_cells(batch.targets[0]["boxes"], shapes, strides, scale)
-        valid = [mask[0] for mask in valid_masks(batch.valid, shapes)]
-        levels, foreground = own_area(maps, valid), own_area(inside, valid)
-        return Maps(name, strides, levels, map_numbers(levels, foreground, strides))
-
-    def _draw(
-        self, subject: Subject, rows: list[Maps], view: View, objects: Objects, heading: str, path: Path
-    ) -> tuple[list[Panel], Scale]:
-        """Write an image's picture; returns its sums over levels and their scale, for the contact sheet."""
-        sums = [Panel("sum over levels", sum_over_levels(row.levels, row.strides), row.strides[0]) for row in rows]
-        values = [*(level for row in rows for level in row.levels), *(panel.values for panel in sums)]
-        root = {2: "square root", 4: "fourth root"}[subject.root]
-        scale = common_scale(values, f"{UNITS[self.settings.reduce]}; {root} scale, one for all panels", subject.root)
-        finest = self.settings.finest_scale if subject.own_level else None
-        drawn = [
-            Row(row.name, [*_level_panels(row, view, finest), total], _means(row))
-            for row, total in zip(rows, sums, strict=True)
-        ]
-        note = f"{_comparison(rows)}   Boxes: {objects.origin}."
-        draw_panels(view, drawn, scale, path, heading=heading, note=note, boxes=f"image, {len(view.boxes)} boxes")
-        return sums, scale
+    @property
+    def _draws(self) -> dict[str, Any]:
+        return {key: getattr(self.settings, key) for key in ("samples", "seed", "reduce")}
 
 
-def _level_panels(row: Maps, view: View, finest_scale: float | None) -> list[Panel]:
-    shapes = [values.shape for values in row.levels]
-    boxes = boxes_by_level(view.boxes, shapes, row.strides, finest_scale)
-    return [
-        Panel(f"{level_name(stride)} · stride {stride}", values, stride, outlined)
-        for stride, values, outlined in zip(row.strides, row.levels, boxes, strict=True)
-    ]
+def _row(
+    name: str, strides: list[int], maps: list[Tensor], batch: Batch, view: View, finest_scale: float | None
+) -> Row:
+    """Maps cut to the image's own area, their sum over levels, and their numbers.
+
+    Raises:
+        CheckpointError: they are not finite.
+    """
+    if not all(values.isfinite().all() for values in maps):
+        raise CheckpointError(f"{name}: its gradients are not finite; the weights hold NaN or huge numbers")
+    cells = cells_of_boxes(batch.targets[0]["boxes"], [tuple(m.shape) for m in maps], strides, finest_scale)
+    levels = own_area(maps, batch.sizes[0], strides)
+    foreground = own_area([of_level.any(dim=0) for of_level in cells], batch.sizes[0], strides)
+    outlined = [view.boxes[of_level.flatten(1).any(dim=1).cpu()] for of_level in cells]
+    total = Panel("sum over levels", pictures.sum_over_levels(levels, strides), strides[0], view.boxes)
+    numbers = map_numbers(levels, foreground, level_names("P", strides))
+    return Row(name, [*pictures.level_panels(levels, strides, outlined), total], numbers)
 
 
-def _means(row: Maps) -> Means:
-    names = [level_name(stride) for stride in row.strides]
-    inside, outside = (
-        np.array([row.numbers[name][group]["mean"] for name in names], dtype=float)  # None becomes NaN
-        for group in ("foreground", "background")
-    )
-    return Means(names, inside, outside)
-
-
-def _ratios(rows: list[Maps]) -> str:
+def _ratios(rows: list[Row]) -> str:
     """`×3.2`, with the row's name before it where there are several."""
     texts = []
     for row in rows:
         overall = row.numbers["overall"]
         inside, outside = overall["foreground"]["mean"], overall["background"]["mean"]
-        if not inside or not outside:
-            text = "all inside" if inside else "all outside" if outside else "nothing"
+        if inside and outside:
+            text = f"×{concise(overall['ratio'])}"
         else:
-            text = times(overall["ratio"])
+            text = "all inside" if inside else "all outside" if outside else "nothing"
         texts.append(f"{row.name} {text}" if len(rows) > 1 else text)
     return ", ".join(texts)
 
 
-def _comparison(rows: list[Maps]) -> str:
+def _comparison(rows: list[Row]) -> str:
     """What the numbers of one image say, in a sentence."""
     overall = rows[0].numbers["overall"]
     if not overall["foreground"]["cells"]:

@@ -14,11 +14,11 @@ from torchvision.ops import box_iou
 
 from defeat_cli.config.schema import Recipe
 from defeat_cli.console import Reporter
-from defeat_cli.data.dataset import CocoDataset
+from defeat_cli.data.dataset import DetectionDataset
 from defeat_cli.detectors.contract import Anchored, Detector
 from defeat_cli.distillation.distiller import Distiller
 from defeat_cli.distillation.pairing import match_classes
-from defeat_cli.jobs.training import score_teacher, tell
+from defeat_cli.jobs.training import count_pseudo_labels, score_teacher, tell
 from defeat_cli.session import assemble
 
 FITTED_IMAGES = 32
@@ -45,6 +45,7 @@ def check(recipe: Recipe) -> Check:
     tell(session, reporter)
     student, teacher, data = session.student, session.teacher, session.training_data
     distiller = session.distiller.to(session.device)
+    a_batch = recipe.data.batch_size + (recipe.data.unlabelled_a_batch if session.unlabelled is not None else 0)
     image, target, _ = data[0]
     images, targets = [image.to(session.device)], [{key: value.to(session.device) for key, value in target.items()}]
 
@@ -54,7 +55,7 @@ def check(recipe: Recipe) -> Check:
         "detectors": {name: _describe(d, images) for name, d in detectors.items() if d is not None},
         "terms": terms,
         "pull": pull,
-        "memory_gib": round(_memory(distiller, images, targets, recipe) / 2**30, 2),
+        "memory_gib": round(_memory(distiller, images, targets, recipe, a_batch) / 2**30, 2),
     }
     if isinstance(student, Anchored):
         facts["anchor_fit"] = _anchor_fit(student, data)
@@ -76,6 +77,7 @@ def check(recipe: Recipe) -> Check:
         tables += [_levels_table(facts["levels"]), _classes_table(facts["classes"], student, teacher)]
         if session.teacher_is_trained:
             facts["teacher_ap"] = score_teacher(session, reporter)
+            count_pseudo_labels(session, reporter)
     tables.append(_run_table(facts, recipe))
     return Check(tables, facts)
 
@@ -96,7 +98,7 @@ def _describe(detector: Detector, images: list[Tensor]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _anchor_fit(student: Detector, data: CocoDataset) -> float:
+def _anchor_fit(student: Detector, data: DetectionDataset) -> float:
     """Mean over boxes of the best IoU that any anchor has with them, on some training images spread over the data."""
     student.eval()
     best = []
@@ -119,11 +121,13 @@ def _losses(
     return tuple({name: value.item() for name, value in of.items()} for of in (losses.weighted, losses.pull))
 
 
-def _memory(distiller: Distiller, images: list[Tensor], targets: list[dict[str, Tensor]], recipe: Recipe) -> float:
+def _memory(
+    distiller: Distiller, images: list[Tensor], targets: list[dict[str, Tensor]], recipe: Recipe, a_batch: int
+) -> float:
     """Estimated bytes of a training step: weights, gradients, optimizer state, and activations kept for backward.
 
-    The activations are those that autograd keeps for one image, times the batch size; what is only in use for a
-    moment is not counted, so the peak is somewhat above this.
+    The activations are those that autograd keeps for one image, times `a_batch`, the images of a batch with those that
+    have no labels; what is only in use for a moment is not counted, so the peak is somewhat above this.
     """
     weights = {id(p): p.numel() * p.element_size() for p in distiller.parameters()}
     trained = sum(weights[id(p)] for p in distiller.parameters() if p.requires_grad)
@@ -140,7 +144,7 @@ def _memory(distiller: Distiller, images: list[Tensor], targets: list[dict[str, 
         activations = sum(kept.values())
         del terms
     halved = 0.6 if recipe.run.precision != "fp32" else 1.0  # about what autocast saves: norms and losses stay fp32
-    return sum(weights.values()) + trained * (1 + states) + activations * recipe.data.batch_size * halved
+    return sum(weights.values()) + trained * (1 + states) + activations * a_batch * halved
 
 
 def _detectors_table(detectors: dict[str, dict[str, Any]]) -> Table:

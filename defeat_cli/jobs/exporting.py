@@ -115,7 +115,7 @@ def export(
     _refuse(target, form, kind, overwrite)
     if "run.device" in (changes or {}):
         raise DefeatError("--set run.device: files are made on the CPU and run anywhere; leave it out")
-    opened = open_detector(checkpoint, recipe_name, {**(changes or {}), "run.device": "cpu"})
+    opened = open_detector(checkpoint, recipe_name, {**(changes or {}), "run.device": "cpu"}, "export")
     for note in opened.notes:
         Reporter("export", quiet).note(note)
     graph = Graph(opened.detector, kind).eval()

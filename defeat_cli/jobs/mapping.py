@@ -10,20 +10,22 @@ from typing import Any
 
 from defeat_cli import session
 from defeat_cli.checkpoints import native
-from defeat_cli.checkpoints.loading import load_weights
-from defeat_cli.config.architecture import Architecture
-from defeat_cli.config.schema import Data, Recipe
+from defeat_cli.checkpoints.loading import TORCHVISION_PREFIX, file_of
+from defeat_cli.checkpoints.reading import read
+from defeat_cli.config.architecture import TRAINING
+from defeat_cli.config.schema import Distillation, Recipe, merged, validate
 from defeat_cli.config.terms import NeckSettings
-from defeat_cli.console import counting
+from defeat_cli.console import Reporter, counting
 from defeat_cli.data.annotations import Annotations, read_annotations
-from defeat_cli.data.dataset import CocoDataset
-from defeat_cli.detectors.contract import Detector
-from defeat_cli.errors import DataError, DefeatError
+from defeat_cli.data.dataset import DetectionDataset
+from defeat_cli.detectors.loading import load_detector, load_teacher
+from defeat_cli.distillation.distiller import Distiller
+from defeat_cli.errors import DataError, DefeatError, RecipeError
 from defeat_cli.gradients.images import Source, find_images, images_of
-from defeat_cli.gradients.maps import neck_adapters
 from defeat_cli.gradients.mask_pictures import draw_masks
+from defeat_cli.gradients.panels import panel_terms
 from defeat_cli.gradients.report import GradientReport, Settings, run_gradient_maps
-from defeat_cli.jobs.scoring import recipe_of
+from defeat_cli.jobs.asked import DETECTOR, Asked, ask, data_settings
 
 
 def visualize(
@@ -45,7 +47,7 @@ def visualize(
 
     Args:
         images: files, folders or glob patterns; none takes the data set's.
-        settings: weights and scale of the neck term are taken from the recipe instead.
+        settings: the recipe's `finest_scale` takes the place of theirs.
         recipe_name: as in `scoring.score`.
         changes: dotted recipe overrides; with `data.path` among them that data set knows the images' ground truth.
         annotations: COCO file that knows it.
@@ -56,37 +58,52 @@ def visualize(
     Raises:
         DefeatError: images, checkpoints or options that cannot be used.
     """
-    if teacher is None and (settings.loss == "distillation" or settings.distillation or teacher_boxes):
+    if teacher is None and (settings.distils or teacher_boxes):
         raise DefeatError("--distillation and --teacher-boxes need a teacher: add --teacher CHECKPOINT")
-    changes = changes or {}
-    recipe, found = recipe_of(checkpoint, recipe_name, changes)
-    device = session.choose_device(recipe.run.device)
-    sources, truth = _images(recipe, images, annotations, "data.path" in changes, split, limit)
-    student = _detector(checkpoint, recipe.student if found else None, truth, recipe.data).to(device)
-    supervisor, adapters = None, ()
-    if teacher is not None:
-        theirs, known = recipe_of(teacher, None, {})
-        architecture = theirs.student if known else recipe.teacher.architecture
-        supervisor = _detector(teacher, architecture, truth, recipe.data).to(device)
-        if settings.loss == "distillation" or settings.distillation:
-            adapters = neck_adapters(student, supervisor, _trained_adapters(checkpoint), checkpoint)
-    neck = recipe.distillation.neck or NeckSettings()
-    settings = replace(
-        settings,
-        alpha_fg=neck.alpha_fg,
-        alpha_bg=neck.alpha_bg,
-        finest_scale=neck.finest_scale,
+    asked = ask(
+        checkpoint,
+        recipe_name,
+        changes or {},
+        command="gradmap",
+        settings=_effective(data_settings(split, changes or {}), teacher, settings.distils or settings.own_level),
     )
+    recipe, reporter = asked.recipe, Reporter("gradmap", quiet)
+    device = session.choose_device(recipe.run.device)
+    sources, truth = _images(recipe, images, annotations, "data.path" in (changes or {}), split, limit)
+    loaded = load_detector(asked.weights, asked.given, classes=truth and truth.classes, ignored=NOT_DRAWN)
+    for note in asked.notes:
+        reporter.note(note)
+    loaded.tell(reporter)
+    student = loaded.detector.to(device)
+    distillation = _distillation(asked)
+    neck = distillation.neck or NeckSettings()
+    if settings.distils or settings.own_level:
+        settings = replace(settings, finest_scale=neck.finest_scale)
+    supervisor = distiller = None
+    if teacher is not None:
+        loaded = load_detector(
+            teacher,
+            asked.given,
+            section="teacher.architecture",
+            classes=truth and truth.classes,
+            sizes=(loaded.meaning.short_side, loaded.meaning.long_side),
+            ignored=NOT_DRAWN,
+        )
+        loaded.tell(reporter, "teacher: ")
+        supervisor = loaded.detector.to(device)
+        if settings.distils:
+            terms = panel_terms(distillation, student, supervisor, _trained_terms(checkpoint), checkpoint)
+            distiller = Distiller(student, supervisor, terms, own_size=recipe.teacher.size == "own")
     with counting("images", len(sources), quiet) as advance:
         return run_gradient_maps(
             student,
             sources,
             output,
             settings,
-            name=checkpoint,
+            about={"checkpoint": checkpoint, "alpha_fg": neck.alpha_fg, "alpha_bg": neck.alpha_bg},
             teacher=supervisor,
             teacher_boxes=teacher_boxes,
-            adapters=adapters,
+            distiller=distiller,
             advance=advance,
         )
 
@@ -106,11 +123,9 @@ def _images(
     """The images, and the annotations that know them where there are such."""
     if limit is not None and limit < 1:
         raise DataError(f"--limit {limit}: must be at least 1")
-    if split not in ("train", "val"):
-        raise DataError(f"no split {split!r}; use train or val")
     if not inputs and recipe.data.path is None:
         raise DataError("nothing to look at: give images, or a data folder with --data")
-    dataset: CocoDataset | None = None
+    dataset: DetectionDataset | None = None
     if not inputs or (data_given and file is None):
         dataset = session.open_data(recipe.data, split, train=False)
     if not inputs:
@@ -119,22 +134,34 @@ def _images(
     return find_images(inputs, truth, limit), truth
 
 
-def _detector(checkpoint: str, architecture: Architecture | None, truth: Annotations | None, data: Data) -> Detector:
-    """A checkpoint's detector. Classes without a name anywhere are numbered: nothing here depends on it then."""
-    classes = truth and truth.classes
-    if classes is None:
-        weights = load_weights(checkpoint, architecture)
-        classes = weights.classes or [f"class {label}" for label in range(1, weights.num_classes + 1)]
-    return session.load_detector(checkpoint, architecture=architecture, classes=classes, data=data).detector
+NOT_DRAWN = ("norm", "frozen_stages")
+"""Settings of training that the gradients of a loss do not depend on; samplers depend on the others."""
 
 
-def _trained_adapters(checkpoint: str) -> dict[str, Any] | None:
-    """The neck's adapters in a checkpoint of ours; plain weights hold none."""
-    if native.recipe_in(Path(checkpoint)) is None:
-        return None
-    prefix = "neck.adapters."
-    terms = native.load(Path(checkpoint)).get("terms", {})
-    return {key.removeprefix(prefix): value for key, value in terms.items() if key.startswith(prefix)}
+def _effective(data: list[str], teacher: str | None, has_term: bool) -> list[str]:
+    """Settings that have an effect on the pictures."""
+    known = [*DETECTOR, *data, "run.device"]
+    known += [f"student.{name}" for name in TRAINING if name not in NOT_DRAWN]
+    known += ["teacher.architecture"] if teacher is not None else []
+    return known + (["distillation"] if has_term else [])
+
+
+def _distillation(asked: Asked) -> Distillation:
+    """The neck term's settings: what was said, over what the checkpoint remembers in today's form."""
+    remembered = (asked.weights.recipe or {}).get("distillation") or {}
+    spoken = {name: value for name, (value, _) in asked.given.items() if name.startswith("distillation.")}
+    try:
+        return validate(merged({"distillation": remembered}, spoken), "the checkpoint's recipe").distillation
+    except RecipeError:  # it may be of an earlier form
+        return asked.recipe.distillation
+
+
+def _trained_terms(checkpoint: str) -> dict[str, Any]:
+    """What terms have learned, in a checkpoint of ours; other files hold nothing of them."""
+    if checkpoint.startswith(TORCHVISION_PREFIX):
+        return {}
+    content = read(file_of(checkpoint))
+    return content.get("terms", {}) if native.matches(content) else {}
 
 
 def show_masks(recipe: Recipe, images: Sequence[str], output: Path) -> list[Path]:
@@ -160,5 +187,9 @@ def show_masks(recipe: Recipe, images: Sequence[str], output: Path) -> list[Path
     neck = recipe.distillation.neck or NeckSettings()
     teacher = None
     if recipe.teacher.checkpoint is not None:
-        teacher = _detector(recipe.teacher.checkpoint, recipe.teacher.architecture, truth, recipe.data).to(device)
+        classes = truth and truth.classes
+        sizes = (recipe.data.short_side[-1], recipe.data.long_side)
+        loaded = load_teacher(recipe.teacher.checkpoint, recipe.teacher.architecture, classes=classes, sizes=sizes)
+        loaded.tell(Reporter("masks"), "teacher: ")
+        teacher = loaded.detector.to(device)
     return draw_masks(student, sources, output, finest_scale=neck.finest_scale, teacher=teacher)

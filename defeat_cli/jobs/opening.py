@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from defeat_cli import session
-from defeat_cli.checkpoints.loading import load_weights
 from defeat_cli.config import schema as recipes
 from defeat_cli.config.schema import Recipe
+from defeat_cli.detectors.loading import load_detector
 from defeat_cli.errors import CheckpointError
 from defeat_cli.export.runtime import SUFFIX, OnnxDetector
-from defeat_cli.jobs.scoring import recipe_of
+from defeat_cli.jobs.asked import DETECTOR, ask, data_settings
 
 
 class Finder(Protocol):
@@ -45,32 +45,33 @@ class Opened:
     notes: list[str] = field(default_factory=list)
 
 
-def open_detector(checkpoint: str, recipe_name: str | None, changes: Mapping[str, Any]) -> Opened:
+def open_detector(checkpoint: str, recipe_name: str | None, changes: Mapping[str, Any], command: str) -> Opened:
     """The detector in a checkpoint of any format. Classes that it does not name are the data's, else numbers.
 
     Args:
         recipe_name: recipe that says what a plain state dict is made of; None takes the checkpoint's own.
         changes: dotted recipe overrides.
+        command: what a message calls the command, e.g. `predict`.
 
     Raises:
-        DefeatError: the checkpoint, recipe, device or data cannot be used.
+        DefeatError: the checkpoint, recipe, device or data cannot be used, or a setting has no effect.
     """
-    recipe, found = recipe_of(checkpoint, recipe_name, dict(changes))
+    settings = (*DETECTOR, *data_settings("val", changes), "run.device")
+    asked = ask(checkpoint, recipe_name, changes, command=command, settings=settings)
+    recipe, notes = asked.recipe, list(asked.notes)
     device = session.choose_device(recipe.run.device)
-    architecture = recipe.student if found else None
-    weights = load_weights(checkpoint, architecture)
-    classes, notes = weights.classes, list(weights.notes)
+    classes = asked.weights.classes
     if classes is None and recipe.data.path is not None:
         classes = session.open_data(recipe.data, "val", train=False).classes
     elif classes is None:
-        classes = [f"class {label}" for label in range(1, weights.num_classes + 1)]
         notes.append(
             f"{checkpoint}: does not name its classes, which are numbered; --data takes the names of a data set"
         )
-    loaded = session.load_detector(checkpoint, architecture=architecture, classes=classes, data=recipe.data)
+    loaded = load_detector(asked.weights, asked.given, classes=classes)
+    notes += [*loaded.notes, *loaded.assumptions]
     detector = loaded.detector.to(device).eval()
     selection = getattr(detector.model, "roi_heads", detector.model)
-    return Opened(detector, recipe, device, selection.score_thresh, weights.classes is not None, notes)
+    return Opened(detector, recipe, device, selection.score_thresh, asked.weights.classes is not None, notes)
 
 
 def open_finder(checkpoint: str, recipe_name: str | None, changes: Mapping[str, Any]) -> Opened:
@@ -80,7 +81,7 @@ def open_finder(checkpoint: str, recipe_name: str | None, changes: Mapping[str, 
         DefeatError: as `open_detector`; or settings for an exported file, which cannot be changed.
     """
     if not checkpoint.endswith(SUFFIX):
-        return open_detector(checkpoint, recipe_name, changes)
+        return open_detector(checkpoint, recipe_name, changes, "predict")
     idle = [name for name in changes if name.startswith("student.") or name in ("data.short_side", "data.long_side")]
     if recipe_name is not None or idle:
         what = ", ".join(["--recipe"] * (recipe_name is not None) + idle)

@@ -6,20 +6,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.table import Table
 
 from defeat_cli import session
-from defeat_cli.checkpoints import native
-from defeat_cli.checkpoints.loading import TORCHVISION_PREFIX, file_of
-from defeat_cli.config import schema as recipes
-from defeat_cli.config.schema import Recipe
-from defeat_cli.console import counting, errors_table, metrics_table
-from defeat_cli.data.formats.voc import is_voc, voc_ap50
-from defeat_cli.data.loading import evaluation_loader
+from defeat_cli.config.schema import validate
+from defeat_cli.console import Reporter, counting, errors_table, metrics_table
+from defeat_cli.detectors.loading import load_detector
 from defeat_cli.engine.detection_errors import error_report
 from defeat_cli.engine.evaluation import evaluate
-from defeat_cli.engine.runs import RECIPE, write_json
+from defeat_cli.engine.runs import write_json
+from defeat_cli.engine.voc_ap import voc_ap50
 from defeat_cli.errors import DataError
+from defeat_cli.jobs.asked import DETECTOR, Asked, ask, data_settings
 
 
 @dataclass(frozen=True)
@@ -59,48 +58,53 @@ def score(
     """Score a checkpoint.
 
     Args:
-        recipe_name: recipe that says where the data is and what a plain state dict is made of; None takes the recipe in
-            the checkpoint, or the one beside it in its run folder.
+        recipe_name: recipe with settings in place of the checkpoint's own, and with the data.
         changes: dotted recipe overrides.
 
     Raises:
-        DefeatError: the checkpoint, data or device cannot be used.
+        DefeatError: the checkpoint, settings, data or device cannot be used.
     """
-    recipe, found = recipe_of(checkpoint, recipe_name, changes or {})
-    architecture = recipe.student if found else None
-    if split not in ("train", "val"):
-        raise DataError(f"no split {split!r}; use train or val")
+    settings = (*DETECTOR, *data_settings(split, changes or {}), "data.workers", "run.device", "run.precision")
+    asked = ask(checkpoint, recipe_name, changes or {}, command="eval", settings=settings)
+    recipe, reporter = asked.recipe, Reporter("eval", quiet)
     device = session.choose_device(recipe.run.device, recipe.run.precision)
+    precision = _precision(asked, device, reporter)
     data = session.open_data(recipe.data, split, train=False)
-    loaded = session.load_detector(checkpoint, architecture=architecture, classes=data.classes, data=recipe.data)
-    detector = loaded.detector.to(device)
+    loaded = load_detector(asked.weights, asked.given, classes=data.classes)
+    resize = loaded.detector.model.transform
+    data.refuse_vanishing(resize.min_size, resize.max_size)
+    for note in [*asked.notes, *data.notes]:
+        reporter.note(note)
+    loaded.tell(reporter)
     detections: list[dict[str, Any]] = []
     with counting("evaluating", len(data), quiet) as advance:
         metrics = evaluate(
-            detector,
-            evaluation_loader(data, recipe.data.batch_size, session.loader_processes(recipe.data.workers)),
-            data.coco,
-            autocast=session.AUTOCAST[recipe.run.precision],
-            on_batch=advance,
+            loaded.detector.to(device),
+            data,
+            workers=session.loader_processes(recipe.data.workers),
+            autocast=session.AUTOCAST[precision],
+            on_image=advance,
             keep_detections=detections,
         )
-    if is_voc(Path(recipe.data.path)):
+    if metrics["AP"] < 0:
+        raise DataError(f"{recipe.data.path}: the {split} images have no boxes: there is nothing to score on")
+    if data.layout == "voc":
         metrics["VOC_AP50"] = voc_ap50(detections, data.coco.dataset)["AP50"]
     if error_types:
         metrics["errors"] = error_report(detections, data.coco).to_dict()
-    return Score(f"{checkpoint} on {len(data)} {split} images", metrics, detections)
+    return Score(
+        f"{checkpoint} on {len(data)} {split} images of {recipe.data.path}", metrics, data.in_own_ids(detections)
+    )
 
 
-def recipe_of(checkpoint: str, name: str | None, changes: dict[str, Any]) -> tuple[Recipe, bool]:
-    """The recipe that goes with a checkpoint, with changes: the named one, else its own, else that of its run folder.
-
-    Returns:
-        The recipe, and whether it was found; where it was not, its student says nothing about the checkpoint.
-    """
-    if name is not None:
-        return recipes.load(name, changes), True
-    own = None if checkpoint.startswith(TORCHVISION_PREFIX) else native.recipe_in(file_of(checkpoint))
-    if own is not None:
-        return recipes.validate(recipes.merged(own, changes), f"{checkpoint}: the recipe in it"), True
-    beside = file_of(checkpoint).parent / RECIPE
-    return recipes.load(str(beside) if beside.is_file() else None, changes), beside.is_file()
+def _precision(asked: Asked, device: torch.device, reporter: Reporter) -> str:
+    """As it was said, else as the run evaluated that the checkpoint comes from, where the device can."""
+    if "run.precision" in asked.given:
+        return asked.recipe.run.precision
+    run = (asked.weights.recipe or {}).get("run")
+    remembered = {name: value for name, value in run.items() if name == "precision"} if isinstance(run, dict) else {}
+    trained = validate({"run": remembered}, f"{asked.weights.origin}: the recipe in it").run.precision
+    if trained == "fp32" or device.type == "cuda":
+        return trained
+    reporter.warn(f"its own run evaluated in {trained}, which needs a CUDA device; here it is fp32")
+    return "fp32"

@@ -12,8 +12,9 @@ from defeat_cli import session as sessions
 from defeat_cli.checkpoints import native
 from defeat_cli.config import schema as recipes
 from defeat_cli.config.schema import Recipe, Teacher
-from defeat_cli.console import Reporter, percent
-from defeat_cli.data.loading import evaluation_loader, training_loader
+from defeat_cli.console import Reporter, percent, spoken_counts
+from defeat_cli.data.loading import training_loader
+from defeat_cli.data.unlabelled import mixed_loader
 from defeat_cli.detectors.contract import Detector
 from defeat_cli.distillation.pairing import match_classes
 from defeat_cli.engine.checkpoint import Training, begin
@@ -72,6 +73,7 @@ def train(
         session = assemble(recipe, teacher=train_teacher(recipe, folder, overwrite, quiet))
     tell(session, reporter)
     teacher_ap = score_teacher(session, reporter)
+    count_pseudo_labels(session, reporter)
 
     run.open(recipe, resume=resume, overwrite=overwrite)
     training = begin(recipe, session.distiller, session.device)
@@ -81,9 +83,12 @@ def train(
     _fit(session, run, training, reporter, teacher_ap, until)
 
     best = native.load(run / BEST)
-    native.write_atomically(run / STUDENT, best["student"])
+    native.write_atomically(run / STUDENT, native.exported(best, str(run / BEST)))
     write_loader(run / STUDENT, recipe.student, best["classes"], recipe.data.short_side[-1], recipe.data.long_side)
     results: dict[str, Any] = {"student": best["metrics"], "training_seconds": round(training.seconds, 1)}
+    if session.unlabelled is not None:
+        reporter.note(f"{title}: trained on {spoken_counts(training.seen)} images, each time that one was seen")
+        results["seen"] = training.seen
     if session.teacher is not None and match_classes(session.validation_data.classes, session.teacher.classes):
         results["teacher"] = known_teacher() or score(session, session.teacher, reporter)
     draw_curves(run.metrics(), run / CURVES, list(session.distiller.terms))
@@ -98,6 +103,7 @@ def train(
 def plain_recipe(recipe: Recipe) -> Recipe:
     """The same recipe without a term. The teacher stays where the student inherits from it: so must the plain one."""
     content = recipes.merged(recipe.model_dump(), {recipes.ONLY: [], "run.compare_plain": False})
+    content["data"] = recipe.data.labelled_only().model_dump()
     if not recipe.student.inherit:
         content["teacher"] = Teacher().model_dump()
     return recipes.validate(content, "the plain student's recipe")
@@ -153,24 +159,38 @@ def score_teacher(session: Session, reporter: Reporter) -> float | None:
     return ap
 
 
+def count_pseudo_labels(session: Session, reporter: Reporter) -> None:
+    """Print how many boxes the teacher finds on a few unlabelled images: a threshold too high for it shows here."""
+    folder, distiller = session.unlabelled, session.distiller.to(session.device)
+    images = min(session.recipe.run.teacher_check_images, len(folder)) if folder is not None else 0
+    if not images:
+        return
+    boxes = 0
+    for i in range(images):
+        image, _, _ = folder[0, i * len(folder) // images]
+        _, teacher = distiller.views([image.to(session.device)], None)
+        boxes += len(teacher.targets[0]["boxes"])
+    threshold = session.recipe.data.unlabelled_threshold
+    reporter.note(f"unlabelled: the teacher finds {boxes / images:.1f} boxes an image, on {images} of them")
+    if boxes == 0:
+        reporter.warn(
+            f"the teacher finds nothing with a score of {threshold} on unlabelled images: to terms that need boxes "
+            "they are background alone. Lower data.unlabelled_threshold, unless that is what they are"
+        )
+
+
 def score(session: Session, detector: Detector, reporter: Reporter, *, subset: Any = None) -> dict[str, Any]:
     """COCO figures and error types of a detector on the session's validation images, or on some of them."""
     recipe, data = session.recipe, session.validation_data
     chosen = data if subset is None else subset
-    loader = evaluation_loader(
-        chosen,
-        recipe.data.batch_size,
-        sessions.loader_processes(recipe.data.workers),
-        pin_memory=session.device.type == "cuda",
-    )
     detections: list[dict[str, Any]] = []
     with reporter.evaluating(len(chosen)) as advance:
         metrics = evaluate(
             detector,
-            loader,
-            data.coco,
+            chosen,
+            workers=sessions.loader_processes(recipe.data.workers),
             autocast=sessions.AUTOCAST[recipe.run.precision],
-            on_batch=advance,
+            on_image=advance,
             keep_detections=detections,
         )
     metrics["errors"] = error_report(detections, data.coco).to_dict()
@@ -187,13 +207,16 @@ def _fit(
 ) -> None:
     """Train to the last epoch or `until`, saving checkpoints in our own format."""
     recipe, data = session.recipe, session.training_data
-    loader = training_loader(
-        data,
-        recipe.data.batch_size,
-        sessions.loader_processes(recipe.data.workers),
-        seed=recipe.run.seed,
-        pin_memory=session.device.type == "cuda",
-    )
+    settings = {
+        "workers": sessions.loader_processes(recipe.data.workers),
+        "seed": recipe.run.seed,
+        "pin_memory": session.device.type == "cuda",
+    }
+    if session.unlabelled is None:
+        loader = training_loader(data, recipe.data.batch_size, **settings)
+    else:
+        beside = recipe.data.unlabelled_a_batch
+        loader = mixed_loader(data, session.unlabelled, recipe.data.batch_size, beside, **settings)
 
     def save(training: Training, name: str, metrics: dict[str, Any]) -> None:
         content = {

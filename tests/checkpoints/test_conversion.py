@@ -11,6 +11,7 @@ from defeat_cli.checkpoints.conversion import (
     background_to_front,
     deltas_with_background,
     fold_bgr,
+    fold_deltas,
     renamed,
     unit_range,
     with_background_first,
@@ -61,6 +62,25 @@ def test_a_convolution_trained_on_bgr_takes_rgb():
     ours_std = torch.tensor(unit_range(std[::-1]), dtype=torch.float64).view(3, 1, 1)
     ours = F.conv2d((rgb - ours_mean) / ours_std, state_dict["backbone.body.conv1.weight"])
     assert torch.allclose(ours, theirs, rtol=1e-6, atol=1e-4)
+
+
+def test_box_deltas_of_another_coder_become_those_of_torchvisions():
+    """Torchvision takes the box head's deltas times 0.1 0.1 0.2 0.2. Times 0.2 0.1 0.2 0.4 plus 0.3 0 0 0.1 elsewhere:
+    rows twice, once, once and twice as large, and biases 3 and 0.5 larger on top."""
+    layer = "roi_heads.box_predictor.bbox_pred"
+    state_dict = {f"{layer}.weight": torch.ones(8, 2), f"{layer}.bias": torch.arange(8.0)}
+    fold_deltas(state_dict, layer, [0.3, 0.0, 0.0, 0.1], [0.2, 0.1, 0.2, 0.4])
+    assert state_dict[f"{layer}.weight"].tolist() == [[2.0] * 2, [1.0] * 2, [1.0] * 2, [2.0] * 2] * 2
+    expected = [0 * 2 + 3, 1, 2, 3 * 2 + 0.5, 4 * 2 + 3, 5, 6, 7 * 2 + 0.5]
+    assert state_dict[f"{layer}.bias"].tolist() == pytest.approx(expected)
+
+
+def test_box_deltas_of_torchvisions_coder_stay_to_the_bit():
+    layer = "head.regression_head.bbox_reg"
+    state_dict = {f"{layer}.weight": torch.randn(36, 4, 3, 3), f"{layer}.bias": torch.randn(36)}
+    before = dict(state_dict)
+    fold_deltas(state_dict, layer, [0.0] * 4, [1.0] * 4)
+    assert all(state_dict[key] is before[key] for key in before)
 
 
 TABLES = Tables([(r"a\.(\w+)", r"b.\1")], [(r"ema_.+", "averages")], [(r"mask\..+", "a mask head")])

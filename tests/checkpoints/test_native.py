@@ -48,7 +48,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"version": 9}, "version 9; this defeat reads version 1"),
+        ({"version": 9}, "version 9; this defeat reads versions 1 to 2"),
         ({"classes": None}, "classes should be a list of names"),
         ({"student": {"w": 1}}, "student should be a state dict"),
         ({"recipe": {"student": {"backbonee": "resnet18"}}}, "student.backbonee: unknown key"),

@@ -8,11 +8,9 @@ import datetime
 import enum
 import functools
 import io
-import json
 import logging
 import os
 import pickle
-import struct
 import sys
 import types
 import zipfile
@@ -276,10 +274,11 @@ def test_tensors_of_every_kind_are_as_torch_reads_them(tmp_path, writer):
         "device": torch.device("cpu"),
         "dtype": torch.float32,
     }
-    WRITERS[writer](content, path)
+    WRITERS[writer]({**content, "f": functools.partial(print)}, path)  # what leads it to our own unpickler
     found, expected = read(path), torch.load(path, weights_only=False)
     assert found.keys() == expected.keys()
-    for key, value in expected.items():
+    for key in content:
+        value = expected[key]
         if isinstance(value, torch.Tensor):
             assert found[key].dtype == value.dtype
             assert found[key].stride() == value.stride()
@@ -299,15 +298,6 @@ def test_a_list_that_holds_itself_is_read(tmp_path):
 # --- files that are no checkpoint
 
 
-def onnx_like() -> bytes:
-    return b"\x08\x08\x12\x07pytorch\x1a\x052.1.0" + bytes(64)
-
-
-def safetensors_like() -> bytes:
-    header = json.dumps({"a.weight": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
-    return struct.pack("<Q", len(header)) + header + bytes(4)
-
-
 def zip_like(*names: str) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
@@ -322,11 +312,8 @@ def zip_like(*names: str) -> bytes:
         (b"", "an empty file"),
         (b"\n<!DOCTYPE html><html><title>404 Not Found</title>", r"an HTML page \('404 Not Found'\)"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:1", "a Git LFS pointer"),
-        (safetensors_like(), r"a safetensors file of 1 tensors \(a.weight\)"),
-        (onnx_like(), "an ONNX graph"),
-        (b'{"model": 1}', "a JSON file"),
-        (b"\x1f\x8b\x08\x00", "a gzip archive"),
-        (b"\x89PNG\r\n", "a PNG image"),
+        (b'{"model": 1}', "begins with '{\"model\": 1}'"),
+        (b"\x1f\x8b\x08\x00", "an archive: unpack it first"),
         (zip_like("word/document.xml", "[Content_Types].xml"), "a zip archive with word/document.xml"),
         (zip_like("m/data.pkl", "m/constants.pkl"), "a TorchScript program"),
         (b"epoch,loss\n1,0.5\n", "begins with 'epoch,loss"),
@@ -363,7 +350,7 @@ def test_a_truncated_file_is_said_to_be_cut_short(tmp_path, writer, share):
 
 def test_a_flipped_bit_in_the_weights_is_noticed(tmp_path):
     path = tmp_path / "teacher.pth"
-    torch.save({"w": torch.zeros(1000), "f": functools.partial(print)}, path)
+    torch.save({"w": torch.zeros(1000)}, path)
     data = bytearray(path.read_bytes())
     data[data.find(bytes(1000)) + 500] ^= 1
     path.write_bytes(data)

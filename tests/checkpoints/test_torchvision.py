@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import sys
+
 import pytest
 import torch
 from torchvision.models import detection
 
 from defeat_cli.checkpoints import torchvision as ours
 from defeat_cli.checkpoints.loading import load_weights
-from defeat_cli.config.architecture import Architecture, Conventions
+from defeat_cli.config.architecture import PLAIN_BUILDERS, Architecture, Conventions, own_sizes, structure
+from defeat_cli.config.given import COMMAND_LINE, given_settings
+from defeat_cli.detectors.loading import load_detector
 from defeat_cli.detectors.zoo import build_detector
 from defeat_cli.errors import CheckpointError
 
@@ -38,11 +43,21 @@ def test_a_detector_is_known_by_its_keys_and_shapes(parts):
     weights = ours.to_weights(state_dict, "student.pth")
     assert weights.num_classes == 3
     assert weights.classes is None
-    if architecture.detector in ("faster_rcnn", "retinanet", "fcos"):
-        assert weights.architecture == architecture
-    assert weights.architecture.detector == architecture.detector
+    assert structure(weights.architecture) == structure(architecture)
+    assert weights.architecture.norm == architecture.norm
+    if architecture.detector in PLAIN_BUILDERS:
+        assert weights.architecture.conventions == architecture.conventions
     expected = {key: value.shape for key, value in state_dict.items()}
     assert {key: value.shape for key, value in shapes_of(weights.architecture).items()} == expected
+
+
+FIRST = "backbone.body.stem.0.weight"
+
+
+def tiny_state(seed: int) -> dict[str, torch.Tensor]:
+    torch.manual_seed(seed)
+    tiny = Architecture(backbone="regnet", widths=[8, 8, 8, 8], fpn_channels=8, head_channels=8)
+    return dict(build_detector(tiny, ["a", "b", "c"], [64], 64).model.state_dict())
 
 
 def shapes_of(architecture: Architecture) -> dict[str, torch.Tensor]:
@@ -51,15 +66,61 @@ def shapes_of(architecture: Architecture) -> dict[str, torch.Tensor]:
         return build_detector(architecture, ["a", "b", "c"], [64], 64).model.state_dict()
 
 
-@pytest.mark.parametrize("wrapper", [None, "model", "state_dict"])
-def test_wrappers_and_a_distributed_prefix(tmp_path, wrapper):
-    model = detection.fasterrcnn_mobilenet_v3_large_fpn(weights=None, weights_backbone=None, num_classes=3)
-    content = {f"module.{key}": value for key, value in model.state_dict().items()}
-    torch.save({wrapper: content, "epoch": 3} if wrapper else content, tmp_path / "model.pth")
-    weights = load_weights(tmp_path / "model.pth", Architecture(detector="fasterrcnn_mobilenet_v3_large_320_fpn"))
-    assert weights.architecture.detector == "fasterrcnn_mobilenet_v3_large_320_fpn"
-    assert weights.state_dict.keys() == model.state_dict().keys()
-    assert any("module." in note for note in weights.notes)
+WRAPPED = {
+    "bare": lambda state: state,
+    "a reference script's": lambda state: {"model": state, "epoch": 3},
+    "DistributedDataParallel's": lambda state: {f"module.{key}": value for key, value in state.items()},
+    "torch.compile's": lambda state: {"state_dict": {f"_orig_mod.{key}": value for key, value in state.items()}},
+    "Lightning's": lambda state: {"state_dict": {f"model.{key}": value for key, value in state.items()}},
+    "compiled inside": lambda state: {key.replace("backbone.", "backbone._orig_mod."): v for key, v in state.items()},
+    "all of them": lambda state: {f"model._orig_mod.module.{key}": value for key, value in state.items()},
+}
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_wrappers_and_prefixes_are_taken_off(tmp_path, kind):
+    state = tiny_state(seed=0)
+    torch.save(WRAPPED[kind](state), tmp_path / "model.pth")
+    weights = load_weights(tmp_path / "model.pth")
+    assert weights.state_dict.keys() == state.keys()
+    assert all(torch.equal(weights.state_dict[key], value) for key, value in state.items())
+
+
+def test_a_moving_average_is_taken_and_said(tmp_path):
+    trained, average = tiny_state(seed=0), tiny_state(seed=1)
+    kept = {"n_averaged": torch.tensor(5), **{f"module.{key}": value for key, value in average.items()}}
+    torch.save({"model": trained, "model_ema": kept}, tmp_path / "model.pth")
+    weights = load_weights(tmp_path / "model.pth")
+    assert weights.state_dict.keys() == average.keys()
+    assert torch.equal(weights.state_dict[FIRST], average[FIRST])
+    assert not torch.equal(weights.state_dict[FIRST], trained[FIRST])
+    assert "its moving average is taken (`model_ema`)" in weights.notes
+
+
+def test_a_state_dict_of_two_detectors_is_refused(tmp_path):
+    state = tiny_state(seed=0)
+    both = {f"{who}.{key}": value for who in ("teacher", "student") for key, value in state.items()}
+    torch.save({"state_dict": both}, tmp_path / "model.pth")
+    with pytest.raises(CheckpointError, match=r"holds 2 detectors \(teacher\.\*, student\.\*\)"):
+        load_weights(tmp_path / "model.pth")
+
+
+def test_safetensors_are_read(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    state = tiny_state(seed=0)
+    safetensors.save_file(state, tmp_path / "model.safetensors")
+    weights = load_weights(tmp_path / "model.safetensors")
+    assert all(torch.equal(weights.state_dict[key], value) for key, value in state.items())
+    (tmp_path / "model.safetensors").write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00{")
+    with pytest.raises(CheckpointError, match="a damaged safetensors file"):
+        load_weights(tmp_path / "model.safetensors")
+
+
+def test_without_the_package_for_safetensors_its_name_is_said(tmp_path, monkeypatch):
+    (tmp_path / "model.safetensors").write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00{}      ")
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(CheckpointError, match=r"pip install 'defeat-cli\[safetensors\]'"):
+        load_weights(tmp_path / "model.safetensors")
 
 
 OLD_NAMES = [
@@ -91,26 +152,72 @@ def test_coco_names():
     assert ours.coco_classes(20) is None
 
 
-def test_published_weights_of_the_first_version_have_no_epsilon():
-    with torch.device("meta"):
-        model = detection.fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None)
-    published = ours.to_weights(model.state_dict(), "models/fasterrcnn_resnet50_fpn_coco-258fb6c6.pth")
-    assert published.architecture.conventions.batch_norm_eps == 0
-    assert published.classes[0] == "person"
-    assert ours.to_weights(model.state_dict(), "models/mine.pth").architecture.conventions.batch_norm_eps is None
+BUILDERS = {
+    "fasterrcnn_resnet50_fpn": {},
+    "fasterrcnn_resnet50_fpn_v2": {},
+    "fasterrcnn_mobilenet_v3_large_fpn": {},
+    "fasterrcnn_mobilenet_v3_large_320_fpn": {"student.detector": "fasterrcnn_mobilenet_v3_large_320_fpn"},
+    "retinanet_resnet50_fpn": {},
+    "retinanet_resnet50_fpn_v2": {},
+    "fcos_resnet50_fpn": {},
+}
 
 
-def test_anchors_that_the_file_does_not_tell_are_asked_for():
-    state_dict = {**shapes_of(Architecture(backbone="resnet18")), "rpn.head.cls_logits.bias": torch.zeros(7)}
-    with pytest.raises(CheckpointError, match=r"7 anchors a cell, not the usual 3.*recipe"):
-        ours.to_weights(state_dict, "model.pth")
+def in_force(model):
+    """Everything that torchvision lets one set at inference."""
+    of_boxes = getattr(model, "roi_heads", model)
+    anchors = model.rpn.anchor_generator if hasattr(model, "rpn") else model.anchor_generator
+    found = {
+        "sides": (model.transform.min_size, model.transform.max_size),
+        "normalization": (model.transform.image_mean, model.transform.image_std),
+        "boxes": (of_boxes.score_thresh, of_boxes.nms_thresh, of_boxes.detections_per_img),
+        "anchors": [cell.tolist() for cell in anchors.cell_anchors],
+        "eps": {module.eps for module in model.backbone.body.modules() if hasattr(module, "running_var")},
+    }
+    if hasattr(model, "rpn"):
+        rpn = model.rpn
+        found["proposals"] = (rpn._pre_nms_top_n, rpn._post_nms_top_n, rpn.nms_thresh, rpn.score_thresh)
+    return found
 
 
-def test_another_kind_of_head_is_asked_for():
-    state_dict = shapes_of(Architecture(backbone="resnet18"))
-    del state_dict["roi_heads.box_head.fc7.weight"]
-    with pytest.raises(CheckpointError, match=r"has no roi_heads\.box_head\.fc7\.weight; say what it is"):
-        ours.to_weights(state_dict, "model.pth")
+@pytest.mark.parametrize("name", BUILDERS)
+def test_a_builders_state_dict_runs_as_the_builder_runs_it(name):
+    """With the builder's own name said where two builders have the same keys."""
+    built = getattr(detection, name)(weights=None, weights_backbone=None, num_classes=4)
+    given = given_settings(BUILDERS[name], COMMAND_LINE)
+    loaded = load_detector(ours.to_weights(built.state_dict(), "model.pth"), given)
+    expected, found = in_force(built), in_force(loaded.detector.model)
+    if name.endswith("_v2"):
+        expected["normalization"] = found["normalization"]  # None and the default are the same
+    assert found == expected
+    assert len(loaded.assumptions) == 1
+    assert "does not say how it was run" in loaded.assumptions[0]
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_every_builder_by_its_own_name_has_its_settings(name):
+    built = getattr(detection, name)(weights=None, weights_backbone=None, num_classes=4)
+    sides = own_sizes(name)
+    ours_ = build_detector(Architecture(detector=name), ["a", "b", "c"], [sides["short_side"]], sides["long_side"])
+    assert in_force(ours_.model) == in_force(built)
+
+
+@pytest.mark.parametrize("name", ["fasterrcnn_resnet50_fpn", "retinanet_resnet50_fpn"])
+def test_the_first_published_weights_run_without_epsilon_whatever_their_name(name, tmp_path, monkeypatch):
+    build = getattr(detection, name)
+    state = build(weights=None, weights_backbone=None).state_dict()
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *_, **__: state)
+    expected = in_force(build(weights="COCO_V1"))
+    assert expected["eps"] == {0.0}
+    assert in_force(load_detector(f"torchvision:{name}").detector.model) == expected
+    file = next(file for file in ours.WITHOUT_EPSILON if file.startswith(name))
+    assert in_force(load_detector(ours.to_weights(state, f"models/{file}.pth")).detector.model) == expected
+    assert in_force(load_detector(ours.to_weights(state, "models/mine.pth")).detector.model) != expected
+    # Files of torchvision are named by their hash: it is known by it when someone has renamed it.
+    torch.save(state, tmp_path / "mine.pth")
+    digest = hashlib.sha256((tmp_path / "mine.pth").read_bytes()).hexdigest()
+    monkeypatch.setattr(ours, "WITHOUT_EPSILON", (f"{name}_coco-{digest[:8]}",))
+    assert in_force(load_detector(str(tmp_path / "mine.pth")).detector.model) == expected
 
 
 def test_an_unknown_builder_gets_the_nearest_name():

@@ -1,24 +1,14 @@
 """`defeat eval`, `check` and `convert` through the real command, and the student in plain torchvision."""
 
-import contextlib
-import io
 import json
-from collections import OrderedDict
 
 import pytest
 import torch
 import yaml
-from PIL import Image
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
-from torch import nn
-from torchvision.models.detection import FasterRCNN
-from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.backbone_utils import BackboneWithFPN
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
-from torchvision.models.regnet import BlockParams, RegNet
-from torchvision.transforms.functional import pil_to_tensor
+from oracles.torchvision_alone import evaluate_alone, tiny_model, tiny_settings
 
+from defeat_cli.config.schema import merged
+from defeat_cli.config.yaml import parse_assignments
 from defeat_cli.engine.evaluation import FIGURES
 
 
@@ -29,61 +19,74 @@ def run(tmp_path_factory, defeat, tiny):
     defeat(
         "train", "-r", tiny, "-o", folder, "--set", "schedule.epochs=60", "--set", "run.evaluate_every=60",
         "--set", "optimizer.name=adamw", "--set", "optimizer.lr=5e-3", "--set", "schedule.decay=cosine",
-        "--set", "student.widths=[16, 16, 32, 32]", "--set", "data.val_annotations=train.json", "-q",
+        *tiny_settings("faster_rcnn"), "--set", "data.val_annotations=train.json", "-q",
     )  # fmt: skip
     return folder
 
 
-def plain_torchvision(path):
-    """The student by torchvision alone, as the README shows it."""
-    net = RegNet(BlockParams([1] * 4, [16, 16, 32, 32], [16, 16, 32, 32], [1.0] * 4, [2] * 4), stem_width=16)
-    body = nn.Sequential(OrderedDict([("stem", net.stem), *net.trunk_output.named_children()]))
-    backbone = BackboneWithFPN(body, {f"block{i + 1}": str(i) for i in range(4)}, [16, 16, 32, 32], 8)
-    model = FasterRCNN(
-        backbone, min_size=64, max_size=64, box_score_thresh=0.0, rpn_pre_nms_top_n_test=32,
-        rpn_post_nms_top_n_test=32, box_head=TwoMLPHead(8 * 7 * 7, 16), box_predictor=FastRCNNPredictor(16, 7),
-        rpn_anchor_generator=AnchorGenerator(((8,), (16,), (32,), (64,), (96,)), ((0.5, 1.0, 2.0),) * 5),
-    )  # fmt: skip
-    model.load_state_dict(torch.load(path, weights_only=True), strict=True)
-    return model.eval()
+def assert_same(found, expected):
+    """Detections of `eval` and of the reference evaluation, in COCO results format."""
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert (one["image_id"], one["category_id"]) == (other["image_id"], other["category_id"])
+        assert one["bbox"] == pytest.approx(other["bbox"], abs=1e-2)
+        assert one["score"] == pytest.approx(other["score"], abs=1e-4)
 
 
-def reference_evaluation(model, data, split):
-    """torchvision's reference loop, in its shortest form: one image at a time, labels are category ids."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco = COCO(data / f"{split}.json")
-    results = []
-    for image in coco.loadImgs(coco.getImgIds()):
-        pixels = pil_to_tensor(Image.open(data / "images" / image["file_name"]).convert("RGB")).float() / 255
-        with torch.no_grad():
-            (output,) = model([pixels])
-        for (x1, y1, x2, y2), score, label in zip(
-            output["boxes"].tolist(), output["scores"].tolist(), output["labels"].tolist(), strict=True
-        ):
-            box = [x1, y1, x2 - x1, y2 - y1]
-            results.append({"image_id": image["id"], "category_id": label, "bbox": box, "score": score})
-    with contextlib.redirect_stdout(io.StringIO()):
-        scorer = COCOeval(coco, coco.loadRes(results), "bbox")
-        scorer.evaluate()
-        scorer.accumulate()
-        scorer.summarize()
-    return results, scorer.stats
+def evaluated(defeat, folder, checkpoint, *options):
+    """Figures, detections and output of `eval` on the training images."""
+    figures, detections = folder / "figures.json", folder / "detections.json"
+    output = defeat(
+        "eval", checkpoint, "--split", "train", "--json", figures, "--save-detections", detections, *options
+    )
+    return json.loads(figures.read_text()), json.loads(detections.read_text()), output
 
 
 def test_eval_equals_the_reference_evaluation_of_plain_torchvision(run, defeat, shapes, tmp_path):
-    results, stats = reference_evaluation(plain_torchvision(run / "student.pth"), shapes, "train")
+    results, stats = evaluate_alone(tiny_model("faster_rcnn"), run / "student.pth", shapes, "train")
     assert stats[0] > 0.05  # there is something to compare
     for checkpoint in ("best.pt", "student.pth"):
-        figures, detections = tmp_path / f"{checkpoint}.json", tmp_path / f"{checkpoint}.detections.json"
-        defeat("eval", run / checkpoint, "--split", "train", "--json", figures, "--save-detections", detections)
-        ours = json.loads(figures.read_text())
-        assert [ours[name] for name in FIGURES] == pytest.approx(list(stats), abs=1e-4)
-        found = json.loads(detections.read_text())
-        assert len(found) == len(results)
-        for one, other in zip(found, results, strict=True):
-            assert (one["image_id"], one["category_id"]) == (other["image_id"], other["category_id"])
-            assert one["bbox"] == pytest.approx(other["bbox"], abs=1e-2)
-            assert one["score"] == pytest.approx(other["score"], abs=1e-4)
+        figures, detections, output = evaluated(defeat, tmp_path, run / checkpoint)
+        assert [figures[name] for name in FIGURES] == pytest.approx(list(stats), abs=1e-4)
+        assert_same(detections, results)
+        assert "in force" not in output
+        assert "assumed" not in output
+
+
+SAID = {
+    "sizes": (["data.short_side=[48]", "data.long_side=48"], {"min_size": 48, "max_size": 48}),
+    "score threshold": (["student.score_threshold=0.3"], {"box_score_thresh": 0.3}),
+    "suppression": (
+        ["student.detections_per_image=1", "student.nms_threshold=0.1"],
+        {"box_detections_per_img": 1, "box_nms_thresh": 0.1},
+    ),
+    "normalisation": (
+        ["student.conventions.image_mean=[0.2, 0.3, 0.4]", "student.conventions.image_std=[0.5, 0.5, 0.5]"],
+        {"image_mean": [0.2, 0.3, 0.4], "image_std": [0.5, 0.5, 0.5]},
+    ),
+    "proposals": (["student.proposals=5"], {"rpn_pre_nms_top_n_test": 5, "rpn_post_nms_top_n_test": 5}),
+}
+
+
+@pytest.mark.parametrize("kind", SAID)
+@pytest.mark.parametrize("checkpoint", ["best.pt", "student.pth", "recipe"])
+def test_settings_that_are_said_are_in_force(run, defeat, shapes, tmp_path, kind, checkpoint):
+    """Against plain torchvision with those settings, on the command line or in a recipe that is named there."""
+    assignments, settings = SAID[kind]
+    results, stats = evaluate_alone(tiny_model("faster_rcnn", **settings), run / "student.pth", shapes, "train")
+    options = [part for assignment in assignments for part in ("--set", assignment)]
+    where = "the command line"
+    if checkpoint == "recipe":
+        (tmp_path / "other.yaml").write_text(yaml.safe_dump(merged({}, parse_assignments(assignments))))
+        checkpoint, options, where = "best.pt", ["-r", tmp_path / "other.yaml"], "other.yaml"
+    figures, detections, output = evaluated(defeat, tmp_path, run / checkpoint, *options)
+    assert [figures[name] for name in FIGURES] == pytest.approx(list(stats), abs=1e-4)
+    assert_same(detections, results)
+    (told,) = [line for line in output.splitlines() if line.startswith("in force")]
+    for assignment in assignments:
+        assert assignment.partition("=")[0] in told
+    assert where in told
+    assert figures != evaluated(defeat, tmp_path, run / "best.pt")[0]
 
 
 def test_a_state_dict_far_from_its_run_needs_no_recipe_if_its_keys_tell(run, defeat, shapes, tmp_path):
@@ -124,17 +127,17 @@ def test_category_ids_of_any_kind_go_back_at_evaluation(run, defeat, shapes, tmp
     ("arguments", "message"),
     [
         (["nowhere.pt"], "nowhere.pt"),
-        (["{run}/best.pt", "--split", "test"], "no split 'test'"),
+        (["{run}/best.pt", "--split", "tset"], "no split 'tset'"),
         (["{run}/best.pt", "-d", "nowhere"], "nowhere"),
         (["{run}/results.json"], "results.json"),
-        (["{run}/best.pt", "-d", "{other}"], "share no class"),
+        (["{run}/best.pt", "-d", "{other}", "--split", "train"], "share no class"),
     ],
 )
 def test_bad_input(run, defeat, shapes, tmp_path, arguments, message):
     content = json.loads((shapes / "val.json").read_text())
     for category in content["categories"]:
         category["name"] = f"other {category['id']}"
-    (tmp_path / "train.json").write_text(json.dumps(content))  # the run validates on it
+    (tmp_path / "train.json").write_text(json.dumps(content))
     (tmp_path / "images").symlink_to(shapes / "images")
     output = defeat("eval", *[a.format(run=run, other=tmp_path) for a in arguments], code=2)
     assert message in output

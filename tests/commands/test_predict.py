@@ -69,7 +69,7 @@ def test_every_file_tells_of_the_same_detections(defeat, teacher, whole, tmp_pat
 
 def test_predictions_are_those_of_eval(defeat, teacher, shapes, tmp_path):
     out = tmp_path / "out"
-    defeat("eval", teacher, "-d", shapes, "--save-detections", tmp_path / "eval.json", "--set", "data.batch_size=1")
+    defeat("eval", teacher, "-d", shapes, "--save-detections", tmp_path / "eval.json")
     content = json.loads((shapes / "val.json").read_text())
     images = [shapes / "images" / image["file_name"] for image in content["images"]]
     defeat("predict", teacher, *images, "-o", out, "--save-coco", "--threshold", 0)

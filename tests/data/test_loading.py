@@ -12,8 +12,10 @@ import torch
 from PIL import Image
 from torch.utils.data import Subset
 
-from defeat_cli.data.dataset import CocoDataset
+from defeat_cli.data.annotations import parse_annotations
+from defeat_cli.data.dataset import DetectionDataset
 from defeat_cli.data.loading import BatchOrder, evaluation_loader, training_loader
+from defeat_cli.data.transforms import RandomFlip
 from defeat_cli.errors import DataError
 
 SIZES = [(10, 20)] * 13 + [(20, 10)] * 9
@@ -84,7 +86,7 @@ def test_replicas_share_an_epoch(replicas: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> CocoDataset:
+def data(tmp_path_factory: pytest.TempPathFactory) -> DetectionDataset:
     folder = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     images, boxes = [], []
@@ -94,7 +96,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> CocoDataset:
         images.append({"id": 100 + i, "file_name": f"{i}.png", "width": width, "height": height})
         boxes.append({"image_id": 100 + i, "category_id": 1, "bbox": [i % 5, 1, 3, 4]})
     content = {"images": images, "categories": [{"id": 1, "name": "a"}], "annotations": boxes}
-    return CocoDataset(content, folder, train=True, flip=0.5, seed=2)
+    return DetectionDataset(parse_annotations(content, "a"), folder, True, [RandomFlip(0.5)], seed=2)
 
 
 def epoch_of(loader: object, epoch: int, start: int = 0) -> list[tuple]:
@@ -105,7 +107,7 @@ def epoch_of(loader: object, epoch: int, start: int = 0) -> list[tuple]:
     ]
 
 
-def test_batches_do_not_depend_on_workers_nor_on_what_was_read_before(data: CocoDataset) -> None:
+def test_batches_do_not_depend_on_workers_nor_on_what_was_read_before(data: DetectionDataset) -> None:
     alone = training_loader(data, 2, workers=0, seed=4)
     many = training_loader(data, 2, workers=2, seed=4)
     assert many.persistent_workers
@@ -119,15 +121,15 @@ def test_batches_do_not_depend_on_workers_nor_on_what_was_read_before(data: Coco
     assert by_image[0] != by_image[1]  # the workers, which outlive an epoch, flip by the new one
 
 
-def test_evaluation_keeps_the_order(data: CocoDataset) -> None:
-    batches = list(evaluation_loader(data, 4, workers=0))
-    assert [ids for _, _, ids in batches] == [[100, 101, 102, 103], [104, 105, 106, 107], [108, 109, 110]]
+def test_evaluation_keeps_the_order(data: DetectionDataset) -> None:
+    batches = list(evaluation_loader(data, workers=0))
+    assert [ids for _, _, ids in batches] == [[number] for number in range(1, 12)]
     images, targets, _ = batches[0]
     assert isinstance(images, list)
     assert images[0].dtype == torch.uint8
     assert set(targets[0]) == {"boxes", "labels"}
-    few = evaluation_loader(Subset(data, [7, 2]), 4, workers=0)
-    assert [ids for _, _, ids in few] == [[107, 102]]
+    few = evaluation_loader(Subset(data, [7, 2]), workers=0)
+    assert [ids for _, _, ids in few] == [[8], [3]]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -135,7 +137,8 @@ def test_a_broken_image_is_one_clear_message(tmp_path: Path, workers: int) -> No
     Image.new("RGB", (8, 8)).save(tmp_path / "good.png")
     (tmp_path / "bad.png").write_bytes(b"nothing")
     images = [{"id": i, "file_name": f"{name}.png", "width": 8, "height": 8} for i, name in enumerate(("good", "bad"))]
-    data = CocoDataset({"images": images, "categories": [{"id": 1, "name": "a"}], "annotations": []}, tmp_path, False)
+    content = {"images": images, "categories": [{"id": 1, "name": "a"}], "annotations": []}
+    data = DetectionDataset(parse_annotations(content, "a"), tmp_path, False)
     with pytest.raises(DataError) as caught:
-        list(evaluation_loader(data, 2, workers))
+        list(evaluation_loader(data, workers))
     assert str(caught.value) == f"{tmp_path / 'bad.png'}: is not an image that can be read"

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
-from defeat_cli.data.transforms import ORIENTATION, horizontal_flip, image_size, read_image
+from defeat_cli.data.transforms import RandomFlip, horizontal_flip, image_size, read_image
 from defeat_cli.errors import DataError
 
 HEIGHT, WIDTH = 5, 7
@@ -108,7 +108,7 @@ UPRIGHT = {
 @pytest.mark.parametrize("orientation", UPRIGHT)
 def test_exif_orientation_is_applied(tmp_path: Path, colors: np.ndarray, orientation: int) -> None:
     exif = Image.Exif()
-    exif[ORIENTATION] = orientation
+    exif[ExifTags.Base.Orientation] = orientation
     Image.fromarray(colors).save(tmp_path / "a.png", exif=exif)
     upright = UPRIGHT[orientation](colors)
     assert image_size(tmp_path / "a.png") == upright.shape[:2]
@@ -118,14 +118,27 @@ def test_exif_orientation_is_applied(tmp_path: Path, colors: np.ndarray, orienta
 
 def test_exif_orientation_is_left_where_annotations_are_of_the_stored_image(tmp_path: Path, colors: np.ndarray) -> None:
     exif = Image.Exif()
-    exif[ORIENTATION] = 6
+    exif[ExifTags.Base.Orientation] = 6
     Image.fromarray(colors).save(tmp_path / "a.png", exif=exif)
     assert (as_array(read_image(tmp_path / "a.png", (HEIGHT, WIDTH))) == colors).all()
 
 
+def test_an_orientation_among_broken_metadata_is_applied(tmp_path: Path, colors: np.ndarray) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    exif[ExifTags.Base.XResolution] = 72.0
+    Image.fromarray(colors).save(tmp_path / "a.webp", lossless=True, exif=exif)
+    # A resolution in letters: Pillow reads that, and cannot write it.
+    content = (tmp_path / "a.webp").read_bytes().replace(b"\x01\x1a\x00\x05", b"\x01\x1a\x00\x02")
+    (tmp_path / "a.webp").write_bytes(content)
+    with pytest.raises(TypeError):
+        ImageOps.exif_transpose(Image.open(tmp_path / "a.webp"))
+    assert (as_array(read_image(tmp_path / "a.webp")) == np.rot90(colors, -1)).all()
+
+
 def test_unknown_orientation_is_upright(tmp_path: Path, colors: np.ndarray) -> None:
     exif = Image.Exif()
-    exif[ORIENTATION] = 9
+    exif[ExifTags.Base.Orientation] = 9
     Image.fromarray(colors).save(tmp_path / "a.png", exif=exif)
     assert (as_array(read_image(tmp_path / "a.png")) == colors).all()
 
@@ -166,3 +179,12 @@ def test_flip_moves_pixels_and_boxes_alike() -> None:
 def test_flip_without_boxes() -> None:
     _, boxes = horizontal_flip(torch.zeros(3, 4, 4), torch.zeros(0, 4))
     assert boxes.shape == (0, 4)
+
+
+def test_transforms_leave_their_input_alone() -> None:
+    image, target = torch.arange(6, dtype=torch.uint8).reshape(1, 2, 3), {"boxes": torch.tensor([[0.0, 0, 1, 2]])}
+    flipped, changed = RandomFlip(1.0)(image, target, np.random.default_rng(0))
+    assert flipped.tolist() == [[[2, 1, 0], [5, 4, 3]]]
+    assert changed["boxes"].tolist() == [[2, 0, 3, 2]]
+    assert (image[0, 0].tolist(), target["boxes"].tolist()) == ([0, 1, 2], [[0, 0, 1, 2]])
+    assert RandomFlip(0.0)(image, target, np.random.default_rng(0)) == (image, target)

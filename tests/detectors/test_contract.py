@@ -145,6 +145,21 @@ def test_preparation_leaves_padding_at_zero(detector, batch):
         assert not normalized[image, :, :, width:].any()
 
 
+@pytest.mark.parametrize("detector", OURS, indirect=True)
+def test_detections_from_features_are_torchvisions_own(detector, batch, monkeypatch):
+    """On images that need no resizing; and what `Detector.detections` makes of `detect` is the same."""
+    images = [i[:, :height, :width] for i, (height, width) in zip(batch.pixels, batch.sizes, strict=True)]
+    prepared = ImageList(detector.normalized(batch), batch.sizes)
+    monkeypatch.setattr(detector.model.transform, "forward", lambda images, targets: (prepared, targets))
+    with torch.no_grad():
+        found = detector.detections(detector.features(batch), batch)
+        for theirs in (detector.model(images), Detector.detections(detector, [], batch)):
+            assert sum(len(of_image["boxes"]) for of_image in found) > 0
+            for one, other in zip(found, theirs, strict=True):
+                assert one.keys() == other.keys()
+                assert all(torch.equal(one[key], other[key]) for key in one)
+
+
 def test_levels_are_those_of_the_features(detector, batch):
     features = detector.features(batch)
     assert len(features) == len(detector.levels) == len(detector.strides)

@@ -10,16 +10,18 @@ from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import MultiScaleRoIAlign, roi_align
 
-from defeat_cli.config.architecture import Architecture
+from defeat_cli.config.architecture import Architecture, Conventions
 from defeat_cli.detectors.conventions import (
     LEVEL_OF_SIDE,
     ConventionAnchors,
     ConventionRetinaNet,
     ConventionRoIAlign,
     ConventionRoIHeads,
+    Suppression,
     SymmetricBoxCoder,
 )
 from defeat_cli.detectors.zoo import build_detector
+from defeat_cli.errors import RecipeError
 
 TINY = {"backbone": "regnet", "widths": [8, 16, 24, 32], "fpn_channels": 32, "head_channels": 64, "norm": "batch"}
 MMDETECTION = {
@@ -206,6 +208,87 @@ def test_retinanet_clips_before_or_after_suppression(after, count):
     (result,) = model.postprocess_detections(outputs, [[anchors]], [(20, 10)])
     assert result["boxes"].tolist() == [[0.0, 0.0, 10.0, 20.0], [6.0, 0.0, 10.0, 20.0]][:count]
     assert set(result["labels"].tolist()) == {1}
+
+
+THREE = torch.tensor([[0.0, 0.0, 10.0, 10.0], [0.0, 0.0, 10.0, 8.0], [0.0, 0.0, 10.0, 4.0]])
+"""Each within the one before: overlaps of the first with the others 0.8 and 0.4, of the second with the third 0.5."""
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept", "scores"),
+    [
+        ({}, [0, 2], [0.9, 0.7]),
+        ({"suppression": "linear"}, [0, 2, 1], [0.9, 0.7, 0.8 * 0.2]),
+        # The third is chosen next (0.7 e^-0.32), before the second (0.8 e^-1.28), which it lowers by e^-0.5.
+        (
+            {"suppression": "gaussian"},
+            [0, 2, 1],
+            [0.9, 0.7 * math.exp(-0.32), 0.8 * math.exp(-1.28) * math.exp(-0.5)],
+        ),
+        (
+            {"suppression": "gaussian", "suppression_sigma": 1.28},
+            [0, 2, 1],
+            [0.9, 0.7 * math.exp(-0.125), 0.8 * math.exp(-0.5) * math.exp(-0.25 / 1.28)],
+        ),
+        ({"suppression": "linear", "suppression_least_score": 0.2}, [0, 2], [0.9, 0.7]),
+    ],
+)
+def test_suppression_by_hand(settings, kept, scores):
+    suppress = Suppression.of(Conventions(**settings), 0.6)
+    labels = torch.tensor([1, 1, 1])
+    found, left = suppress(THREE, torch.tensor([0.9, 0.8, 0.7]), labels, 100)
+    assert found.tolist() == kept
+    assert left.tolist() == pytest.approx(scores)
+    assert suppress(THREE, torch.tensor([0.9, 0.8, 0.7]), labels, 1)[0].tolist() == [0]
+    assert [len(part) for part in suppress(THREE[:0], torch.zeros(0), labels[:0], 100)] == [0, 0]
+
+
+@pytest.mark.parametrize("kind", ["hard", "linear"])
+def test_suppression_across_classes(kind):
+    labels, scores = torch.tensor([1, 2, 1]), torch.tensor([0.9, 0.8, 0.7])
+    apart = Suppression.of(Conventions(suppression=kind), 0.6)(THREE, scores, labels, 100)
+    across = Suppression.of(Conventions(suppression=kind, suppression_across_classes=True), 0.6)
+    assert apart[1].tolist() == pytest.approx([0.9, 0.8, 0.7])
+    assert across(THREE, scores, labels, 2)[0].tolist() == [0, 2]
+
+
+def test_proposals_outside_of_the_image_and_thin_ones():
+    boxes = torch.tensor([[[-8.0, 0.0, 20.0, 20.0], [30.0, 0.0, 33.0, 20.0], [64.0, 0.0, 80.0, 20.0]]])
+    for settings, left in (
+        ({}, [0.0, 30.0]),
+        ({"clip_proposals": False}, [-8.0, 30.0, 64.0]),
+        ({"smallest_box": 3.0}, [0.0]),
+        ({"smallest_box": -1.0}, [0.0, 30.0, 64.0]),
+    ):
+        rpn = model_of("faster_rcnn", conventions=settings).rpn
+        (kept, _) = rpn.filter_proposals(boxes, torch.tensor([[3.0, 2.0, 1.0]]), [(64, 64)], [3])
+        assert kept[0][:, 0].tolist() == left
+
+
+def test_numbers_of_proposals_and_candidates():
+    model = model_of("faster_rcnn", proposals=50, proposals_before_nms=70, proposal_nms_threshold=0.6)
+    assert (model.rpn.pre_nms_top_n(), model.rpn.post_nms_top_n(), model.rpn.nms_thresh) == (70, 50, 0.6)
+    assert model_of("faster_rcnn", proposals=50).rpn.pre_nms_top_n() == 50
+    for detector in ("retinanet", "fcos"):
+        assert model_of(detector, fpn_channels=64, candidates_per_level=30).topk_candidates == 30
+    plain = {"backbone": "resnet50", "widths": None}
+    named = model_of("fasterrcnn_mobilenet_v3_large_320_fpn", **plain, proposals_before_nms=70)
+    assert (named.rpn.pre_nms_top_n(), named.rpn.post_nms_top_n()) == (70, 150)
+
+
+@pytest.mark.parametrize("detector", ["fcos", "fasterrcnn_mobilenet_v3_large_320_fpn"])
+def test_a_detector_of_torchvisions_own_refuses_what_it_cannot_follow(detector):
+    keys = {"conventions": {"suppression": "linear", "clip_detections": False}}
+    keys |= {"fpn_channels": 64} if detector == "fcos" else {"backbone": "resnet50", "widths": None}
+    with pytest.raises(RecipeError, match=r"conventions\.clip_detections, conventions\.suppression"):
+        model_of(detector, **keys)
+
+
+@pytest.mark.parametrize("detector", ["faster_rcnn", "retinanet", "fcos"])
+def test_images_are_stretched_where_their_ratio_is_not_kept(detector):
+    model = model_of(detector, fpn_channels=64, conventions={"keep_ratio": False})
+    resized, _ = model.transform([torch.rand(3, 40, 40), torch.rand(3, 200, 50)])
+    assert resized.image_sizes == [(96, 160)] * 2
 
 
 def spread(model: nn.Module) -> nn.Module:

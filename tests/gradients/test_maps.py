@@ -11,19 +11,24 @@ import torch
 from torch import Tensor, nn
 
 from defeat_cli.config.architecture import Architecture
+from defeat_cli.config.schema import Distillation
 from defeat_cli.detectors.contract import Batch, Detector, image_list
 from defeat_cli.detectors.zoo import build_detector
-from defeat_cli.distillation.adapters import Adapter
+from defeat_cli.distillation.terms import TERMS, Loss, View
+from defeat_cli.distillation.terms.imitation import Neck
+from defeat_cli.distillation.terms.levels import LevelTerm
 from defeat_cli.errors import CheckpointError, DefeatError
 from defeat_cli.gradients.maps import (
-    LOSSES,
-    distillation_maps,
-    gradient_maps,
+    PARTS,
+    detection_maps,
+    loss_maps,
     losses_in_eval_mode,
-    neck_adapters,
+    neck_features,
     part_of,
+    term_loss,
 )
-from defeat_cli.gradients.numbers import boxes_by_level, foreground_cells, map_numbers, summarize
+from defeat_cli.gradients.numbers import cells_of_boxes
+from defeat_cli.gradients.panels import panel_terms
 
 CLASSES = ["circle", "square"]
 CHANNELS = {"faster_rcnn": 8, "retinanet": 8, "fcos": 64}
@@ -75,15 +80,15 @@ def prepared(detector: Detector, pixels: Tensor | None = None) -> Batch:
     return detector.prepare([image() if pixels is None else pixels], [TARGET])
 
 
-def torchvision_gradients(detector: Detector, seed: int | None) -> list[Tensor]:
-    """Gradients of torchvision's training forward with respect to what its backbone hands to its heads."""
+def torchvision_gradients(detector: Detector, state: Tensor) -> list[Tensor]:
+    """Gradients of torchvision's training forward with respect to what its backbone hands to its heads, with the random
+    generator in a given state from there on: the transform has drawn an image size before."""
     model = detector.model
     leaves: dict[str, Tensor] = {}
 
     def cut(_module: nn.Module, _inputs: tuple, features: dict[str, Tensor]) -> OrderedDict[str, Tensor]:
         leaves.update({name: feature.detach().requires_grad_() for name, feature in features.items()})
-        if seed is not None:
-            torch.manual_seed(seed)  # the transform has drawn an image size before this point
+        torch.set_rng_state(state)
         return OrderedDict(leaves)
 
     hook = model.backbone.register_forward_hook(cut)
@@ -101,6 +106,10 @@ def torchvision_gradients(detector: Detector, seed: int | None) -> list[Tensor]:
     return [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves.values()]
 
 
+def seeded(seed: int) -> Tensor:
+    return torch.Generator().manual_seed(seed).get_state()
+
+
 @pytest.mark.parametrize(
     ("reduce", "magnitude"),
     [("l2", lambda g: g.square().sum(dim=1).sqrt()[0]), ("mean-abs", lambda g: g.abs().mean(dim=1)[0])],
@@ -108,8 +117,8 @@ def torchvision_gradients(detector: Detector, seed: int | None) -> list[Tensor]:
 def test_maps_are_the_gradients_of_torchvisions_own_forward(
     detector: Detector, reduce: str, magnitude: Callable[[Tensor], Tensor]
 ):
-    maps = gradient_maps(detector, prepared(detector), samples=1, seed=4, reduce=reduce)
-    expected = [magnitude(gradient) for gradient in torchvision_gradients(detector, seed=4)]
+    maps = detection_maps(detector, prepared(detector), samples=1, seed=4, reduce=reduce)
+    expected = [magnitude(gradient) for gradient in torchvision_gradients(detector, seeded(4))]
     assert len(maps) == 5
     assert [tuple(m.shape) for m in maps] == [tuple(e.shape) for e in expected]
     for actual, wanted in zip(maps, expected, strict=True):
@@ -118,22 +127,12 @@ def test_maps_are_the_gradients_of_torchvisions_own_forward(
 
 
 def test_magnitudes_are_averaged_over_successive_draws(two_stage: Detector):
-    maps = gradient_maps(two_stage, prepared(two_stage), samples=2, seed=4)
-    first = torchvision_gradients(two_stage, seed=4)
-    state = torch.get_rng_state()  # the second draw goes on where the first left the generator
-    model_draw = torchvision_gradients_from(two_stage, state)
-    for actual, one, two in zip(maps, first, model_draw, strict=True):
+    maps = detection_maps(two_stage, prepared(two_stage), samples=2, seed=4)
+    first = torchvision_gradients(two_stage, seeded(4))
+    second = torchvision_gradients(two_stage, torch.get_rng_state())  # goes on where the first left the generator
+    for actual, one, two in zip(maps, first, second, strict=True):
         torch.testing.assert_close(actual, (one.norm(dim=1)[0] + two.norm(dim=1)[0]) / 2, rtol=1e-9, atol=1e-14)
-    assert any(not torch.equal(one, two) for one, two in zip(first, model_draw, strict=True))
-
-
-def torchvision_gradients_from(detector: Detector, state: Tensor) -> list[Tensor]:
-    """As above, with the generator in a given state when the heads begin."""
-    hook = detector.model.backbone.register_forward_hook(lambda *_: torch.set_rng_state(state))
-    try:
-        return torchvision_gradients(detector, seed=None)
-    finally:
-        hook.remove()
+    assert any(not torch.equal(one, two) for one, two in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize(("family", "part"), [("faster_rcnn", "classification"), ("retinanet", "total")])
@@ -151,7 +150,7 @@ def test_maps_are_what_finite_differences_find(family: str, part: str):
                 image_list(batch), dict(enumerate(detector.features(batch))), batch.targets
             )
         detector.model.rpn.filter_proposals = lambda *_: (list(proposals), [])
-    maps = gradient_maps(detector, batch, part, samples=1, seed=0)
+    maps = detection_maps(detector, batch, part, samples=1, seed=0)
     features = [feature.detach() for feature in detector.features(batch)]
     step = 1e-5
 
@@ -175,7 +174,7 @@ def test_parts_of_the_loss_name_all_of_it(detector: Detector):
     detector.train()
     names = set(detector.losses(detector.features(batch), batch))
     detector.eval()
-    parts = [set(terms) & names for terms in LOSSES.values()]
+    parts = [set(terms) & names for terms in PARTS.values()]
     assert set().union(*parts) == names
     assert sum(map(len, parts)) == len(names)
 
@@ -183,50 +182,56 @@ def test_parts_of_the_loss_name_all_of_it(detector: Detector):
 def test_a_part_pulls_less_cells_than_the_whole(two_stage: Detector):
     """The RPN's loss reaches P6; the box head, which pools P2 to P5 only, does not."""
     batch = prepared(two_stage)
-    assert gradient_maps(two_stage, batch, "rpn")[4].any()
-    assert not gradient_maps(two_stage, batch, "classification")[4].any()
-    assert gradient_maps(two_stage, batch, "classification")[0].any()
+    assert detection_maps(two_stage, batch, "rpn")[4].any()
+    assert not detection_maps(two_stage, batch, "classification")[4].any()
+    assert detection_maps(two_stage, batch, "classification")[0].any()
 
 
 def test_a_loss_that_the_family_has_not_is_refused():
     detector = tiny_detector("retinanet")
     with pytest.raises(DefeatError, match=r"--loss rpn.*it has total, classification, regression"):
-        gradient_maps(detector, prepared(detector), "rpn")
+        detection_maps(detector, prepared(detector), "rpn")
 
 
 def test_equal_seeds_give_equal_maps_and_the_global_generator_is_left_alone(two_stage: Detector):
     batch = prepared(two_stage)
     before = torch.get_rng_state()
-    first, again, other = (torch.stack([m.sum() for m in gradient_maps(two_stage, batch, seed=s)]) for s in (1, 1, 2))
+    first, again, other = (torch.stack([m.sum() for m in detection_maps(two_stage, batch, seed=s)]) for s in (1, 1, 2))
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
 
+def test_a_loss_is_asked_again_only_where_it_draws(two_stage: Detector):
+    features, asked = neck_features(two_stage, prepared(two_stage)), []
+
+    def loss(leaves: list[Tensor], draws: bool) -> Tensor:
+        asked.append(draws)
+        return leaves[0].sum() * (torch.rand(()) if draws else 1)
+
+    steady = loss_maps(lambda leaves: loss(leaves, draws=False), features, samples=3)
+    drawn = loss_maps(lambda leaves: loss(leaves, draws=True), features, samples=3, seed=5)
+    assert asked == [False, True, True, True]
+    mean = torch.rand(3, generator=torch.Generator().manual_seed(5)).mean()
+    torch.testing.assert_close(drawn[0], mean.double() * steady[0], rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_nothing_of_the_detector_is_changed(detector: Detector, training: bool):
     detector.train(training)
-    batch = prepared(detector)
     state = {name: value.clone() for name, value in detector.state_dict().items()}
-    gradient_maps(detector, batch, samples=2)
+    detection_maps(detector, prepared(detector), samples=2)
+    with pytest.raises(KeyError):  # an error between switching modes and switching them back
+        detection_maps(detector, Batch(image()[None], [(96, 128)], [{"labels": torch.tensor([1])}]))
     assert all(module.training == training for module in detector.modules())
     assert all(torch.equal(value, state[name]) for name, value in detector.state_dict().items())
     assert all(parameter.grad is None or not parameter.grad.any() for parameter in detector.model.backbone.parameters())
     detector.eval()
 
 
-def test_modes_come_back_after_an_error(two_stage: Detector):
-    two_stage.train()
-    broken = Batch(torch.rand(1, 3, 96, 128, dtype=torch.float64), [(96, 128)], [{"labels": torch.tensor([1])}])
-    with pytest.raises(KeyError):
-        gradient_maps(two_stage, broken)
-    assert all(module.training for module in two_stage.modules())
-    two_stage.eval()
-
-
 def test_an_image_without_boxes_has_maps(detector: Detector):
     empty = {"boxes": torch.zeros(0, 4, dtype=torch.float64), "labels": torch.zeros(0, dtype=torch.int64)}
-    maps = gradient_maps(detector, detector.prepare([image()], [empty]))
+    maps = detection_maps(detector, detector.prepare([image()], [empty]))
     assert all(values.isfinite().all() for values in maps)
     assert any(values.any() for values in maps)
 
@@ -239,13 +244,16 @@ def test_distillation_maps_are_the_formulas():
             parameter += 0.01
     pixels = image(80, 128)  # 16 rows of padding
     batch = prepared(student, pixels)
-    maps = distillation_maps(
-        student, teacher, [nn.Identity()] * 5, batch, alpha_fg=3.0, alpha_bg=5.0, finest_scale=25.0
-    )
+    settings = Distillation(neck={"alpha_fg": 3.0, "alpha_bg": 5.0, "finest_scale": 25.0})
+    terms = panel_terms(settings, student, teacher, {}, "student.pth")
+    features = neck_features(student, batch)
+    views = View(student, batch), View(teacher, batch, frozen=True)
+    maps = {name: loss_maps(term_loss(term, *views), features) for name, term in terms.items()}
     with torch.no_grad():
         gaps = [(s - t)[0].norm(dim=0) for s, t in zip(student.features(batch), teacher.features(batch), strict=True)]
     shapes = [tuple(gap.shape) for gap in gaps]
-    inside = foreground_cells(batch.targets[0]["boxes"], shapes, student.strides, finest_scale=25.0)
+    cells = cells_of_boxes(batch.targets[0]["boxes"], shapes, student.strides, finest_scale=25.0)
+    inside = [of_level.any(dim=0) for of_level in cells]
     for level, (gap, mask, stride) in enumerate(zip(gaps, inside, student.strides, strict=True)):
         own = torch.zeros_like(mask)
         own[: -(-80 // stride)] = True
@@ -267,98 +275,40 @@ def test_distillation_maps_are_the_formulas():
     assert inside[1].any()
 
 
-def test_adapters_come_from_training_or_are_not_needed_or_are_missed():
+def test_terms_come_from_training_or_need_none_or_are_missed():
     student, wide = tiny_detector("faster_rcnn"), tiny_detector("faster_rcnn", channels=48)
-    trained = torch.nn.ModuleList(Adapter(8, 48) for _ in range(5)).state_dict()
-    adapters = neck_adapters(student, wide, trained, "best.pt")
-    assert torch.equal(adapters[3].conv.weight.float(), trained["3.conv.weight"])
-    assert all(isinstance(adapter, nn.Identity) for adapter in neck_adapters(student, student, {}, "student.pth"))
-    with pytest.raises(CheckpointError, match=r"student\.pth: holds no adapters"):
-        neck_adapters(student, wide, None, "student.pth")
-    with pytest.raises(CheckpointError, match=r"best\.pt: its adapters were trained with another teacher"):
-        neck_adapters(student, student, trained, "best.pt")
+    learned = Neck(student, wide).state_dict(prefix="neck.")
+    terms = panel_terms(Distillation(), student, wide, learned, "best.pt")
+    assert list(terms) == ["full", "fg-only", "bg-only", "neck"]
+    assert all(torch.equal(t.adapters[3].conv.weight, learned["neck.adapters.3.conv.weight"]) for t in terms.values())
+    untrained = panel_terms(Distillation(), student, student, {}, "student.pth")["neck"]
+    assert not list(untrained.parameters())
+    with pytest.raises(CheckpointError, match=r"student\.pth: its neck term holds no adapters"):
+        panel_terms(Distillation(), student, wide, {}, "student.pth")
+    with pytest.raises(CheckpointError, match=r"best\.pt: its neck term was trained with another teacher"):
+        panel_terms(Distillation(), student, student, learned, "best.pt")
+    with pytest.raises(CheckpointError, match=r"student\.pth: its mgd term holds no generators;"):
+        panel_terms(Distillation(mgd={}), student, student, {}, "student.pth")
 
 
-def test_foreground_is_on_every_level_or_on_its_own():
-    boxes = torch.tensor([[8.0, 8.0, 24.0, 16.0], [0.0, 0.0, 32.0, 32.0]])
-    shapes, strides = [(8, 8), (4, 4)], [4, 8]
-    everywhere = foreground_cells(boxes, shapes, strides)
-    assert [int(mask.sum()) for mask in everywhere] == [64, 16]
-    own = foreground_cells(boxes, shapes, strides, finest_scale=16.0)
-    # sqrt(16 * 8) / 16 < 1 goes to level 0, 32 / 16 = 2 to level 1.
-    assert own[0].nonzero().tolist() == [[row, column] for row in (2, 3) for column in (2, 3, 4, 5)]
-    assert own[1].all()
-    first, second = boxes_by_level(boxes.numpy(), shapes, strides, finest_scale=16.0)
-    assert first.tolist() == [boxes[0].tolist()]
-    assert second.tolist() == [boxes[1].tolist()]
-    assert [len(b) for b in boxes_by_level(boxes.numpy(), shapes, strides)] == [2, 2]
-    assert [b.shape for b in boxes_by_level(np.zeros((0, 4), np.float32), shapes, strides, 16.0)] == [(0, 4)] * 2
+def test_other_terms_on_the_neck_have_rows_too(monkeypatch: pytest.MonkeyPatch):
+    class Gap(LevelTerm):
+        """Half the squared difference, on the finest level."""
 
+        def forward(self, student: View, teacher: View) -> dict[str, Loss]:
+            finest = next(self.compared(student, teacher))
+            return {"": Loss((finest.student - finest.teacher).square().sum() / 2, 3.0)}
 
-def test_numbers_of_a_map_made_by_hand():
-    fine = np.array([[1.0, 3.0, 0.0, 0.0], [5.0, 7.0, 2.0, 0.0]])
-    inside = np.array([[True, True, False, False], [True, True, False, False]])
-    coarse = np.array([[10.0, 2.0]])
-    numbers = map_numbers([fine, coarse], [inside, np.array([[True, False]])], [4, 8])
-    assert numbers["P2"] == {
-        "foreground": {"cells": 4, "mean": 4.0, "median": 4.0},
-        "background": {"cells": 4, "mean": 0.5, "median": 0.0},
-        "ratio": 8.0,
-        "foreground_share": 16 / 18,
-        "foreground_area": 0.5,
-    }
-    assert numbers["P3"]["ratio"] == 5.0
-    overall = numbers["overall"]
-    assert overall["foreground"] == {"cells": 5, "mean": 26 / 5, "median": 5.0}
-    assert overall["background"] == {"cells": 5, "mean": 4 / 5, "median": 0.0}
-    assert overall["foreground_share"] == 26 / 30
-
-
-def test_numbers_without_foreground_or_pull_say_so():
-    (numbers, overall) = map_numbers([np.zeros((1, 3))], [np.zeros((1, 3), dtype=bool)], [8]).values()
-    assert numbers == overall
-    assert numbers["foreground"] == {"cells": 0, "mean": None, "median": None}
-    assert numbers["ratio"] is None
-    assert numbers["foreground_share"] is None
-
-
-def entry(inside: float, outside: float) -> dict:
-    return map_numbers([np.array([[inside, outside]])], [np.array([[True, False]])], [8])
-
-
-def test_summary_over_images():
-    images = [entry(4.0, 1.0), entry(2.0, 3.0), entry(6.0, 2.0)]
-    images.append(map_numbers([np.ones((1, 2))], [np.zeros((1, 2), dtype=bool)], [8]))  # no box: not compared
-    summary = summarize(images, seed=1)
-    assert summary == summarize(images, seed=1)
-    assert summary["P3"] == summary["overall"]
-    level = summary["P3"]
-    assert level["images"] == 3
-    assert level["foreground_mean"]["mean"] == 4.0
-    assert level["background_mean"]["mean"] == 2.0
-    assert level["ratio"]["mean"] == 2.0
-    assert level["foreground_higher"]["mean"] == pytest.approx(2 / 3)
-    low, high = level["ratio"]["interval"]
-    assert 2 / 3 <= low < 2.0 < high <= 4.0  # every resample lies between the lowest and the highest ratio
-
-
-def test_the_seed_decides_the_interval():
-    images = [entry(float(value), 1.0) for value in np.random.default_rng(0).random(20)]
-    intervals = [summarize(images, seed=seed)["P3"]["ratio"]["interval"] for seed in (1, 1, 2)]
-    assert intervals[0] == intervals[1] != intervals[2]
-
-
-def test_the_interval_covers_what_a_resampling_by_hand_gives():
-    """Of images 0 and 1 the mean of a resample is 0, 1/2 or 1 with chances 1/4, 1/2, 1/4: the middle 95% is [0, 1]."""
-    level = summarize([entry(0.0, 1.0), entry(1.0, 1.0)])["P3"]
-    assert level["foreground_mean"]["interval"] == [0.0, 1.0]
-    assert level["background_mean"]["interval"] == [1.0, 1.0]
-
-
-def test_intervals_are_left_out_where_there_is_nothing_to_resample():
-    one = summarize([entry(4.0, 1.0)])["P3"]
-    assert one["ratio"] == {"mean": 4.0, "interval": None}
-    dark = summarize([entry(1.0, 0.0), entry(1.0, 1.0)])["P3"]
-    assert dark["ratio"]["mean"] == 2.0
-    assert dark["ratio"]["interval"] is None
-    assert summarize([]) == {}
+    monkeypatch.setitem(TERMS, "gap", Gap)
+    student, teacher = tiny_detector("faster_rcnn"), tiny_detector("faster_rcnn")
+    with torch.no_grad():
+        teacher.model.backbone.fpn.layer_blocks[0][0].bias += 1
+    batch = prepared(student)
+    only = panel_terms(Distillation(neck=None, gap={}), student, teacher, {}, "student.pth")
+    assert list(only) == ["gap"]
+    assert list(panel_terms(Distillation(gap={}), student, teacher, {}, "student.pth"))[3:] == ["neck", "gap"]
+    loss = term_loss(only["gap"], View(student, batch), View(teacher, batch, frozen=True))
+    maps = loss_maps(loss, neck_features(student, batch))
+    # Three times a difference of 1 in each of the channels.
+    torch.testing.assert_close(maps[0], torch.full_like(maps[0], 3 * 8**0.5))
+    assert not any(level.any() for level in maps[1:])

@@ -9,23 +9,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
+from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn
 
 from defeat_cli.checkpoints import native
 from defeat_cli.config import schema as recipes
+from defeat_cli.config.architecture import Architecture
 from defeat_cli.config.schema import Recipe
 from defeat_cli.data.annotations import read_annotations
 from defeat_cli.data.transforms import read_image
 from defeat_cli.detectors.contract import Detector
+from defeat_cli.detectors.faster_rcnn import FasterRCNNDetector
 from defeat_cli.detectors.zoo import build_detector
 from defeat_cli.distillation.adapters import Adapter
 from defeat_cli.errors import CheckpointError, DataError, DefeatError
-from defeat_cli.gradients.images import distinct_names, find_images, images_of
-from defeat_cli.gradients.maps import gradient_maps
+from defeat_cli.gradients.images import Objects, Source, find_images
+from defeat_cli.gradients.maps import detection_maps
 from defeat_cli.gradients.mask_pictures import draw_masks
-from defeat_cli.gradients.numbers import foreground_cells
-from defeat_cli.gradients.report import GradientReport, Settings
+from defeat_cli.gradients.numbers import cells_of_boxes
+from defeat_cli.gradients.report import GradientReport, Settings, run_gradient_maps
 from defeat_cli.jobs.mapping import visualize
 
 QUICK = Settings(samples=2)
@@ -85,8 +89,11 @@ def content(output: Path) -> dict:
 
 
 def shown(report: GradientReport) -> str:
-    console = Console(file=io.StringIO(), width=200)
+    """Tables on a screen of 80 columns, each below its title."""
+    console = Console(file=io.StringIO(), width=80)
     for table in report.tables():
+        console.print(table.title, soft_wrap=True)
+        table.title = None
         console.print(table)
     return console.file.getvalue()
 
@@ -96,13 +103,8 @@ def test_pictures_and_numbers_of_a_data_set(checkpoint: Path, shapes: Path, tmp_
     settings = Settings(samples=2, seed=3, save_arrays=True)
     report = visualize(str(checkpoint), [], tmp_path / "out", settings, limit=2)
     stems = [Path(name).stem for name in files(shapes, 2)]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
-        [
-            *(f"{stem}_gradients.{ending}" for stem in stems for ending in ("png", "npz")),
-            "contact_sheet.png",
-            "gradients.json",
-        ]
-    )
+    of_images = {f"{stem}_gradients.{ending}" for stem in stems for ending in ("png", "npz")}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == of_images | {"contact_sheet.png", "gradients.json"}
     told = content(tmp_path / "out")
     assert told == json.loads(json.dumps(report.to_dict()))
     assert [image["file"] for image in told["images"]] == files(shapes, 2)
@@ -113,18 +115,21 @@ def test_pictures_and_numbers_of_a_data_set(checkpoint: Path, shapes: Path, tmp_
     recipe = recipes.load(str(checkpoint.parent / "recipe.yaml"))
     detector = detector_of(recipe, read_annotations(shapes / "val.json").classes).eval()
     batch = detector.prepare([source.read()], [source.objects.target(detector)])
-    maps = gradient_maps(detector, batch, samples=2, seed=3)
+    maps = detection_maps(detector, batch, samples=2, seed=3)
     arrays = np.load(tmp_path / "out" / f"{stems[0]}_gradients.npz")
-    masks = foreground_cells(batch.targets[0]["boxes"], [tuple(m.shape) for m in maps], detector.strides)
+    cells = cells_of_boxes(batch.targets[0]["boxes"], [tuple(m.shape) for m in maps], detector.strides)
     numbers = told["images"][0]["gradients"]["checkpoint"]
     assert list(numbers) == ["P2", "P3", "P4", "P5", "P6", "overall"]
-    for level, values, mask in zip(numbers, maps, masks, strict=False):
+    for level, values, mask in zip(numbers, maps, (of_level.any(dim=0) for of_level in cells), strict=False):
         # Images of 64 x 64 are not padded.
         np.testing.assert_allclose(arrays[f"checkpoint/{level}"], values.numpy(), rtol=1e-5)
         if mask.any():
             assert numbers[level]["foreground"]["mean"] == pytest.approx(float(values[mask].mean()), rel=1e-5)
-    assert "checkpoint" in shown(report)
-    assert "of 2" in shown(report)
+    lines = shown(report).splitlines()
+    assert max(map(len, lines[1:])) <= 80
+    (overall,) = (line.split() for line in lines if line.strip().startswith("overall"))
+    assert overall[1] == f"{told['summary']['gradients']['checkpoint']['overall']['foreground_mean']['mean']:.2e}"
+    assert overall[-3:] in ([n, "of", "2"] for n in "012")
 
 
 def test_padding_is_in_no_array(checkpoint: Path, tmp_path: Path):
@@ -132,13 +137,8 @@ def test_padding_is_in_no_array(checkpoint: Path, tmp_path: Path):
     Image.new("RGB", (80, 60), "white").save(tmp_path / "wide.png")
     visualize(str(checkpoint), [str(tmp_path / "wide.png")], tmp_path / "out", Settings(samples=1, save_arrays=True))
     arrays = np.load(tmp_path / "out" / "wide_gradients.npz")
-    assert [arrays[f"checkpoint/P{level}"].shape for level in (2, 3, 4, 5, 6)] == [
-        (16, 22),
-        (8, 11),
-        (4, 6),
-        (2, 3),
-        (1, 2),
-    ]
+    shapes = [arrays[f"checkpoint/P{level}"].shape for level in (2, 3, 4, 5, 6)]
+    assert shapes == [(16, 22), (8, 11), (4, 6), (2, 3), (1, 2)]
 
 
 def test_annotations_and_data_say_the_same(checkpoint: Path, shapes: Path, tmp_path: Path):
@@ -166,24 +166,21 @@ def test_a_teacher_stands_beside_and_can_say_where_the_objects_are(
 ):
     teacher = checkpoint_of(tmp_path_factory.mktemp("runs") / "teacher", shapes, fpn_channels=16)
     settings = Settings(samples=1, threshold=0.0)
-    report = visualize(
-        str(checkpoint), files(shapes, 1), tmp_path / "out", settings, teacher=str(teacher), teacher_boxes=True
-    )
+    first, out = files(shapes, 1), tmp_path / "out"
+    report = visualize(str(checkpoint), first, out, settings, teacher=str(teacher), teacher_boxes=True)
     assert report.images[0]["boxes"] == "the teacher's detections of score 0 and above"
     rows = report.images[0]["gradients"]
     assert list(rows) == ["checkpoint", "teacher"]
     assert rows["checkpoint"]["P2"] != rows["teacher"]["P2"]
 
     with pytest.raises(CheckpointError, match="holds no adapters"):
-        visualize(
-            str(checkpoint), files(shapes, 1), tmp_path / "out", Settings(distillation=True), teacher=str(teacher)
-        )
+        visualize(str(checkpoint), first, out, Settings(distillation=True), teacher=str(teacher))
     adapters = {f"neck.adapters.{i}.{k}": v for i in range(5) for k, v in Adapter(8, 16).state_dict().items()}
     distilled = checkpoint_of(tmp_path_factory.mktemp("runs") / "distilled", shapes, adapters)
     report = visualize(
         str(distilled),
-        files(shapes, 1),
-        tmp_path / "out",
+        first,
+        out,
         Settings(loss="distillation"),
         annotations=shapes / "val.json",
         teacher=str(teacher),
@@ -194,7 +191,7 @@ def test_a_teacher_stands_beside_and_can_say_where_the_objects_are(
     assert rows["fg-only"] == rows["neck"]
     assert rows["bg-only"]["overall"]["background"]["mean"] == 0
     assert "gradients" not in report.images[0]
-    assert (tmp_path / "out" / f"{Path(files(shapes, 1)[0]).stem}_distillation.png").is_file()
+    assert (out / f"{Path(first[0]).stem}_distillation.png").is_file()
 
 
 def test_one_bad_image_is_named_and_skipped(checkpoint: Path, shapes: Path, tmp_path: Path):
@@ -208,77 +205,6 @@ def test_one_bad_image_is_named_and_skipped(checkpoint: Path, shapes: Path, tmp_
     with pytest.raises(DataError, match=r"no image could be used:\n  .*bad\.jpg"):
         visualize(str(checkpoint), [str(bad)], tmp_path / "none", QUICK)
     assert not (tmp_path / "none" / "gradients.json").exists()
-
-
-def test_input_that_leads_nowhere(tmp_path: Path, shapes: Path):
-    with pytest.raises(DataError, match=r"missing\.jpg: no such image or folder"):
-        find_images([str(tmp_path / "missing.jpg")])
-    with pytest.raises(DataError, match="no images in this folder"):
-        find_images([str(tmp_path)])
-    with pytest.raises(DataError, match="no file matches this pattern"):
-        find_images([str(tmp_path / "*.png")])
-    Image.new("RGB", (8, 8)).save(tmp_path / "stranger.png")
-    with pytest.raises(DataError, match=r"stranger\.png: .*val\.json has no ground truth for it"):
-        find_images([str(tmp_path / "stranger.png")], read_annotations(shapes / "val.json"))
-
-
-def test_files_folders_and_patterns_lead_to_each_image_once(shapes: Path):
-    names = sorted(path.name for path in (shapes / "images").iterdir())
-    folder = shapes / "images"
-    found = find_images([str(folder / names[2]), str(folder), str(folder / "*")])
-    assert [source.path.name for source in found] == [names[2], *(name for name in names if name != names[2])]
-    assert len(find_images([str(folder)], limit=3)) == 3
-
-
-def test_annotations_choose_among_the_images_of_a_folder(shapes: Path):
-    """The folder holds both splits; the file knows one of them, and a file named by itself must be in it."""
-    known = read_annotations(shapes / "val.json")
-    assert len(list((shapes / "images").iterdir())) > len(known.file_names)
-    found = find_images([str(shapes / "images")], known)
-    assert [source.path.name for source in found] == sorted(known.file_names)
-    assert all(source.objects.origin == "ground truth" for source in found)
-    with pytest.raises(DataError, match="no image of this name"):
-        find_images(files(shapes, 1), read_annotations(shapes / "train.json"))
-
-
-def test_a_file_name_is_matched_by_its_whole_path_before_its_last_part(tmp_path: Path):
-    names = ["a/x.png", "b/x.png", "c/y.png"]
-    content = {
-        "images": [{"id": i, "file_name": name} for i, name in enumerate(names)],
-        "categories": [{"id": 1, "name": "thing"}],
-        "annotations": [
-            {"id": i, "image_id": i, "category_id": 1, "bbox": [0, 0, 2 + i, 2 + i]} for i in range(len(names))
-        ],
-    }
-    (tmp_path / "all.json").write_text(json.dumps(content))
-    known = read_annotations(tmp_path / "all.json")
-    for path in ("b/x.png", "moved/y.png", "moved/x.png"):
-        (tmp_path / path).parent.mkdir(exist_ok=True)
-        Image.new("RGB", (8, 8)).save(tmp_path / path)
-    found = find_images([str(tmp_path / "b" / "x.png"), str(tmp_path / "moved")], known)
-    # moved/x.png could be either of two, and is left out.
-    assert [(source.path.parent.name, source.objects.boxes[0, 2].item()) for source in found] == [
-        ("b", 3),
-        ("moved", 4),
-    ]
-
-
-def test_images_called_alike_get_files_of_their_own(tmp_path: Path):
-    paths = [tmp_path / folder / name for folder, name in (("a", "x.png"), ("b", "x.png"), ("c", "x_2.png"))]
-    for path in paths:
-        path.parent.mkdir()
-        Image.new("RGB", (8, 8)).save(path)
-    assert distinct_names(find_images([str(path) for path in paths])) == ["x", "x_2", "x_2_2"]
-
-
-def test_annotated_boxes_are_those_of_the_data_set(shapes: Path):
-    from defeat_cli.data.dataset import CocoDataset
-
-    dataset = CocoDataset(shapes / "val.json", shapes / "images", train=False)
-    for source, sample in zip(images_of(dataset), dataset, strict=False):
-        assert torch.equal(source.objects.boxes, sample.target["boxes"])
-        assert [dataset.classes.index(name) + 1 for name in source.objects.classes] == sample.target["labels"].tolist()
-        assert torch.equal(source.read(), sample.image)
 
 
 def test_a_checkpoint_without_the_annotated_classes_is_refused(checkpoint: Path, shapes: Path, tmp_path: Path):
@@ -314,13 +240,44 @@ def test_weights_that_diverged_are_refused(shapes: Path, tmp_path: Path):
         visualize(str(path), [], tmp_path / "out", QUICK, limit=1)
 
 
-def test_masks_are_drawn_for_each_image(checkpoint: Path, shapes: Path, tmp_path: Path):
+def test_levels_that_share_a_stride_all_have_their_numbers(tmp_path: Path):
+    """torchvision's MobileNetV3 has two levels of stride 32 and a pooled one: 2 x 2, 2 x 2 and 1 cells of 64 pixels."""
+    torch.manual_seed(0)
+    model = fasterrcnn_mobilenet_v3_large_320_fpn(
+        weights=None, weights_backbone=None, num_classes=2, min_size=64, max_size=64
+    )
+    detector = FasterRCNNDetector(model, ["thing"])
+    assert detector.strides == [32, 32, 64]
+    Image.new("RGB", (64, 64), "white").save(tmp_path / "x.png")
+    objects = Objects(torch.tensor([[0.0, 0.0, 32.0, 64.0]]), ["thing"], "by hand")
+    source = Source(tmp_path / "x.png", objects=objects)
+    settings = Settings(samples=1, save_arrays=True)
+    report = run_gradient_maps(detector, [source], tmp_path, settings, about={"checkpoint": "mobilenet"})
+    numbers = report.images[0]["gradients"]["checkpoint"]
+    cells = {level: [numbers[level][group]["cells"] for group in ("foreground", "background")] for level in numbers}
+    assert cells == {"P5": [2, 2], "P5b": [2, 2], "P6": [1, 0], "overall": [5, 4]}
+    arrays = np.load(tmp_path / "x_gradients.npz")
+    assert arrays.files == ["checkpoint/P5", "checkpoint/P5b", "checkpoint/P6"]
+    assert not np.array_equal(arrays["checkpoint/P5"], arrays["checkpoint/P5b"])
+
+
+def test_masks_are_drawn_for_each_image(checkpoint: Path, shapes: Path, tmp_path: Path, figures: list[Figure]):
     recipe = recipes.load(str(checkpoint.parent / "recipe.yaml"))
     detector = detector_of(recipe, read_annotations(shapes / "val.json").classes)
     sources = find_images(files(shapes, 1), read_annotations(shapes / "val.json"))
     (path,) = draw_masks(detector, sources, tmp_path)
     assert path.name == f"{sources[0].path.stem}_masks.png"
-    assert min(Image.open(path).size) > 800
+    figure = figures[0]
+    assert [axes.get_ylabel() for axes in figure.axes[:24:6]] == ["boxes", "gaussian", "fine-grained", "full"]
+    assert [axes.get_title(loc="left") for axes in figure.axes[1:6]] == [f"P{n} · stride {2**n}" for n in range(2, 7)]
+    full = figure.axes[19].images[0].get_array()
+    assert full[..., 1].min() > 100  # lit everywhere: the dimmed image is darker
+    points = build_detector(
+        Architecture(detector="fcos", backbone="regnet", widths=[8, 8, 16, 16], fpn_channels=64), ["a"], [64], 64
+    )
+    draw_masks(points, sources, tmp_path)
+    rows = [axes.get_ylabel() for axes in figures[1].axes if axes.get_ylabel()]
+    assert rows == ["boxes", "gaussian", "full"]  # points have no anchors that a mask could be made of
     with pytest.raises(DataError, match="no boxes: give its ground truth, or a teacher"):
         draw_masks(detector, find_images(files(shapes, 1)), tmp_path)
     assert read_image(sources[0].path).shape == (3, 64, 64)

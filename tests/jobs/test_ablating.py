@@ -46,7 +46,7 @@ def test_what_cannot_work_is_found_before_anything_is_trained(tmp_path, base):
 
 
 def test_runs_of_a_seed_start_from_one_student_and_see_the_same_images(tmp_path, base):
-    names = [name for name in VARIANTS if name not in ("none", "crosskd")]  # crosskd is for one-stage detectors
+    names = [name for name in VARIANTS if name != "none" and "crosskd" not in name]  # that is for one-stage detectors
     runs = planned(tmp_path / "s", names, base, seeds=(4,)).runs()
     states, losses, orders = [], [], []
     session = None
@@ -59,7 +59,7 @@ def test_runs_of_a_seed_start_from_one_student_and_see_the_same_images(tmp_path,
         images, targets, _ = next(iter(loader))
         terms = session.distiller.train()(images, targets, 1.0).raw
         losses.append({name: value.item() for name, value in terms.items() if not losses or name in losses[0]})
-    assert len(runs) == len(VARIANTS) - 1
+    assert len(runs) == len(names) + 1
     for state, order, loss in zip(states, orders, losses, strict=True):
         assert all(torch.equal(state[name], value) for name, value in states[0].items())
         assert order == orders[0]

@@ -6,8 +6,10 @@ that it checks. `STYLES` says where the libraries differ.
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -76,6 +78,37 @@ DETECTRON2 = Style(
     relu_before_p7=True,
     sizes_first=True,
 )
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a configuration decides, by the plain meaning of each setting."""
+
+    eps: float = 1e-5
+    sampling: int = 0
+    aligned: bool = True
+    anchor_scale: float = 1.0  # of the usual anchor sides
+    sizes_first: bool | None = None  # None: the library's own order
+    proposals_before: int = 1000  # of each level
+    proposals: int = 1000
+    proposal_overlap: float = 0.7
+    proposal_side: float = 0.0  # those with a side of this or less are dropped
+    proposal_spread: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0)  # deltas are times this, plus the mean
+    proposal_mean: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0)
+    spread: tuple[float, ...] | None = None  # None: 0.1 0.1 0.2 0.2 in two stages, ones in one
+    mean: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0)
+    clip_proposals: bool = True
+    clip: bool = True
+    least_score: float = 0.05
+    candidates: int = 1000  # of each level, in one stage
+    overlap: float = 0.5
+    soft: str = ""
+    sigma: float = 0.5
+    soft_least: float = 1e-3
+    across_classes: bool = False
+    detections: int = 100
+
+
 STYLES = {"mmdet": MMDET, "mmdet caffe": MMDET_CAFFE, "detectron2": DETECTRON2}
 
 
@@ -130,7 +163,7 @@ class ForeignDetector:
 
     def __init__(
         self,
-        style: str,
+        style: str | Style,
         two_stage: bool,
         *,
         backbone: str = "resnet50",
@@ -138,11 +171,19 @@ class ForeignDetector:
         head: int = 24,
         classes: int = 4,
     ) -> None:
-        self.style, self.two_stage, self.backbone, self.classes = STYLES[style], two_stage, backbone, classes
-        self.detectron2 = style == "detectron2"
+        self.settings = Settings()
+        self.style = style if isinstance(style, Style) else STYLES[style]
+        self.two_stage, self.backbone, self.classes = two_stage, backbone, classes
+        self.detectron2 = self.style.sizes_first
         self.names = DETECTRON2_NAMES if self.detectron2 else MMDET_NAMES
         self.weights = {key: _seeded(key, shape) for key, shape in self.shapes(fpn, head).items()}
         self.weights[f"{self.style.stem}.weight"] *= self.style.std[0] / 58  # pixels in 0-255 come in undivided
+
+    def with_settings(self, **settings: Any) -> ForeignDetector:
+        """The same weights under other settings."""
+        other = copy.copy(self)
+        other.settings = Settings(**settings)
+        return other
 
     # --- names and shapes
 
@@ -219,7 +260,7 @@ class ForeignDetector:
     def norm(self, name: str, x: Tensor) -> Tensor:
         kinds = ("weight", "bias", "running_mean", "running_var")
         w, b, mean, var = (self.weights[f"{name}.{kind}"][:, None, None] for kind in kinds)
-        return (x - mean) / (var + 1e-5).sqrt() * w + b
+        return (x - mean) / (var + self.settings.eps).sqrt() * w + b
 
     def features(self, rgb: Tensor) -> list[Tensor]:
         """FPN features of RGB pixels in [0, 1], [3, H, W], padded to a multiple of 32 after normalisation."""
@@ -268,11 +309,12 @@ class ForeignDetector:
 
     def cell(self, level: int) -> list[tuple[float, float]]:
         """(width, height) of the anchors of one cell."""
-        base = 32 * 2**level
+        base = 32 * 2**level * self.settings.anchor_scale
         sizes = [base] if self.two_stage else [base * 2 ** (i / 3) for i in range(3)]
         ratios = [0.5, 1.0, 2.0]
         pairs = [(size, ratio) for ratio in ratios for size in sizes]
-        if self.style.sizes_first:
+        sizes_first = self.style.sizes_first if self.settings.sizes_first is None else self.settings.sizes_first
+        if sizes_first:
             pairs = [(size, ratio) for size in sizes for ratio in ratios]
         return [(size / math.sqrt(ratio), size * math.sqrt(ratio)) for size, ratio in pairs]
 
@@ -281,20 +323,24 @@ class ForeignDetector:
         return [self.conv(self.names.rpn[1], h) for h in hidden], [self.conv(self.names.rpn[2], h) for h in hidden]
 
     def proposals(self, features: list[Tensor], size: tuple[int, int]) -> Tensor:
-        """[P, 4]: the best 1000 of each level, clipped, suppressed at 0.7 level by level, the best 1000 of those."""
+        """[P, 4]: the best of each level, clipped, suppressed level by level, the best of those."""
+        told = self.settings
         boxes, scores, levels = [], [], []
         for level, (logits, deltas, anchors) in enumerate(
             zip(*self.rpn(features), self.anchors(features), strict=True)
         ):
             flat = logits[0].permute(1, 2, 0).flatten()
-            best = flat.sort(descending=True, stable=True).indices[:1000]
-            boxes.append(self.decoded(deltas[0].permute(1, 2, 0).reshape(-1, 4)[best], anchors[best]))
+            best = flat.sort(descending=True, stable=True).indices[: told.proposals_before]
+            deltas = deltas[0].permute(1, 2, 0).reshape(-1, 4)[best]
+            deltas = deltas * torch.tensor(told.proposal_spread) + torch.tensor(told.proposal_mean)
+            boxes.append(self.decoded(deltas, anchors[best]))
             scores.append(flat[best])
             levels.append(torch.full_like(best, level))
-        boxes, scores, levels = _clipped(torch.cat(boxes), size), torch.cat(scores), torch.cat(levels)
-        solid = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(1)
+        boxes, scores, levels = torch.cat(boxes), torch.cat(scores), torch.cat(levels)
+        boxes = _clipped(boxes, size) if told.clip_proposals else boxes
+        solid = ((boxes[:, 2:] - boxes[:, :2]) > told.proposal_side).all(1)
         boxes, scores, levels = boxes[solid], scores[solid], levels[solid]
-        return boxes[batched_nms(boxes, scores, levels, 0.7)[:1000]]
+        return boxes[batched_nms(boxes, scores, levels, told.proposal_overlap)[: told.proposals]]
 
     def decoded(self, deltas: Tensor, boxes: Tensor) -> Tensor:
         """Boxes moved by deltas, [R, 4]."""
@@ -311,7 +357,9 @@ class ForeignDetector:
         pooled = torch.zeros(len(boxes), features[0].shape[1], 7, 7)
         for i in range(4):
             chosen = level == i
-            pooled[chosen] = roi_align(features[i], [boxes[chosen]], 7, 1 / (4 * 2**i), sampling_ratio=0, aligned=True)
+            pooled[chosen] = roi_align(
+                features[i], [boxes[chosen]], 7, 1 / (4 * 2**i), self.settings.sampling, self.settings.aligned
+            )
         hidden = pooled.flatten(1)
         for name in self.names.fc:
             hidden = F.relu(F.linear(hidden, self.weights[f"{name}.weight"], self.weights[f"{name}.bias"]))
@@ -332,30 +380,42 @@ class ForeignDetector:
 
     def detections(self, rgb: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Boxes [D, 4], scores [D] and classes [D] from 0, best first."""
-        features, size = self.features(rgb), tuple(rgb.shape[1:])
+        features, size, told = self.features(rgb), tuple(rgb.shape[1:]), self.settings
+        spread = torch.tensor(told.spread or ((0.1, 0.1, 0.2, 0.2) if self.two_stage else (1.0,) * 4))
+        mean = torch.tensor(told.mean)
         if self.two_stage:
             regions = self.proposals(features, size)
             scores, deltas = self.box_head(features, regions)
             scores = scores.softmax(1)[:, :-1]
             regions = regions[:, None].expand(-1, self.classes, -1).reshape(-1, 4)
-            spread = torch.tensor([0.1, 0.1, 0.2, 0.2])
-            boxes = _clipped(self.decoded(deltas.reshape(-1, 4) * spread, regions), size).reshape(-1, self.classes, 4)
-            index, classes = (scores > 0.05).nonzero().unbind(1)
-            return self.finished(*_suppressed(boxes[index, classes], scores[index, classes], classes))
+            boxes = self.decoded(deltas.reshape(-1, 4) * spread + mean, regions)
+            boxes = (_clipped(boxes, size) if told.clip else boxes).reshape(-1, self.classes, 4)
+            index, classes = (scores > told.least_score).nonzero().unbind(1)
+            return self.finished(*self.suppressed(boxes[index, classes], scores[index, classes], classes))
         kept = []
         for logits, deltas, anchors in zip(*self.dense(features), self.anchors(features), strict=True):
             scores = logits.sigmoid()
-            index, classes = (scores > 0.05).nonzero().unbind(1)
-            best = scores[index, classes].sort(descending=True, stable=True).indices[:1000]
+            index, classes = (scores > told.least_score).nonzero().unbind(1)
+            best = scores[index, classes].sort(descending=True, stable=True).indices[: told.candidates]
             index, classes = index[best], classes[best]
-            kept.append((self.decoded(deltas[index], anchors[index]), scores[index, classes], classes))
+            kept.append((self.decoded(deltas[index] * spread + mean, anchors[index]), scores[index, classes], classes))
         boxes, scores, classes = (torch.cat(part) for part in zip(*kept, strict=True))
         if self.detectron2:
-            boxes, scores, classes = _suppressed(boxes, scores, classes)
+            boxes, scores, classes = self.suppressed(boxes, scores, classes)
             return self.finished(_clipped(boxes, size), scores, classes)
-        boxes = _clipped(boxes, size)
+        boxes = _clipped(boxes, size) if told.clip else boxes
         solid = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(1)
-        return _suppressed(boxes[solid], scores[solid], classes[solid])
+        return self.suppressed(boxes[solid], scores[solid], classes[solid])
+
+    def suppressed(self, boxes: Tensor, scores: Tensor, classes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        told = self.settings
+        groups = torch.zeros_like(classes) if told.across_classes else classes
+        if told.soft:
+            keep, scores = _softly_suppressed(boxes, scores, groups, told)
+        else:
+            keep = batched_nms(boxes, scores, groups, told.overlap)
+            scores = scores[keep]
+        return boxes[keep[: told.detections]], scores[: told.detections], classes[keep[: told.detections]]
 
     def finished(self, boxes: Tensor, scores: Tensor, classes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """detectron2 drops boxes without area at the very end."""
@@ -377,6 +437,7 @@ def _seeded(key: str, shape: tuple[int, ...]) -> Tensor:
         return (0.3 if ".bn3." in key or ".conv3.norm." in key else 1.0) * (1 + 0.1 * noise)
     fan_in = math.prod(shape[1:])
     small = {
+        0.1: ("fc_cls", "box_predictor.cls_score"),
         0.2: ("lateral",),
         0.3: ("_reg.", "bbox_pred", "anchor_deltas"),
     }  # scores and deltas that spread, not saturate
@@ -399,6 +460,27 @@ def _clipped(boxes: Tensor, size: tuple[int, int]) -> Tensor:
     return torch.minimum(boxes.clamp(min=0), torch.tensor([width, height, width, height], dtype=boxes.dtype))
 
 
-def _suppressed(boxes: Tensor, scores: Tensor, classes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    keep = batched_nms(boxes, scores, classes, 0.5)[:100]
-    return boxes[keep], scores[keep], classes[keep]
+def _softly_suppressed(boxes: Tensor, scores: Tensor, groups: Tensor, told: Settings) -> tuple[Tensor, Tensor]:
+    """mmcv's loop: take the best box, lower the scores of the others by their overlap with it, drop those too low."""
+    corners, scores, groups = boxes.tolist(), scores.tolist(), groups.tolist()
+    waiting, taken = list(range(len(scores))), []
+    while waiting:
+        best = max(waiting, key=scores.__getitem__)
+        waiting.remove(best)
+        taken.append(best)
+        for other in list(waiting):
+            overlap = _overlap(corners[best], corners[other]) if groups[best] == groups[other] else 0.0
+            if told.soft == "gaussian":
+                scores[other] *= math.exp(-(overlap**2) / told.sigma)
+            elif overlap >= told.overlap:
+                scores[other] *= 1 - overlap
+            if scores[other] < told.soft_least:
+                waiting.remove(other)
+    return torch.tensor(taken, dtype=torch.int64), torch.tensor([scores[i] for i in taken])
+
+
+def _overlap(a: list[float], b: list[float]) -> float:
+    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    shared = max(width, 0) * max(height, 0)
+    areas = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1])
+    return shared / (areas - shared) if areas > shared else 0.0

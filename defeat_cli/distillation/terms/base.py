@@ -8,7 +8,7 @@ and knows none by name.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from defeat_cli.config.terms import TermSettings
-from defeat_cli.detectors.contract import Batch, Detector, Regions, Stages, at_least_float32, scaled
+from defeat_cli.detectors.contract import Batch, Detector, Regions, Stages, Target, at_least_float32, scaled
 from defeat_cli.errors import TermError
 
 
@@ -27,11 +27,13 @@ class View:
     """One detector's look at a batch. What is costly is computed when it is first asked for, and once.
 
     frozen: no gradients, as for a teacher.
+    find: what stands for the targets of a batch that has none, from this view.
     """
 
     detector: Detector
     batch: Batch
     frozen: bool = False
+    find: Callable[[View], list[Target]] | None = None
     _logits: list[tuple[Regions, Tensor]] = field(default_factory=list)
 
     @classmethod
@@ -62,10 +64,22 @@ class View:
             return [at_least_float32(logits) for logits in self.detector.cell_logits(self.features)]
 
     @cached_property
+    def targets(self) -> list[Target]:
+        """Boxes and labels of each image in the pixels of the batch: annotated or, on unlabelled images, found."""
+        return self.batch.targets if self.find is None else self.find(self)
+
+    def targets_in(self, other: View) -> list[Target]:
+        """This view's targets in the pixels of another's batch, in which the images may have another size."""
+        if other.batch is self.batch:
+            return self.targets
+        sizes = zip(self.batch.sizes, other.batch.sizes, strict=True)
+        return [{**t, "boxes": scaled(t["boxes"], *pair)} for t, pair in zip(self.targets, sizes, strict=True)]
+
+    @cached_property
     def regions(self) -> Regions:
         """The detector's own regions, labelled; for detectors that are `RegionClassifier`."""
         with torch.no_grad():
-            return self.detector.regions(self.features, self.batch)
+            return self.detector.regions(self.features, replace(self.batch, targets=self.targets))
 
     def classify(self, regions: Regions) -> Tensor:
         """Class logits of regions that are in the pixels of this view's batch."""
@@ -108,7 +122,10 @@ class View:
         for axis, cells in enumerate(shape):
             ratios = [here[axis] / there[axis] for here, there in zip(self.batch.sizes, other.batch.sizes, strict=True)]
             centres = (torch.arange(cells, device=own.device, dtype=own.dtype) + 0.5) * other_stride / stride
-            axes.append(2 / own.shape[2 + axis] * own.new_tensor(ratios)[:, None] * centres - 1)
+            axes.append(
+                2 / own.shape[2 + axis] * torch.tensor(ratios, dtype=own.dtype, device=own.device)[:, None] * centres
+                - 1
+            )
         down, across = axes
         grid = torch.stack(
             [across[:, None, :].expand(-1, shape[0], -1), down[:, :, None].expand(-1, -1, shape[1])], dim=-1

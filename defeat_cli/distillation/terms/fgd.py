@@ -72,7 +72,7 @@ class Fgd(PyramidTerm):
         settings = self.settings
         shapes = [tuple(feature.shape[-2:]) for feature in student.features]
         strides = [level.stride for level in self.levels]
-        boxes = [target["boxes"] for target in student.batch.targets]
+        boxes = [target["boxes"] for target in student.targets]
         masks = focal_masks(boxes, shapes, strides, valid_masks(student.batch.valid, shapes, strides))
         values: dict[str, dict[str, Tensor]] = defaultdict(dict)
         for index, level in enumerate(self.compared(student, teacher)):

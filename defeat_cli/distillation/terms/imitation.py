@@ -69,7 +69,7 @@ class Neck(_Imitation):
         if settings.mask == "teacher":
             return teacher_scores(student, teacher, self.pairs)
         return MASKS[settings.mask](
-            [target["boxes"] for target in student.batch.targets],
+            [target["boxes"] for target in student.targets],
             [tuple(feature.shape[-2:]) for feature in student.features],
             [level.stride for level in self.levels],
             finest_scale=settings.finest_scale,
@@ -90,6 +90,6 @@ class Backbone(_Imitation):
         return Adapter(student_channels, teacher_channels, relu=True)
 
     def masks(self, student: View, teacher: View) -> list[Tensor]:
-        boxes = [target["boxes"] for target in student.batch.targets]
+        boxes = [target["boxes"] for target in student.targets]
         shapes = [tuple(stage.shape[-2:]) for stage in student.stages]
         return backbone_masks(boxes, shapes, [level.stride for level in self.levels])

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from defeat_cli.data.dataset import open_split
 from defeat_cli.data.formats import shapes
 from defeat_cli.data.formats.shapes import CLASSES, draw_scene, draw_shapes
+from defeat_cli.data.opening import open_split
 from defeat_cli.errors import DataError
 
 
