@@ -74,7 +74,7 @@ class TracedTransform(GeneralizedRCNNTransform):
     """
 
     def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor] | None]:
-        if not torch.jit.is_tracing():
+        if not torch.jit.is_tracing() or self.fixed_size is not None:
             return super().resize(image, target)
         sides = torch._shape_as_tensor(image)[-2:].double()
         # Of one element each: the exporter takes scalars for numbers in single precision. And a number over a tensor
@@ -89,9 +89,11 @@ class Graph(nn.Module):
     """A torchvision detector with one image as input: (boxes [M, 4] xyxy in its pixels, scores [M], labels [M])."""
 
     def __init__(self, detector: Detector, kind: Input = "float") -> None:
+        """Raises DefeatError: a part of the detector cannot be in a graph."""
         super().__init__()
-        self.model = copy.deepcopy(detector.model).requires_grad_(False)
         self.kind = kind
+        _refuse_soft_suppression(detector)
+        self.model = copy.deepcopy(detector.model).requires_grad_(False)
         transform, selection = self.model.transform, getattr(self.model, "roi_heads", self.model)
         self.model.transform = TracedTransform(
             transform.min_size,
@@ -124,6 +126,15 @@ class Graph(nn.Module):
         if self.kind == "uint8":
             return torch.full((70, 90, 3), 127, dtype=torch.uint8)
         return torch.full((3, 70, 90), 0.5)
+
+
+def _refuse_soft_suppression(detector: Detector) -> None:
+    suppress = getattr(getattr(detector.model, "roi_heads", detector.model), "suppress", None)
+    if suppress is not None and suppress.kind != "hard":
+        raise DefeatError(
+            f"conventions.suppression: {suppress.kind} lowers scores one detection after another, which a graph cannot "
+            "hold; export with --set student.conventions.suppression=hard"
+        )
 
 
 def _settle_scales(model: FasterRCNN) -> None:

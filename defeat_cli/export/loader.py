@@ -13,7 +13,7 @@ from torch import nn
 from torchvision.models.detection import FCOS, FasterRCNN
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-from defeat_cli.config.architecture import TORCHVISION_BUILDERS, Architecture, Conventions
+from defeat_cli.config.architecture import TORCHVISION_BUILDERS, Architecture, Conventions, without_effect
 from defeat_cli.detectors.zoo import build_detector
 from defeat_cli.files import replacing
 
@@ -65,6 +65,11 @@ OTHERWISE = {
     "nominal_strides": "anchors are spaced by the level's nominal stride",
     "p7_relu": "no ReLU stands between P6 and P7",
     "clip_after_nms": "boxes are clipped after non-maximum suppression",
+    "clip_proposals": "proposals are not clipped to the image",
+    "clip_detections": "detections are not clipped to the image",
+    "smallest_box": "how small boxes may be that are kept",
+    "suppression": "suppression lowers scores (soft-NMS)",
+    "suppression_across_classes": "detections suppress those of other classes too",
     "edge_cases": "empty boxes, extreme deltas and regions on the edge of two levels",
 }
 """Conventions of other libraries that no argument of torchvision's gives."""
@@ -129,18 +134,21 @@ def _resizing(model: nn.Module) -> list[str]:
         for name in ("image_mean", "image_std")
         if list(getattr(transform, name)) != getattr(usual, name)
     ]
+    if transform.fixed_size is not None:
+        lines.append(f"fixed_size={tuple(transform.fixed_size)}")
     return lines
 
 
 def _selection(model: nn.Module) -> list[str]:
     """Thresholds and counts that decide what is detected."""
     if not isinstance(model, FasterRCNN):
-        names = ("score_thresh", "nms_thresh", "detections_per_img")
+        names = ("score_thresh", "nms_thresh", "detections_per_img", "topk_candidates")
         return [f"{name}={getattr(model, name)}" for name in names]
     heads = model.roi_heads
     return [
         f"rpn_pre_nms_top_n_test={model.rpn.pre_nms_top_n()}",
         f"rpn_post_nms_top_n_test={model.rpn.post_nms_top_n()}",
+        f"rpn_nms_thresh={model.rpn.nms_thresh}",
         f"box_score_thresh={heads.score_thresh}",
         f"box_nms_thresh={heads.nms_thresh}",
         f"box_detections_per_img={heads.detections_per_img}",
@@ -237,12 +245,11 @@ def _cell_anchors(conventions: Conventions) -> Iterator[str]:
 def _differences(architecture: Architecture) -> list[str]:
     """A comment on what torchvision cannot be told, where there is something."""
     conventions, usual = architecture.conventions, Conventions()
-    elsewhere = {"faster_rcnn": ("p7_relu", "clip_after_nms"), "retinanet": ("roi_align_aligned",)}
-    idle = elsewhere.get(architecture.detector, tuple(set(OTHERWISE) - {"p7_relu"}))
+    idle = without_effect(architecture)
     lines = [
         f"#   {text}"
         for name, text in OTHERWISE.items()
-        if name not in idle and getattr(conventions, name) != getattr(usual, name)
+        if f"conventions.{name}" not in idle and getattr(conventions, name) != getattr(usual, name)
     ]
     if not lines:
         return []

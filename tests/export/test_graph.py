@@ -70,6 +70,22 @@ def test_other_libraries_conventions_are_exported(family, library):
     assert_same_on_all_sizes(detector, onnx_of(Graph(detector)))
 
 
+THINNING = {"clip_proposals": False, "clip_detections": False, "smallest_box": 1.0, "suppression_across_classes": True}
+
+
+@pytest.mark.parametrize("conventions", [THINNING, {"keep_ratio": False}])
+def test_conventions_that_configurations_can_state_are_exported(conventions):
+    detector = random_detector(CLASSES, small(conventions=conventions))
+    assert_same_on_all_sizes(detector, onnx_of(Graph(detector)))
+
+
+@pytest.mark.parametrize("kind", ["linear", "gaussian"])
+def test_soft_suppression_is_refused_by_name(kind):
+    detector = random_detector(CLASSES, small(conventions={"suppression": kind}))
+    with pytest.raises(DefeatError, match=f"conventions.suppression: {kind}"):
+        Graph(detector)
+
+
 def test_an_image_without_detections():
     detector = random_detector(CLASSES, small(score_threshold=0.999))
     run = onnx_of(Graph(detector))

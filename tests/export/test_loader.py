@@ -7,7 +7,14 @@ import pytest
 import torch
 from export.random_detectors import random_detector
 
-from defeat_cli.config.architecture import BACKBONES, DETECTOR_FAMILIES, TORCHVISION_BUILDERS, Architecture
+from defeat_cli.config.architecture import (
+    BACKBONES,
+    DETECTOR_FAMILIES,
+    INFERENCE,
+    TORCHVISION_BUILDERS,
+    Architecture,
+    without_effect,
+)
 from defeat_cli.detectors.zoo import build_detector
 from defeat_cli.export.loader import loader_name, loader_source
 
@@ -157,6 +164,35 @@ def test_a_script_imports_what_it_needs_and_no_more(family, backbone):
     used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     assert imported <= used
     assert not any("defeat" in name for name in imported)
+
+
+OTHER_VALUES = {
+    "anchor_sizes": [[8], [16], [32], [64], [96]], "anchor_ratios": [1.0], "proposals": 20, "proposals_before_nms": 30,
+    "proposal_nms_threshold": 0.6, "candidates_per_level": 40, "score_threshold": 0.3, "nms_threshold": 0.4,
+    "detections_per_image": 9,
+    "conventions.image_mean": [0.1, 0.2, 0.3], "conventions.image_std": [0.4, 0.5, 0.6],
+    "conventions.stride_in_1x1": True, "conventions.batch_norm_eps": 0.01, "conventions.roi_align_aligned": True,
+    "conventions.roi_align_sampling_ratio": 0, "conventions.rounded_anchors": False,
+    "conventions.anchor_order": "sizes-first", "conventions.nominal_strides": True, "conventions.p6_from": "c5",
+    "conventions.p7_relu": False, "conventions.clip_after_nms": True, "conventions.clip_proposals": False,
+    "conventions.clip_detections": False, "conventions.smallest_box": 2.0, "conventions.suppression": "linear",
+    "conventions.suppression_across_classes": True, "conventions.keep_ratio": False,
+    "conventions.edge_cases": "mmdetection",
+}  # fmt: skip
+"""Another value than the usual of each setting that decides what is detected."""
+
+
+@pytest.mark.parametrize("family", DETECTOR_FAMILIES)
+def test_every_setting_is_in_the_script_or_told(family):
+    usual = Architecture(detector=family, backbone="resnet50")
+    assert set(INFERENCE) - set(OTHER_VALUES) - without_effect(usual) == set()
+    plain = loader_source(usual, CLASSES, 64, 96)
+    for name, value in OTHER_VALUES.items():
+        if name not in without_effect(usual):
+            section, _, key = name.rpartition(".")
+            keys = {section: {key: value}} if section else {key: value}
+            changed = Architecture(detector=family, backbone="resnet50", **keys)
+            assert loader_source(changed, CLASSES, 64, 96) != plain, name
 
 
 def test_no_random_number_is_drawn_and_the_name_goes_with_the_weights():
