@@ -234,7 +234,7 @@ class ConventionRoIHeads(RoIHeads):
             boxes, scores, labels = boxes[large], scores[large], labels[large]
             kept, scores = self.suppress(boxes, scores, labels, self.detections_per_img)
             boxes, labels = boxes[kept], labels[kept]
-            full = _has_area(boxes) if self.drop_empty else slice(None)
+            full = _has_area(boxes) if self.drop_empty else torch.ones_like(boxes[:, 0], dtype=torch.bool)
             results.append((boxes[full], scores[full], labels[full]))
         return tuple(map(list, zip(*results, strict=True)))
 
@@ -268,7 +268,7 @@ class ConventionRetinaNet(RetinaNet):
             kept, scores = self.suppress(boxes, scores, labels, self.detections_per_img)
             boxes, labels = boxes[kept], labels[kept]
             boxes = clip_boxes_to_image(boxes, shape) if self.clip else boxes
-            full = _has_area(boxes) if self.drop_empty else slice(None)
+            full = _has_area(boxes) if self.drop_empty else torch.ones_like(boxes[:, 0], dtype=torch.bool)
             results.append({"boxes": boxes[full], "scores": scores[full], "labels": labels[full]})
         return results
 

@@ -45,7 +45,7 @@ def test_twenty_lines_without_this_tool_detect_the_same(onnx_file, teacher, shap
     printed = subprocess.run(
         [sys.executable, script, onnx_file, picture], capture_output=True, text=True, check=True, cwd=tmp_path
     ).stdout.splitlines()
-    detector = open_detector(str(teacher), None, {"run.device": "cpu"}).detector
+    detector = open_detector(str(teacher), None, {"run.device": "cpu"}, "export").detector
     with torch.no_grad():
         (found,) = detector.detect([read_image(picture)])
     sure = [

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from pycocotools.coco import COCO
 
@@ -126,11 +127,10 @@ def test_bad_input_writes_nothing(defeat, teacher, shapes, whole, tmp_path, monk
     assert len(list((tmp_path / "full").iterdir())) == 1
 
 
-def test_a_threshold_below_the_detectors_own_is_told(defeat, teacher, whole, tmp_path):
-    """The detector of the recipe gives everything; one that is converted with 0.4 does not."""
-    defeat("convert", teacher, tmp_path / "t.pth")
-    text = (tmp_path / "t.yaml").read_text().replace("score_threshold: 0.0", "score_threshold: 0.4")
-    (tmp_path / "t.yaml").write_text(text)
+def test_what_a_bare_state_dict_does_not_say_is_told(defeat, teacher, whole, tmp_path):
+    """Its own lowest score is 0.4, and its classes have no names."""
+    defeat("convert", teacher, tmp_path / "t.pth", "--set", "student.score_threshold=0.4")
+    torch.save(dict(torch.load(tmp_path / "t.pth", weights_only=True)), tmp_path / "t.pth")
     options = ["-r", tmp_path / "t.yaml", "-o", tmp_path / "out", "--threshold", "0.2"]
     output = defeat("predict", tmp_path / "t.pth", whole, *options)
     assert "gives nothing below score 0.4" in output
