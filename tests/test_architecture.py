@@ -19,7 +19,7 @@ ALLOWED = {
     "detectors": {"detectors", "checkpoints", "config", "errors", "text"},
     "data": {"data", "errors", "text"},
     "distillation": {"distillation", "detectors", "config", "errors", "text"},
-    "engine": {"engine", "distillation", "detectors", "data", "config", "errors", "files"},
+    "engine": {"engine", "distillation", "detectors", "data", "config", "errors", "files", "text"},
     "gradients": {"gradients", "distillation", "detectors", "data", "config", "errors", "files", "text"},
     "export": {"export", "detectors", "config", "errors", "files"},
     "ablation": {"ablation", "engine", "config", "console", "errors", "files", "text"},

@@ -361,16 +361,22 @@ class FeatureDetector(Detector):
 
 
 @contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; every module's own mode comes back, after an error too."""
+def modes_kept(module: nn.Module) -> Iterator[None]:
+    """Every module's own mode comes back, after an error too."""
     modes = {part: part.training for part in module.modules()}
-    module.eval()
     try:
-        with torch.no_grad():
-            yield
+        yield
     finally:
         for part, training in modes.items():
             part.training = training
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; modes are kept."""
+    with modes_kept(module), torch.no_grad():
+        module.eval()
+        yield
 
 
 def level_names(letter: str, strides: Sequence[int]) -> list[str]:

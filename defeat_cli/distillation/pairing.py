@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 
 from defeat_cli.errors import DefeatError
+from defeat_cli.text import listed
 
 SYNONYMS = {"aeroplane": "airplane", "motorbike": "motorcycle", "tvmonitor": "tv", "sofa": "couch"}
 """Pascal VOC's names, without spaces, to COCO's."""
@@ -88,10 +89,6 @@ def _index(name: str, classes: dict[int, str], problem: str) -> int:
             if form(known) == form(name):
                 return i
     close = difflib.get_close_matches(name, list(classes.values()), n=1)
-    raise DefeatError(f"{problem} (did you mean {close[0]}?)" if close else f"{problem}; it has {_listed(classes)}")
-
-
-def _listed(classes: dict[int, str], most: int = 10) -> str:
-    """The first names, for a message."""
-    names = list(classes.values())
-    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
+    raise DefeatError(
+        f"{problem} (did you mean {close[0]}?)" if close else f"{problem}; it has {listed(classes.values(), 10)}"
+    )

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Subset
 
 from defeat_cli.data.dataset import DetectionDataset
 from defeat_cli.data.loading import evaluation_loader
-from defeat_cli.detectors.contract import Detector
+from defeat_cli.detectors.contract import Detector, evaluating
 from defeat_cli.distillation.pairing import match_classes
 from defeat_cli.errors import DataError
+from defeat_cli.text import listed
 
 FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 """pycocotools' twelve figures in its own order; fractions 0-1, -1 where there is nothing to score."""
@@ -42,8 +43,8 @@ class CocoEvaluator:
         self.category_of_label = {d + 1: categories[c]["id"] for c, d in match_classes(names, classes)}
         if not self.category_of_label:
             raise DataError(
-                f"the detector and the data share no class: the detector knows {_listed(classes)}; "
-                f"the data has {_listed(names)}"
+                f"the detector and the data share no class: the detector knows {listed(classes)}; "
+                f"the data has {listed(names)}"
             )
         self.reset()
 
@@ -89,23 +90,6 @@ class CocoEvaluator:
         empty.dataset = {**self.coco.dataset, "annotations": []}
         empty.createIndex()
         return empty
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-
-
-@contextlib.contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; every module's own mode comes back, after an error too."""
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for part, training in modes.items():
-            part.training = training
 
 
 def evaluate(

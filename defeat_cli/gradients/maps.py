@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from defeat_cli.detectors.contract import Batch, Detector, evaluating
+from defeat_cli.detectors.contract import Batch, Detector, evaluating, modes_kept
 from defeat_cli.distillation.terms import Term, View
 from defeat_cli.errors import DefeatError
 
@@ -140,13 +140,9 @@ def losses_in_eval_mode(detector: Detector) -> Iterator[None]:
     made of stays in eval mode. All modes are as they were afterwards.
     """
     model = detector.model
-    modes = {module: module.training for module in detector.modules()}
-    detector.eval()
-    for part in (model, getattr(model, "rpn", None), getattr(model, "roi_heads", None)):
-        if part is not None:
-            part.training = True
-    try:
+    with modes_kept(detector):
+        detector.eval()
+        for part in (model, getattr(model, "rpn", None), getattr(model, "roi_heads", None)):
+            if part is not None:
+                part.training = True
         yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
