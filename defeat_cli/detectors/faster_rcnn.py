@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.ops.poolers import initLevelMapper
 
 from defeat_cli.config.architecture import Architecture
 from defeat_cli.detectors.backbones import build_backbone
@@ -46,6 +48,18 @@ class FasterRCNNDetector(TorchvisionDetector, TorchvisionAnchors):
         # Boxes are decoded in the dtype of the heads' outputs, which autocast would leave in half precision.
         for head in (model.rpn.head, model.roi_heads.box_predictor):
             head.register_forward_hook(_outputs_in_float32)
+        # torchvision takes the strides of its levels from the first image that it sees and keeps them: a small one that
+        # is half padding would get them wrong for all that follow.
+        pool, strides = model.roi_heads.box_roi_pool, dict(zip(self._names, self.strides, strict=True))
+        pooled = [stride for name, stride in strides.items() if name in pool.featmap_names]
+        pool.scales = [1 / stride for stride in pooled]
+        finest, coarsest = (round(math.log2(stride)) for stride in (pooled[0], pooled[-1]))
+        pool.map_levels = initLevelMapper(finest, coarsest, pool.canonical_scale, pool.canonical_level)
+
+    @property
+    def _names(self) -> list[str]:
+        """The names that the FPN gives its levels."""
+        return [*self.model.backbone.body.return_layers.values(), "pool"]
 
     @property
     def anchor_generator(self) -> AnchorGenerator:
@@ -101,8 +115,7 @@ class FasterRCNNDetector(TorchvisionDetector, TorchvisionAnchors):
 
     def _named(self, features: list[Tensor]) -> OrderedDict[str, Tensor]:
         """Features by the names that the FPN gives them; RoI pooling picks its levels by name."""
-        names = [*self.model.backbone.body.return_layers.values(), "pool"]
-        return OrderedDict(zip(names, features, strict=True))
+        return OrderedDict(zip(self._names, features, strict=True))
 
 
 def _outputs_in_float32(_module: nn.Module, _inputs: tuple, outputs: tuple) -> tuple:

@@ -16,7 +16,6 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from defeat_cli.detectors.contract import Detector, evaluating
@@ -104,8 +103,6 @@ class Graph(nn.Module):
             transform.fixed_size,
         )
         self.model.transform.training = self.model.training
-        if isinstance(self.model, FasterRCNN):
-            _settle_scales(self.model)
         self.card = Card(
             classes=detector.classes,
             input=kind,
@@ -135,19 +132,6 @@ def _refuse_soft_suppression(detector: Detector) -> None:
             f"conventions.suppression: {suppress.kind} lowers scores one detection after another, which a graph cannot "
             "hold; export with --set student.conventions.suppression=hard"
         )
-
-
-def _settle_scales(model: FasterRCNN) -> None:
-    """Let RoI pooling learn the scales of its levels from an image without padding.
-
-    torchvision keeps those that it takes from the first image it sees, whichever that is. They are wrong for a small
-    image that is half padding, and then for all that follow.
-    """
-    pool, side = model.roi_heads.box_roi_pool, 128
-    pool.scales = None
-    blank = next(model.parameters()).new_zeros
-    with evaluating(model):
-        pool(model.backbone(blank(1, 3, side, side)), [blank(1, 4)], [(side, side)])
 
 
 def to_onnx(graph: Graph) -> bytes:

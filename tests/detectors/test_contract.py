@@ -294,3 +294,22 @@ def test_every_backbone_has_the_strides_of_its_family(backbone):
     sides = [stage.shape[-1] for stage in body(torch.zeros(1, 3, 64, 64)).values()]
     assert sides == [16, 8, 4, 2]
     assert len(one.model.backbone.body.return_layers) == 3
+
+
+@pytest.mark.parametrize("kind", ["faster_rcnn", "fasterrcnn_mobilenet_v3_large_320_fpn"])
+def test_a_small_first_image_does_not_spoil_all_that_follow(kind):
+    """torchvision keeps the strides that it takes from its first image; one of 40 x 96 pixels is padded to 64 x 96."""
+    torch.manual_seed(0)
+    detector = build_detector(Architecture(detector=kind, score_threshold=0.0), CLASSES, [40], 96).eval()
+    plain = copy.deepcopy(detector.model)
+    plain.roi_heads.box_roi_pool.scales = plain.roi_heads.box_roi_pool.map_levels = None
+    generator = torch.Generator().manual_seed(1)
+    small, large = (torch.rand(3, *size, generator=generator) for size in ((40, 96), (64, 64)))
+    with torch.no_grad():
+        plain.transform.min_size = (64,)
+        plain([large])  # not padded, so that its strides are right
+        plain.transform.min_size = (40,)
+        expected = [plain([image])[0] for image in (small, large)]
+        found = [detector.detect([image])[0] for image in (small, large)]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
