@@ -21,6 +21,7 @@ ALLOWED = {
     "distillation": {"distillation", "detectors", "config", "errors", "text"},
     "engine": {"engine", "distillation", "detectors", "data", "config", "errors", "files"},
     "gradients": {"gradients", "distillation", "detectors", "data", "config", "errors", "files", "text"},
+    "export": {"export", "detectors", "config", "errors", "files"},
     "ablation": {"ablation", "engine", "config", "console", "errors", "files", "text"},
     "starting": {"distillation", "detectors", "checkpoints", "config", "errors", "text"},
     "session": {"starting", "distillation", "detectors", "data", "config", "errors"},

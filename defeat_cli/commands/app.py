@@ -10,7 +10,7 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from defeat_cli import __version__
-from defeat_cli.commands import ablate, check, convert, gradmap, train
+from defeat_cli.commands import ablate, check, convert, export, gradmap, predict, train
 from defeat_cli.commands import eval as evaluation
 from defeat_cli.console import console, errors
 from defeat_cli.errors import DefeatError, Interrupted
@@ -72,6 +72,8 @@ app.command("gradmap", help="The same as visualize-gradients.")(gradmap.visualiz
 app.command("visualize-gradients")(gradmap.visualize_gradients)
 app.command("check")(check.check)
 app.command("convert")(convert.convert)
+app.command("predict")(predict.predict)
+app.command("export")(export.export)
 
 
 def main() -> None:

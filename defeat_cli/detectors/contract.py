@@ -386,7 +386,7 @@ def level_names(letter: str, strides: Sequence[int]) -> list[str]:
 def scaled(boxes: Tensor, old: Sequence[int], new: Sequence[int]) -> Tensor:
     """Boxes [M, 4] xyxy of an image of `old` (height, width) on the same image of `new`."""
     down, across = new[0] / old[0], new[1] / old[1]
-    return boxes * boxes.new_tensor([across, down, across, down])
+    return boxes * torch.tensor([across, down, across, down], dtype=boxes.dtype, device=boxes.device)
 
 
 def in_unit_range(image: Tensor) -> Tensor:

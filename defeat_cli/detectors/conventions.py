@@ -1,18 +1,20 @@
 """Where detectors of other libraries compute differently from torchvision's: small subclasses, one a difference.
 
+They take sizes from `shape`, not from `len`, so that tracing (`defeat export`) does not freeze them.
 None adds a parameter or changes a key, so a converted state dict still loads into torchvision's plain model; it is only
 there that the outputs would differ a little. `recipe.Conventions` says which of them a detector wants.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, RetinaNet
-from torchvision.models.detection._utils import BoxCoder
+from torchvision.models.detection._utils import BoxCoder, _topk_min
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import RoIHeads
@@ -92,7 +94,7 @@ class ConventionRoIAlign(MultiScaleRoIAlign):
         rois = torch.cat([images, every], dim=1)
         side = ((every[:, 2] - every[:, 0]) * (every[:, 3] - every[:, 1])).sqrt()
         levels = self.level_of_side(side).clamp(0, len(maps) - 1)
-        pooled = maps[0].new_zeros(len(rois), maps[0].shape[1], *self.output_size)
+        pooled = maps[0].new_zeros(rois.shape[0], maps[0].shape[1], *self.output_size)
         for level, (feature, stride) in enumerate(zip(maps, POOLED_STRIDES, strict=True)):
             chosen = torch.where(levels == level)[0]
             pooled[chosen] = roi_align(
@@ -122,10 +124,9 @@ class SymmetricBoxCoder(BoxCoder):
 
     def decode_single(self, rel_codes: Tensor, boxes: Tensor) -> Tensor:
         _, _, width_weight, height_weight = self.weights
-        deltas = rel_codes.unflatten(1, (-1, 4)).clone()
-        deltas[..., 2].clamp_(min=-self.bbox_xform_clip * width_weight)
-        deltas[..., 3].clamp_(min=-self.bbox_xform_clip * height_weight)
-        return super().decode_single(deltas.flatten(1), boxes)
+        lowest = [-math.inf, -math.inf, -self.bbox_xform_clip * width_weight, -self.bbox_xform_clip * height_weight]
+        deltas = rel_codes.unflatten(1, (-1, 4))
+        return super().decode_single(deltas.maximum(deltas.new_tensor(lowest)).flatten(1), boxes)
 
 
 class ConventionProposals(RegionProposalNetwork):
@@ -221,7 +222,7 @@ class ConventionRoIHeads(RoIHeads):
     def postprocess_detections(
         self, class_logits: Tensor, box_regression: Tensor, proposals: list[Tensor], image_shapes: list[tuple[int, int]]
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        counts = [len(of_image) for of_image in proposals]
+        counts = [of_image.shape[0] for of_image in proposals]
         every_box = self.box_coder.decode(box_regression, proposals)[:, 1:].split(counts)
         every_score = class_logits.softmax(dim=1)[:, 1:].split(counts)
         results = []
@@ -233,7 +234,7 @@ class ConventionRoIHeads(RoIHeads):
             boxes, scores, labels = boxes[large], scores[large], labels[large]
             kept, scores = self.suppress(boxes, scores, labels, self.detections_per_img)
             boxes, labels = boxes[kept], labels[kept]
-            full = _has_area(boxes) | (not self.drop_empty)
+            full = _has_area(boxes) if self.drop_empty else torch.ones_like(boxes[:, 0], dtype=torch.bool)
             results.append((boxes[full], scores[full], labels[full]))
         return tuple(map(list, zip(*results, strict=True)))
 
@@ -267,7 +268,7 @@ class ConventionRetinaNet(RetinaNet):
             kept, scores = self.suppress(boxes, scores, labels, self.detections_per_img)
             boxes, labels = boxes[kept], labels[kept]
             boxes = clip_boxes_to_image(boxes, shape) if self.clip else boxes
-            full = _has_area(boxes) | (not self.drop_empty)
+            full = _has_area(boxes) if self.drop_empty else torch.ones_like(boxes[:, 0], dtype=torch.bool)
             results.append({"boxes": boxes[full], "scores": scores[full], "labels": labels[full]})
         return results
 
@@ -276,7 +277,7 @@ class ConventionRetinaNet(RetinaNet):
         scores = logits.sigmoid()
         rows, labels = torch.where(scores > self.score_thresh)
         scores = scores[rows, labels]
-        scores, best = scores.topk(min(self.topk_candidates, len(scores)))
+        scores, best = scores.topk(_topk_min(scores, self.topk_candidates, 0))
         rows, labels = rows[best], labels[best]
         return self.box_coder.decode_single(deltas[rows], anchors[rows]), scores, labels
 

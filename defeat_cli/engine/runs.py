@@ -13,8 +13,8 @@ from defeat_cli.errors import RunError
 from defeat_cli.files import replacing
 
 RECIPE, METRICS, LAST, BEST = "recipe.yaml", "metrics.jsonl", "last.pt", "best.pt"
-STUDENT, RESULTS, CURVES = "student.pth", "results.json", "curves.png"
-RUN_FILES = (RECIPE, METRICS, LAST, BEST, STUDENT, RESULTS, CURVES)
+STUDENT, LOADER, RESULTS, CURVES = "student.pth", "load_student.py", "results.json", "curves.png"
+RUN_FILES = (RECIPE, METRICS, LAST, BEST, STUDENT, LOADER, RESULTS, CURVES)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -15,8 +15,10 @@ from defeat_cli.config.given import understood
 from defeat_cli.console import Reporter
 from defeat_cli.detectors.loading import load_detector
 from defeat_cli.errors import CheckpointError
+from defeat_cli.export.loader import loader_name, write_loader
 from defeat_cli.files import replacing
 from defeat_cli.jobs.asked import DETECTOR
+from defeat_cli.text import listed
 
 SUFFIXES = (".pth", ".pt")
 
@@ -28,7 +30,8 @@ def convert(
     changes: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write `target`, a plain state dict that says what it is, and a recipe (`.yaml`) beside it that says it to people.
+    """Write `target`, a plain state dict that says what it is, and beside it a recipe (`.yaml`) that says it to people
+    and a script that loads it in plain torchvision.
 
     Prints a line on each thing that was recognised, converted, dropped, assumed or written.
 
@@ -42,8 +45,8 @@ def convert(
     """
     if target.suffix not in SUFFIXES:
         raise CheckpointError(f"{target}: a PyTorch state dict is written; name it {' or '.join(SUFFIXES)}")
-    recipe = target.with_suffix(".yaml")
-    for path in (target, recipe):
+    recipe, loader = target.with_suffix(".yaml"), target.with_name(loader_name(target.name))
+    for path in (target, recipe, loader):
         if path.exists() and not overwrite:
             raise CheckpointError(f"{path}: is there already; add --overwrite, or name another file")
     effective = (*DETECTOR, *(f"student.{name}" for name in TRAINING))
@@ -57,14 +60,13 @@ def convert(
     }
     with replacing(recipe) as temporary:
         temporary.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    write_loader(target, meaning.architecture, loaded.detector.classes, meaning.short_side, meaning.long_side)
     reporter = Reporter("convert")
     loaded.tell(reporter)
-    classes = meaning.classes or []
-    named = (
-        f" ({', '.join(classes[:5])}{', …' if len(classes) > 5 else ''})" if classes else ", not named in the source"
-    )
+    named = f" ({listed(meaning.classes, 5)})" if meaning.classes else ", not named in the source"
     reporter.note(
         f"{target}: {len(state_dict)} tensors, {len(loaded.detector.classes)} classes{named}; it says itself "
         "what it is, and loads in plain torchvision"
     )
     reporter.note(f"{recipe}: the same settings as a recipe")
+    reporter.note(f"{loader}: loads it in plain torchvision")

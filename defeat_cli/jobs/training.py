@@ -24,6 +24,7 @@ from defeat_cli.engine.evaluation import evaluate
 from defeat_cli.engine.loop import fit
 from defeat_cli.engine.runs import BEST, CURVES, LAST, RESULTS, STUDENT, RunFolder, write_json
 from defeat_cli.errors import RunError
+from defeat_cli.export.loader import write_loader
 from defeat_cli.session import Session, assemble
 
 NEAR_ZERO_AP = 0.01
@@ -83,6 +84,7 @@ def train(
 
     best = native.load(run / BEST)
     native.write_atomically(run / STUDENT, native.exported(best, str(run / BEST)))
+    write_loader(run / STUDENT, recipe.student, best["classes"], recipe.data.short_side[-1], recipe.data.long_side)
     results: dict[str, Any] = {"student": best["metrics"], "training_seconds": round(training.seconds, 1)}
     if session.unlabelled is not None:
         reporter.note(f"{title}: trained on {spoken_counts(training.seen)} images, each time that one was seen")

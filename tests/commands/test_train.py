@@ -33,7 +33,8 @@ def distilled(tmp_path_factory, defeat, tiny, teacher):
 def test_a_run_leaves_the_files_of_the_design(distilled):
     folder, output = distilled
     assert {path.name for path in folder.iterdir()} == {
-        "recipe.yaml", "metrics.jsonl", "last.pt", "best.pt", "student.pth", "results.json", "curves.png", "plain"
+        "recipe.yaml", "metrics.jsonl", "last.pt", "best.pt", "student.pth", "load_student.py", "results.json",
+        "curves.png", "plain"
     }  # fmt: skip
     results = json.loads((folder / "results.json").read_text())
     for who in ("student", "teacher", "plain"):

@@ -122,7 +122,10 @@ class View:
         for axis, cells in enumerate(shape):
             ratios = [here[axis] / there[axis] for here, there in zip(self.batch.sizes, other.batch.sizes, strict=True)]
             centres = (torch.arange(cells, device=own.device, dtype=own.dtype) + 0.5) * other_stride / stride
-            axes.append(2 / own.shape[2 + axis] * own.new_tensor(ratios)[:, None] * centres - 1)
+            axes.append(
+                2 / own.shape[2 + axis] * torch.tensor(ratios, dtype=own.dtype, device=own.device)[:, None] * centres
+                - 1
+            )
         down, across = axes
         grid = torch.stack(
             [across[:, None, :].expand(-1, shape[0], -1), down[:, :, None].expand(-1, -1, shape[1])], dim=-1

@@ -1,0 +1,95 @@
+"""Opening a detector to use it: a checkpoint of any format, or an exported ONNX file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from defeat_cli import session
+from defeat_cli.config import schema as recipes
+from defeat_cli.config.schema import Recipe
+from defeat_cli.detectors.loading import load_detector
+from defeat_cli.errors import CheckpointError
+from defeat_cli.export.runtime import SUFFIX, OnnxDetector
+from defeat_cli.jobs.asked import DETECTOR, ask, data_settings
+
+
+class Finder(Protocol):
+    """What prediction needs of a detector; see `detectors.contract.Detector`."""
+
+    @property
+    def classes(self) -> list[str]: ...
+
+    def detect(self, images: list[Tensor]) -> list[dict[str, Tensor]]: ...
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A detector in eval mode on its device.
+
+    recipe: data and device in force.
+    lowest: score below which it gives nothing.
+    named: whether the checkpoint itself names the classes.
+    notes: what a user should know.
+    """
+
+    detector: Finder
+    recipe: Recipe
+    device: torch.device
+    lowest: float
+    named: bool = True
+    notes: list[str] = field(default_factory=list)
+
+
+def open_detector(checkpoint: str, recipe_name: str | None, changes: Mapping[str, Any], command: str) -> Opened:
+    """The detector in a checkpoint of any format. Classes that it does not name are the data's, else numbers.
+
+    Args:
+        recipe_name: recipe that says what a plain state dict is made of; None takes the checkpoint's own.
+        changes: dotted recipe overrides.
+        command: what a message calls the command, e.g. `predict`.
+
+    Raises:
+        DefeatError: the checkpoint, recipe, device or data cannot be used, or a setting has no effect.
+    """
+    settings = (*DETECTOR, *data_settings("val", changes), "run.device")
+    asked = ask(checkpoint, recipe_name, changes, command=command, settings=settings)
+    recipe, notes = asked.recipe, list(asked.notes)
+    device = session.choose_device(recipe.run.device)
+    classes = asked.weights.classes
+    if classes is None and recipe.data.path is not None:
+        classes = session.open_data(recipe.data, "val", train=False).classes
+    elif classes is None:
+        notes.append(
+            f"{checkpoint}: does not name its classes, which are numbered; --data takes the names of a data set"
+        )
+    loaded = load_detector(asked.weights, asked.given, classes=classes)
+    notes += [*loaded.notes, *loaded.assumptions]
+    detector = loaded.detector.to(device).eval()
+    selection = getattr(detector.model, "roi_heads", detector.model)
+    return Opened(detector, recipe, device, selection.score_thresh, asked.weights.classes is not None, notes)
+
+
+def open_finder(checkpoint: str, recipe_name: str | None, changes: Mapping[str, Any]) -> Opened:
+    """As `open_detector`, and files that `defeat export` wrote as ONNX, which onnxruntime runs on the CPU.
+
+    Raises:
+        DefeatError: as `open_detector`; or settings for an exported file, which cannot be changed.
+    """
+    if not checkpoint.endswith(SUFFIX):
+        return open_detector(checkpoint, recipe_name, changes, "predict")
+    idle = [name for name in changes if name.startswith("student.") or name in ("data.short_side", "data.long_side")]
+    if recipe_name is not None or idle:
+        what = ", ".join(["--recipe"] * (recipe_name is not None) + idle)
+        raise CheckpointError(f"{checkpoint}: an exported file cannot be changed; leave {what} out, or export again")
+    recipe = recipes.load(None, dict(changes))
+    if recipe.run.device not in ("auto", "cpu"):
+        raise CheckpointError(
+            f"{checkpoint}: exported files are run on the CPU; leave --device {recipe.run.device} out"
+        )
+    detector = OnnxDetector(checkpoint)
+    return Opened(detector, recipe, torch.device("cpu"), detector.card.score_threshold)
