@@ -82,8 +82,11 @@ def assemble(recipe: Recipe, teacher: str | None = None, like: Session | None = 
     if like is not None and (like.recipe.data, like.recipe.run.seed) == (recipe.data, recipe.run.seed):
         training_data, validation_data = like.training_data, like.validation_data
     else:
+        drawn = recipe.data.format == "shapes" and recipe.data.path and not Path(recipe.data.path).exists()
         training_data = open_data(recipe.data, "train", train=True, seed=recipe.run.seed)
         validation_data = open_data(recipe.data, "val", train=False)
+        if drawn:
+            notes.append(Note(f"{recipe.data.path}: a new folder; the data set of shapes was drawn there"))
     for opened in (training_data, validation_data):
         opened.refuse_vanishing(recipe.data.short_side, recipe.data.long_side)
     for text in [*training_data.notes, *(f"validation: {note}" for note in validation_data.notes)]:

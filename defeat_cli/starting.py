@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import attrgetter
+from typing import Any
 
 from defeat_cli.checkpoints.loading import load_weights
 from defeat_cli.checkpoints.weights import StateDict, load_strict
 from defeat_cli.config.architecture import INFERENCE, Architecture, without_effect
+from defeat_cli.detectors import faster_rcnn, retinanet
 from defeat_cli.detectors.contract import Detector
 from defeat_cli.distillation.pairing import match_classes
 from defeat_cli.errors import CheckpointError
 from defeat_cli.text import listed
+
+ANCHOR_SIZES = {"faster_rcnn": faster_rcnn.ANCHOR_SIZES, "retinanet": retinanet.ANCHOR_SIZES}
 
 OF_CLASSES = {
     "roi_heads.box_predictor.cls_score.": 1,
@@ -31,36 +35,41 @@ def start_from(student: Detector, source: str, architecture: Architecture) -> li
         CheckpointError: the weights cannot be read, do not fit, or were trained by a detector that computes otherwise.
     """
     weights = load_weights(source, architecture)
-    others = {
-        name: attrgetter(name)(weights.architecture)
-        for name in INFERENCE
-        if name.startswith(("conventions.", "anchor_")) and name not in without_effect(architecture)
-        if attrgetter(name)(weights.architecture) != attrgetter(name)(architecture)
-    }
+    lines = list(weights.assumptions)
+    compared = {name for name in INFERENCE if name.startswith(("conventions.", "anchor_"))}
+    mine, theirs = (
+        {name: _told(a, name) for name in sorted(compared - without_effect(architecture))}
+        for a in (architecture, weights.architecture)
+    )
+    others = {name: value for name, value in theirs.items() if value != mine[name]}
     foreign = [f"student.{name}: {value!r}" for name, value in others.items() if name.startswith("conventions.")]
     if foreign:
         raise CheckpointError(
-            "\n  ".join([f"{source}: the student has to compute as these weights were trained; set", *foreign])
+            "\n  ".join([f"{source}: the student has to compute as these weights were trained; set", *foreign, *lines])
         )
-    lines = list(weights.assumptions)
     lines += [
-        f"{source}: trained with {name} {value!r}, where the student has {getattr(architecture, name)!r}"
+        f"{source}: trained with {name} {value!r}, where the student has {mine[name]!r}"
         for name, value in others.items()
     ]
-    state_dict, count = weights.state_dict, len(student.classes)
+    load_strict(student.model, weights.state_dict, source)
     if weights.classes is None:
         lines.append(
             f"{source} does not name its {weights.num_classes} classes: taken to be the data's, in the data's order "
             f"({listed(student.classes)})"
         )
-    elif len(weights.classes) == count and weights.classes != student.classes:
+    elif weights.classes != student.classes:
         order, strangers = _order(student.classes, weights.classes)
-        state_dict = _reordered(state_dict, order)
+        student.model.load_state_dict(_reordered(student.model.state_dict(), order))
         if strangers:
             pairs = listed([f"{student.classes[i]} from {weights.classes[order[i]]}" for i in strangers])
             lines.append(f"{source}: has other classes than the data; these start from another's weights: {pairs}")
-    load_strict(student.model, state_dict, source)
     return lines
+
+
+def _told(architecture: Architecture, name: str) -> Any:
+    """A setting, with the anchor sizes of its family where it leaves them open."""
+    value = attrgetter(name)(architecture)
+    return ANCHOR_SIZES.get(architecture.detector) if value is None and name == "anchor_sizes" else value
 
 
 def _order(ours: Sequence[str], theirs: Sequence[str]) -> tuple[list[int], list[int]]:

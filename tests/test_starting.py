@@ -77,7 +77,10 @@ def test_other_conventions_are_refused_and_other_anchors_said(tmp_path):
     assert all(torch.equal(before[name], value) for name, value in student.model.state_dict().items())
     student, same = detector("faster_rcnn", NAMES, seed=1, conventions=settings["conventions"])
     (line,) = start_from(student, path, same)
-    assert line.endswith(f"trained with anchor_sizes {anchors}, where the student has None")
+    usual = [[32.0], [64.0], [128.0], [256.0], [512.0]]
+    assert line.endswith(f"trained with anchor_sizes {anchors}, where the student has {usual}")
+    student, same = detector("faster_rcnn", NAMES, seed=1, conventions=settings["conventions"], anchor_sizes=anchors)
+    assert start_from(student, path, same) == []
 
 
 def test_a_run_on_data_in_another_order_of_classes_starts_where_the_other_ended(

@@ -17,6 +17,7 @@ from defeat_cli.commands.options import (
     SetOption,
     TeacherOption,
     VariantsOption,
+    options_said,
     overrides,
     recipe_to_train,
 )  # fmt: skip
@@ -98,7 +99,7 @@ def ablate(
 
 def refuse_idle(ctx: typer.Context) -> None:
     """Refuse options that have no effect together with another."""
-    said = {p.name: p.opts[0] for p in ctx.command.params if ctx.get_parameter_source(p.name).name == "COMMANDLINE"}
+    said = options_said(ctx)
     for name, takes in ALONE.items():
         idle = said.keys() - takes - {name, "quiet"}
         if name in said and idle:

@@ -45,6 +45,11 @@ def overrides(assignments: list[str] | None, **options: Any) -> dict[str, Any]:
     return {**assigned, **given}
 
 
+def options_said(ctx: typer.Context) -> dict[str, str]:
+    """Parameters that the command line gave, by name, each as it is spelled there."""
+    return {p.name: p.opts[0] for p in ctx.command.params if ctx.get_parameter_source(p.name).name == "COMMANDLINE"}
+
+
 def recipe_to_train(
     recipe: str | None, said: dict[str, Any], variant: str | None = None, variants: Path | None = None
 ) -> Recipe:
