@@ -10,8 +10,6 @@ from pathlib import Path
 
 import torch
 
-from defeat_cli.checkpoints.loading import load_weights
-from defeat_cli.checkpoints.weights import load_strict
 from defeat_cli.config import schema as recipes
 from defeat_cli.config.schema import Data, Recipe
 from defeat_cli.config.terms import TermSettings
@@ -27,6 +25,7 @@ from defeat_cli.distillation.distiller import Distiller
 from defeat_cli.distillation.terms import TERMS, Term
 from defeat_cli.distillation.unlabelled import PseudoLabels
 from defeat_cli.errors import DataError, RecipeError, RunError, TermError
+from defeat_cli.starting import start_from
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -83,8 +82,11 @@ def assemble(recipe: Recipe, teacher: str | None = None, like: Session | None = 
     if like is not None and (like.recipe.data, like.recipe.run.seed) == (recipe.data, recipe.run.seed):
         training_data, validation_data = like.training_data, like.validation_data
     else:
+        drawn = recipe.data.format == "shapes" and recipe.data.path and not Path(recipe.data.path).exists()
         training_data = open_data(recipe.data, "train", train=True, seed=recipe.run.seed)
         validation_data = open_data(recipe.data, "val", train=False)
+        if drawn:
+            notes.append(Note(f"{recipe.data.path}: a new folder; the data set of shapes was drawn there"))
     for opened in (training_data, validation_data):
         opened.refuse_vanishing(recipe.data.short_side, recipe.data.long_side)
     for text in [*training_data.notes, *(f"validation: {note}" for note in validation_data.notes)]:
@@ -93,6 +95,9 @@ def assemble(recipe: Recipe, teacher: str | None = None, like: Session | None = 
     if shared is not None:
         notes.append(Note(shared, warning=True))
     student = build_student(recipe, training_data.classes)
+    if recipe.student.weights is not None:
+        lines = start_from(student, recipe.student.weights, recipe.student)
+        notes += [Note(f"student: {text}", warning=True) for text in lines]
     if recipe.student.norm == "frozen" and recipe.student.backbone_weights is None and recipe.student.weights is None:
         text = "student.norm is frozen and nothing is pretrained, so nothing is normalised; use norm: batch"
         notes.append(Note(text, warning=True))
@@ -245,10 +250,10 @@ def _open_unlabelled(
 
 
 def build_student(recipe: Recipe, classes: list[str]) -> Detector:
-    """The student with its starting weights. Its random weights depend on `run.seed` alone.
+    """The student with its backbone's weights. Its random weights depend on `run.seed` alone.
 
     Raises:
-        CheckpointError: `backbone_weights` or `weights` do not fit.
+        CheckpointError: `backbone_weights` do not fit.
     """
     torch.manual_seed(recipe.run.seed)
     student = build_detector(
@@ -256,10 +261,6 @@ def build_student(recipe: Recipe, classes: list[str]) -> Detector:
     )
     if recipe.student.backbone_weights is not None:
         load_backbone_weights(student.model, recipe.student.backbone_weights, recipe.student)
-    if recipe.student.weights is not None:
-        load_strict(
-            student.model, load_weights(recipe.student.weights, recipe.student).state_dict, recipe.student.weights
-        )
     return student
 
 

@@ -23,7 +23,8 @@ ALLOWED = {
     "gradients": {"gradients", "distillation", "detectors", "data", "config", "errors", "files", "text"},
     "export": {"export", "detectors", "config", "errors", "files"},
     "ablation": {"ablation", "engine", "config", "console", "errors", "files", "text"},
-    "session": {"distillation", "detectors", "data", "checkpoints", "config", "errors"},
+    "starting": {"distillation", "detectors", "checkpoints", "config", "errors", "text"},
+    "session": {"starting", "distillation", "detectors", "data", "config", "errors"},
 }
 """What each part may import of ours. Parts not named here stand on top and may import anything."""
 

@@ -17,8 +17,9 @@ from defeat_cli.commands.options import (
     SetOption,
     TeacherOption,
     VariantsOption,
+    options_said,
     overrides,
-    required,
+    recipe_to_train,
 )  # fmt: skip
 from defeat_cli.console import console
 from defeat_cli.errors import DefeatError
@@ -60,7 +61,6 @@ def ablate(
 ) -> None:
     """Compare distillation variants over seeds. The same command goes on with a study that was stopped."""
     refuse_idle(ctx)
-    from defeat_cli.config.schema import load
     from defeat_cli.config.variants import GROUPS, read_variants
 
     known = read_variants(variants)
@@ -71,8 +71,13 @@ def ablate(
     if report_only:
         show_report(output, sort)
         return
-    changes = overrides(set_, teacher__checkpoint=teacher, data__path=data, run__device=device)
-    chosen = load(required(recipe), changes)
+    from defeat_cli.ablation.study import OWN_KEYS, plan
+
+    said = overrides(set_, teacher__checkpoint=teacher, data__path=data, run__device=device)
+    chosen = recipe_to_train(recipe, said)
+    for key, owner in OWN_KEYS.items():
+        if key in said:
+            raise DefeatError(f"--set {key}: without effect in a study; give {owner}")
     folder = output or Path("runs") / f"ablate-{chosen.run.name}"
     if show_masks:
         from defeat_cli.jobs.mapping import show_masks as draw
@@ -81,7 +86,6 @@ def ablate(
             console.print(f"written: {path}", soft_wrap=True)
         return
     from defeat_cli.ablation.choice import choose
-    from defeat_cli.ablation.study import plan
     from defeat_cli.jobs.ablating import ablate as run
 
     groups = [name for name, wanted in (("--all-masks", all_masks), ("--all-methods", all_methods)) if wanted]
@@ -95,7 +99,7 @@ def ablate(
 
 def refuse_idle(ctx: typer.Context) -> None:
     """Refuse options that have no effect together with another."""
-    said = {p.name: p.opts[0] for p in ctx.command.params if ctx.get_parameter_source(p.name).name == "COMMANDLINE"}
+    said = options_said(ctx)
     for name, takes in ALONE.items():
         idle = said.keys() - takes - {name, "quiet"}
         if name in said and idle:

@@ -13,7 +13,7 @@ from defeat_cli.commands.options import (
     SetOption,
     TeacherOption,
     overrides,
-    required,
+    recipe_to_train,
 )
 from defeat_cli.console import show
 
@@ -27,12 +27,8 @@ def check(
     set_: SetOption = None,
 ) -> None:
     """Tell what a run would do: detectors, how levels and classes pair up, active terms, memory, the teacher's AP."""
-    from defeat_cli.config.schema import load
-    from defeat_cli.config.variants import VARIANTS, find_variant
-
-    changes = dict(find_variant(variant, VARIANTS).overrides) if variant else {}
-    changes |= overrides(set_, teacher__checkpoint=teacher, data__path=data, run__device=device)
-    chosen = load(required(recipe), changes)
+    said = overrides(set_, teacher__checkpoint=teacher, data__path=data, run__device=device)
+    chosen = recipe_to_train(recipe, said, variant)
     from defeat_cli.jobs import checking
 
     for table in checking.check(chosen).tables:

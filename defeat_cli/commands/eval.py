@@ -9,6 +9,7 @@ import typer
 
 from defeat_cli.commands.options import DataOption, DeviceOption, QuietOption, SetOption, overrides
 from defeat_cli.console import show
+from defeat_cli.errors import DefeatError
 
 
 def evaluate(
@@ -30,6 +31,8 @@ def evaluate(
     """Score a detector on COCO-format data: the twelve COCO figures."""
     from defeat_cli.jobs import scoring
 
+    if json_file is not None and json_file == save_detections:
+        raise DefeatError(f"--json and --save-detections: {json_file} cannot hold both; name two files")
     changes = overrides(set_, data__path=data, run__device=device)
     report = scoring.score(checkpoint, recipe, changes, split=split, error_types=error_types, quiet=quiet)
     report.write(json_file, save_detections)

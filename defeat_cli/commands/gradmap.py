@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.markup import escape
 
-from defeat_cli.commands.options import DataOption, DeviceOption, QuietOption, RecipeOption, SetOption, overrides
+from defeat_cli.commands.options import (
+    DataOption,
+    DeviceOption,
+    QuietOption,
+    RecipeOption,
+    SetOption,
+    options_said,
+    overrides,
+)
 from defeat_cli.console import console, errors, show
 from defeat_cli.errors import DefeatError
 
 
 def visualize_gradients(
+    ctx: typer.Context,
     images: Annotated[list[str] | None, typer.Argument(help="Image files, folders or globs; none: the data's.")] = None,
     checkpoint: Annotated[
         str | None, typer.Option("--checkpoint", "-c", help="The detector: any format that `eval` takes.")
@@ -31,7 +41,9 @@ def visualize_gradients(
     teacher_boxes: Annotated[
         bool, typer.Option("--teacher-boxes", help="Teacher's boxes where none are known.")
     ] = False,
-    threshold: Annotated[float, typer.Option(help="Lowest score of detections that stand in for boxes.")] = 0.5,
+    threshold: Annotated[
+        float, typer.Option(min=0, max=1, help="Lowest score of detections that stand in for boxes.")
+    ] = 0.5,
     save_arrays: Annotated[bool, typer.Option("--save-arrays", help="Keep the raw maps as .npz.")] = False,
     recipe: RecipeOption = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write to.")] = Path("runs/gradients"),
@@ -43,6 +55,7 @@ def visualize_gradients(
     """Show where the detection loss pulls on the neck features, inside objects and outside."""
     if checkpoint is None:
         raise DefeatError("no detector: give one with --checkpoint")
+    refuse_idle(options_said(ctx))
     from defeat_cli.gradients.report import Settings
     from defeat_cli.jobs.mapping import visualize
 
@@ -62,3 +75,18 @@ def visualize_gradients(
         errors.print(f"[bold red]skipped:[/] {escape(skipped['reason'])}", soft_wrap=True)
     if report.skipped:
         raise typer.Exit(2)
+
+
+def refuse_idle(said: Mapping[str, str]) -> None:
+    """Refuse options about boxes and images that have no effect together with the others."""
+    if "images" not in said:
+        idle, reason = ("annotations", "threshold", "teacher_boxes"), "the data set knows its images' boxes"
+    elif "annotations" in said:
+        idle, reason = ("data", "split"), "the boxes of the images are those of --annotations"
+    elif "data" not in said:
+        idle, reason = ("split",), "there is no --data"
+    else:
+        return
+    for name in idle:
+        if name in said:
+            raise DefeatError(f"{said[name]}: without effect, as {reason}")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from defeat_cli.errors import DefeatError
+
+if TYPE_CHECKING:
+    from defeat_cli.config.schema import Recipe
 
 RecipeOption = Annotated[
     str | None, typer.Option("--recipe", "-r", help="A recipe file, or the name of a shipped recipe.")
@@ -36,13 +39,41 @@ def overrides(assignments: list[str] | None, **options: Any) -> dict[str, Any]:
     from defeat_cli.config.yaml import parse_assignments
 
     given = {key.replace("__", "."): value for key, value in options.items() if value is not None}
-    return {**parse_assignments(assignments or []), **given}
+    assigned = parse_assignments(assignments or [])
+    for key in given.keys() & assigned.keys():
+        raise DefeatError(f"--set {key}: another option of the command line says it too; give one of them")
+    return {**assigned, **given}
 
 
-def required(recipe: str | None) -> str:
-    """The recipe that a command cannot do without."""
+def options_said(ctx: typer.Context) -> dict[str, str]:
+    """Parameters that the command line gave, by name, each as it is spelled there."""
+    return {p.name: p.opts[0] for p in ctx.command.params if ctx.get_parameter_source(p.name).name == "COMMANDLINE"}
+
+
+def recipe_to_train(
+    recipe: str | None, said: dict[str, Any], variant: str | None = None, variants: Path | None = None
+) -> Recipe:
+    """The recipe of a training, with a variant of it where one is named.
+
+    Args:
+        said: dotted overrides of the command line, which come last.
+        variants: file with variants beside the shipped ones.
+
+    Raises:
+        DefeatError: no such recipe or variant, or something was said that has no effect.
+    """
+    from defeat_cli.config.given import COMMAND_LINE, given_settings
+    from defeat_cli.config.idle import idle_in_training, refuse_idle
+    from defeat_cli.config.schema import load, merged
+    from defeat_cli.config.variants import find_variant, read_variants
+
     if recipe is None:
         raise DefeatError(
             "no recipe: give --recipe quickstart, or a file (defeat train --list-recipes shows the shipped)"
         )
-    return recipe
+    own = find_variant(variant, read_variants(variants)).overrides if variant else {}
+    chosen = load(recipe, {**own, **said})
+    if variant and chosen.distillation.terms and not (chosen.teacher.checkpoint or chosen.teacher.recipe):
+        raise DefeatError(f"--variant {variant}: there is no teacher to distil from; add --teacher")
+    refuse_idle(given_settings(merged({}, said), COMMAND_LINE), idle_in_training(chosen))
+    return chosen

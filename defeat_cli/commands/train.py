@@ -19,7 +19,7 @@ from defeat_cli.commands.options import (
     TeacherOption,
     VariantsOption,
     overrides,
-    required,
+    recipe_to_train,
 )
 from defeat_cli.console import console, results_table, show
 from defeat_cli.errors import DefeatError
@@ -50,13 +50,9 @@ def train(
     if list_recipes:
         show_recipes()
         return
-    from defeat_cli.config.schema import load
-    from defeat_cli.config.variants import find_variant, read_variants
-
     if variants and not variant:
         raise DefeatError("--variants: names no variant to train; add --variant NAME, or use defeat ablate")
-    changes = dict(find_variant(variant, read_variants(variants)).overrides) if variant else {}
-    changes |= overrides(
+    said = overrides(
         set_,
         teacher__checkpoint=teacher,
         data__path=data,
@@ -65,9 +61,7 @@ def train(
         run__seed=seed,
         run__compare_plain=plain,
     )
-    chosen = load(required(recipe), changes)
-    if variant and chosen.distillation.terms and not (chosen.teacher.checkpoint or chosen.teacher.recipe):
-        raise DefeatError(f"--variant {variant}: there is no teacher to distil from; add --teacher")
+    chosen = recipe_to_train(recipe, said, variant, variants)
     folder = output or Path("runs") / chosen.run.name
     from defeat_cli.jobs import training
 

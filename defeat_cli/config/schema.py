@@ -38,7 +38,8 @@ class Student(Architecture):
     backbone_weights: str | None = None
     """ImageNet weights of the backbone: `imagenet` (downloaded by torchvision) or a file; null starts from scratch."""
     weights: str | None = None
-    """Detector checkpoint to start from; `--student-weights`."""
+    """Detector checkpoint to start from; `--student-weights`. Its classes go by name, and its conventions are to be
+    the student's."""
     inherit: list[Literal["neck", "head"]] = field(default_factory=list)
     """Parts that start as the teacher's, where shapes agree (FGD's and MGD's `init_student`). Never compare a student
     that inherits with one that does not: the plain student of a study or of `--compare-plain` inherits too."""

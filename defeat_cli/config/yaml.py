@@ -69,6 +69,8 @@ def parse_assignments(assignments: list[str]) -> dict[str, Any]:
         key, separator, value = assignment.partition("=")
         if not separator or not key:
             raise RecipeError(f"--set {assignment}: expected dotted.key=value, e.g. optimizer.lr=0.01")
+        if key.strip() in values:
+            raise RecipeError(f"--set {key.strip()} is given twice")
         try:
             values[key.strip()] = yaml.load(value, _Loader)
         except yaml.YAMLError:

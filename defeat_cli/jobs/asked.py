@@ -14,6 +14,7 @@ from defeat_cli.checkpoints.loading import file_of, load_weights
 from defeat_cli.checkpoints.weights import Weights
 from defeat_cli.config.architecture import INFERENCE, SIZES, STRUCTURE
 from defeat_cli.config.given import COMMAND_LINE, Given, understood
+from defeat_cli.config.idle import idle_in_data, refuse_idle
 from defeat_cli.config.schema import Data, Recipe, validate
 from defeat_cli.detectors.loading import hint
 
@@ -66,6 +67,7 @@ def ask(
     named, given = understood(recipe_name, changes, command, settings)
     weights = load_weights(checkpoint, hint(given))
     data, notes = _data(given, named, weights, checkpoint)
+    refuse_idle((name for name, (_, where) in given.items() if where == COMMAND_LINE), idle_in_data(data))
     return Asked(weights, given, named.model_copy(update={"data": data}), notes)
 
 

@@ -169,3 +169,9 @@ def test_convert_writes_a_state_dict_and_the_recipe_that_reads_it(run, defeat, s
         defeat("eval", checkpoint, "-d", shapes, *options, "--json", tmp_path / figures)
     assert (tmp_path / "a").read_text() == (tmp_path / "b").read_text()
     assert "is there already" in defeat("convert", run / "best.pt", tmp_path / "out.pth", code=2)
+
+
+def test_two_results_are_not_written_to_one_file(defeat, shapes, teacher, tmp_path):
+    places = ["--json", tmp_path / "x.json", "--save-detections", tmp_path / "x.json"]
+    assert "cannot hold both" in defeat("eval", teacher, "-d", shapes, *places, code=2)
+    assert not (tmp_path / "x.json").exists()

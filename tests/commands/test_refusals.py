@@ -94,3 +94,11 @@ def test_more_epochs_go_on_with_a_finished_run_and_say_so(defeat, tiny, tmp_path
     assert steps[-1] == 6
     assert "epochs: 2" in (tmp_path / "run" / "recipe.yaml").read_text()
     assert "cannot be resumed with another recipe" in defeat(*options, "--set", "schedule.epochs=1", "--resume", code=2)
+
+
+def test_a_data_set_that_is_drawn_into_a_new_folder_is_told(defeat, tiny, tmp_path):
+    sizes = {"train_images": 4, "val_images": 2, "size": 64}
+    options = [part for name, value in sizes.items() for part in ("--set", f"data.shapes.{name}={value}")]
+    arguments = ["check", "-r", tiny, "-d", tmp_path / "new", "--set", "data.format=shapes", *options]
+    assert f"{tmp_path / 'new'}: a new folder" in defeat(*arguments)
+    assert "a new folder" not in defeat(*arguments)

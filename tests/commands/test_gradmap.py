@@ -1,0 +1,22 @@
+"""Options of `defeat gradmap` that would have no effect are refused."""
+
+import pytest
+
+CASES = {
+    "a split without data": (["IMAGE", "--split", "train"], "--split: without effect, as there is no --data"),
+    "data beside annotations": (["IMAGE", "--annotations", "FILE", "-d", "nowhere"], "--data: without effect"),
+    "a split beside annotations": (["IMAGE", "--annotations", "FILE", "--split", "val"], "--split: without effect"),
+    "annotations beside a data set": (["-d", "DATA", "--annotations", "FILE"], "--annotations: without effect"),
+    "a threshold beside a data set": (["-d", "DATA", "--threshold", "0.2"], "--threshold: without effect"),
+    "a threshold that no score reaches": (["IMAGE", "--threshold", "7"], "0<=x<=1"),
+    "shapes that are not drawn": (["-d", "DATA", "--set", "data.shapes.size=64"], "data.shapes.size: without effect"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_options_without_effect_are_refused(case, defeat, shapes, teacher, tmp_path):
+    arguments, told = CASES[case]
+    places = {"IMAGE": next((shapes / "images").iterdir()), "FILE": shapes / "val.json", "DATA": shapes}
+    arguments = [places.get(word, word) for word in arguments]
+    assert told in defeat("gradmap", "-c", teacher, "-o", tmp_path / "out", *arguments, code=2)
+    assert not (tmp_path / "out").exists()
