@@ -1,11 +1,14 @@
 """`defeat eval`, `check` and `convert` through the real command, and the student in plain torchvision."""
 
 import json
+import shutil
 
 import pytest
 import torch
 import yaml
 from oracles.torchvision_alone import evaluate_alone, tiny_model, tiny_settings
+from runs import setting
+from tiny import OWN
 
 from defeat_cli.config.schema import merged
 from defeat_cli.config.yaml import parse_assignments
@@ -89,10 +92,20 @@ def test_settings_that_are_said_are_in_force(run, defeat, shapes, tmp_path, kind
     assert figures != evaluated(defeat, tmp_path, run / "best.pt")[0]
 
 
-def test_a_state_dict_far_from_its_run_needs_no_recipe_if_its_keys_tell(run, defeat, shapes, tmp_path):
-    (tmp_path / "student.pth").write_bytes((run / "student.pth").read_bytes())
-    output = defeat("eval", tmp_path / "student.pth", "-d", shapes, "-r", run / "recipe.yaml")
-    assert "AP50" in output
+def test_a_state_dict_far_from_its_run_needs_no_recipe(run, defeat, shapes, tmp_path):
+    """It says what it is; where it does not, keys and shapes tell all but what is not seen in them."""
+    expected, found, _ = evaluated(defeat, tmp_path, run / "best.pt")
+    assert expected["AP"] > 0.05  # there is something to compare
+    shutil.copy(run / "student.pth", tmp_path / "says.pth")
+    torch.save(dict(torch.load(run / "student.pth", weights_only=True)), tmp_path / "silent.pth")
+    unseen = setting(
+        student__anchor_sizes=OWN["faster_rcnn"]["anchor_sizes"], student__proposals=32, student__score_threshold=0.0,
+        data__short_side=[64], data__long_side=64,
+    )  # fmt: skip
+    for name, options in (("says.pth", []), ("silent.pth", unseen)):
+        figures, detections, _ = evaluated(defeat, tmp_path, tmp_path / name, "-d", shapes, *options)
+        assert (figures, detections) == (expected, found)
+    assert evaluated(defeat, tmp_path, tmp_path / "silent.pth", "-d", shapes)[0] != expected
 
 
 def test_per_class_and_errors_are_shown(run, defeat, tmp_path):
