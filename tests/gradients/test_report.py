@@ -195,7 +195,7 @@ def test_options_that_make_no_sense_are_refused(checkpoint: Path, shapes: Path, 
         visualize(str(checkpoint), [], tmp_path, QUICK, limit=0)
     with pytest.raises(DefeatError, match="need a teacher"):
         visualize(str(checkpoint), [], tmp_path, Settings(distillation=True))
-    with pytest.raises(DataError, match="no split 'test'"):
+    with pytest.raises(DataError, match="no test data there"):
         visualize(str(checkpoint), [], tmp_path, QUICK, split="test")
 
 
