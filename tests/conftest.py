@@ -11,25 +11,15 @@ from typer.testing import CliRunner
 # Read when the console is made, that is at the next import: tables are not to be folded in what tests read.
 os.environ["COLUMNS"] = "200"
 
+from tiny import COMMON, OWN
+
 from defeat_cli.commands.app import app
 
 # One thread: tiny detectors gain nothing from more, and parallel loops crawl when the cores are busy elsewhere.
 torch.set_num_threads(1)
 
 TINY = {
-    "student": {
-        "detector": "faster_rcnn",
-        "backbone": "regnet",
-        "widths": [8, 8, 16, 16],
-        "fpn_channels": 8,
-        "head_channels": 16,
-        "norm": "batch",
-        "anchor_sizes": [[8], [16], [32], [64], [96]],
-        "proposals": 32,
-        "proposals_train": 32,
-        "regions_per_image": 16,
-        "score_threshold": 0.0,
-    },
+    "student": {"detector": "faster_rcnn", **COMMON, **OWN["faster_rcnn"], "score_threshold": 0.0},
     "data": {"short_side": [64], "long_side": 64, "batch_size": 4, "workers": 0, "format": "coco"},
     "distillation": {"warmup_steps": 2},
     "optimizer": {"lr": 0.01, "clip_norm": 10.0},

@@ -1,9 +1,10 @@
 """What needs a GPU: a run on it, in half precision too, and the step's freedom from needless synchronisation."""
 
-import json
-
 import pytest
 import torch
+from runs import metrics
+
+from defeat_cli.engine.runs import RunFolder
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -14,8 +15,7 @@ def test_a_distilled_run_on_a_gpu(defeat, tiny, teacher, tmp_path, precision):
         "train", "-r", tiny, "-t", teacher, "-o", tmp_path / "run", "--device", "cuda",
         "--set", f"run.precision={precision}",
     )  # fmt: skip
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if line["kind"] == "train"]
+    steps = [line for line in RunFolder(tmp_path / "run").metrics() if line["kind"] == "train"]
     assert all(line["memory_gib"] > 0 for line in steps)
     assert {"neck_fg", "neck_bg", "head_fg", "head_bg"} <= set(steps[-1]["weighted"])
 
@@ -27,5 +27,5 @@ def test_the_first_step_equals_the_cpus(defeat, tiny, teacher, tmp_path):
             "train", "-r", tiny, "-t", teacher, "-o", tmp_path / device, "--device", device,
             "--set", "run.log_every=1", "--set", "schedule.epochs=1", "--variant", "neck",
         )  # fmt: skip
-        values[device] = json.loads((tmp_path / device / "metrics.jsonl").read_text().splitlines()[0])["raw"]
+        values[device] = metrics(tmp_path / device)[0]["raw"]
     assert values["cuda"]["neck_bg"] == pytest.approx(values["cpu"]["neck_bg"], rel=1e-3)

@@ -1,8 +1,8 @@
 """Mixed pairs through the real command: families, strides and classes that differ, and what is said of them."""
 
-import json
-
 import pytest
+from runs import metrics, setting
+from tiny import options
 
 TERMS = {
     "faster_rcnn": {"loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg"},
@@ -12,34 +12,20 @@ TERMS = {
 NECK, HEAD = {"neck_fg", "neck_bg"}, {"head_fg", "head_bg"}
 
 
-def detector(family):
-    """`--set` options for a tiny detector of a family."""
-    widths = {"retinanet": 16, "fcos": 64}
-    settings = [f"student.detector={family}"]
-    if family in widths:
-        settings += [f"student.fpn_channels={widths[family]}"]
-    if family == "retinanet":
-        settings += ["student.anchor_sizes=[[8, 11], [16, 22], [32, 45], [64, 90], [96, 120]]"]
-    if family == "fcos":
-        settings += ["student.anchor_sizes=null"]
-    return [part for setting in settings for part in ("--set", setting)]
-
-
 @pytest.fixture(scope="module")
 def teachers(tmp_path_factory, defeat, tiny):
     """One trained teacher of each family."""
     folders = {}
     for family in TERMS:
         folders[family] = tmp_path_factory.mktemp("teachers") / family
-        options = ["--set", "schedule.epochs=1", "--set", "student.widths=[8, 16, 16, 16]"]
-        defeat("train", "-r", tiny, "-o", folders[family], *detector(family), *options)
+        wider = setting(schedule__epochs=1, student__widths=[8, 16, 16, 16])
+        defeat("train", "-r", tiny, "-o", folders[family], *options(family), *wider)
     return {family: folder / "best.pt" for family, folder in folders.items()}
 
 
-def distil(defeat, tiny, teacher, family, folder, *options):
-    output = defeat("train", "-r", tiny, "-t", teacher, "-o", folder, *detector(family), *options)
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return output, set(next(line for line in lines if line["kind"] == "train")["weighted"])
+def distil(defeat, tiny, teacher, family, folder, *more):
+    output = defeat("train", "-r", tiny, "-t", teacher, "-o", folder, *options(family), *more)
+    return output, set(metrics(folder, "train")[0]["weighted"])
 
 
 @pytest.mark.parametrize("family", ["retinanet", "fcos"])
@@ -75,8 +61,8 @@ def test_retinanets_with_other_anchors_share_the_neck(defeat, tiny, teachers, tm
 
 
 def test_fine_grained_masks_are_refused_without_anchors(defeat, tiny, teachers, tmp_path):
-    options = [*detector("fcos"), "--variant", "fine-grained"]
-    output = defeat("train", "-r", tiny, "-t", teachers["fcos"], "-o", tmp_path / "run", *options, code=2)
+    arguments = ["-r", tiny, "-t", teachers["fcos"], *options("fcos"), "--variant", "fine-grained"]
+    output = defeat("train", *arguments, "-o", tmp_path / "run", code=2)
     assert "fine-grained" in output
     assert "no anchors" in output
     assert not (tmp_path / "run").exists()

@@ -7,13 +7,12 @@ import json
 
 import pytest
 import small_worker
+from runs import planned
 
 from defeat_cli.ablation import processes, running
-from defeat_cli.ablation.choice import choose
 from defeat_cli.ablation.running import Calls, run_study, write_report
-from defeat_cli.ablation.study import plan, read_study
+from defeat_cli.ablation.study import read_study
 from defeat_cli.config import schema as recipes
-from defeat_cli.config.variants import VARIANTS
 from defeat_cli.engine.runs import RunFolder
 from defeat_cli.errors import DataError, TermError
 
@@ -29,11 +28,6 @@ def _quick(monkeypatch):
 @pytest.fixture
 def base():
     return recipes.load(None, {"teacher.checkpoint": "teacher.pt", "schedule.epochs": 4, "run.device": "cpu"})
-
-
-def planned(folder, names, base, seeds=(0,), budget=None):
-    variants, optional = choose(names, VARIANTS, {"both": ("neck", "full")}, base)
-    return plan(folder, variants, seeds, base, budget, optional)
 
 
 def run(study, check=lambda recipe: (12, []), obtain_teacher=lambda recipe, folder: None, **options):
@@ -178,7 +172,7 @@ def test_of_a_group_the_variants_that_a_pair_cannot_have_are_left_out(tmp_path, 
             raise TermError("no neck")
         return 12, []
 
-    study = planned(tmp_path / "s", names, base)
+    study = planned(tmp_path / "s", names, base, groups={"both": ("neck", "full")})
     if made is None:  # named as well: the user wants it
         with pytest.raises(TermError, match="variant neck: no neck"):
             run(study, check)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from runs import planned
 
-from defeat_cli.ablation.choice import choose
-from defeat_cli.ablation.study import plan, read_study, run_name
+from defeat_cli.ablation.study import read_study, run_name
 from defeat_cli.config import schema as recipes
 from defeat_cli.config.variants import VARIANTS, Variant
 from defeat_cli.engine.runs import RunFolder
@@ -15,10 +15,6 @@ from defeat_cli.errors import RecipeError, RunError
 @pytest.fixture
 def base():
     return recipes.load(None, {"teacher.checkpoint": "teacher.pt", "schedule.epochs": 8})
-
-
-def planned(folder, names, base, seeds=(0,), known=VARIANTS, budget=None):
-    return plan(folder, choose(names, known, {}, base)[0], seeds, base, budget)
 
 
 def test_seeds_come_one_after_the_other_and_nothing_is_written(tmp_path, base):

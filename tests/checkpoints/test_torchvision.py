@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from tiny import build
 from torchvision.models import detection
 
 from defeat_cli.checkpoints import torchvision as ours
@@ -55,9 +56,7 @@ FIRST = "backbone.body.stem.0.weight"
 
 
 def tiny_state(seed: int) -> dict[str, torch.Tensor]:
-    torch.manual_seed(seed)
-    tiny = Architecture(backbone="regnet", widths=[8, 8, 8, 8], fpn_channels=8, head_channels=8)
-    return dict(build_detector(tiny, ["a", "b", "c"], [64], 64).model.state_dict())
+    return dict(build(seed=seed).model.state_dict())
 
 
 def shapes_of(architecture: Architecture) -> dict[str, torch.Tensor]:

@@ -1,11 +1,14 @@
 """`defeat eval`, `check` and `convert` through the real command, and the student in plain torchvision."""
 
 import json
+import shutil
 
 import pytest
 import torch
 import yaml
 from oracles.torchvision_alone import evaluate_alone, tiny_model, tiny_settings
+from runs import setting
+from tiny import OWN
 
 from defeat_cli.config.schema import merged
 from defeat_cli.config.yaml import parse_assignments
@@ -42,6 +45,12 @@ def evaluated(defeat, folder, checkpoint, *options):
     return json.loads(figures.read_text()), json.loads(detections.read_text()), output
 
 
+@pytest.fixture(scope="module")
+def usual(run, defeat, tmp_path_factory):
+    """What `eval` finds by the checkpoint's own settings."""
+    return evaluated(defeat, tmp_path_factory.mktemp("usual"), run / "best.pt")
+
+
 def test_eval_equals_the_reference_evaluation_of_plain_torchvision(run, defeat, shapes, tmp_path):
     results, stats = evaluate_alone(tiny_model("faster_rcnn"), run / "student.pth", shapes, "train")
     assert stats[0] > 0.05  # there is something to compare
@@ -69,30 +78,41 @@ SAID = {
 
 
 @pytest.mark.parametrize("kind", SAID)
-@pytest.mark.parametrize("checkpoint", ["best.pt", "student.pth", "recipe"])
-def test_settings_that_are_said_are_in_force(run, defeat, shapes, tmp_path, kind, checkpoint):
+def test_settings_that_are_said_are_in_force(run, usual, defeat, shapes, tmp_path, kind):
     """Against plain torchvision with those settings, on the command line or in a recipe that is named there."""
     assignments, settings = SAID[kind]
     results, stats = evaluate_alone(tiny_model("faster_rcnn", **settings), run / "student.pth", shapes, "train")
-    options = [part for assignment in assignments for part in ("--set", assignment)]
-    where = "the command line"
-    if checkpoint == "recipe":
-        (tmp_path / "other.yaml").write_text(yaml.safe_dump(merged({}, parse_assignments(assignments))))
-        checkpoint, options, where = "best.pt", ["-r", tmp_path / "other.yaml"], "other.yaml"
-    figures, detections, output = evaluated(defeat, tmp_path, run / checkpoint, *options)
-    assert [figures[name] for name in FIGURES] == pytest.approx(list(stats), abs=1e-4)
-    assert_same(detections, results)
-    (told,) = [line for line in output.splitlines() if line.startswith("in force")]
-    for assignment in assignments:
-        assert assignment.partition("=")[0] in told
-    assert where in told
-    assert figures != evaluated(defeat, tmp_path, run / "best.pt")[0]
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(merged({}, parse_assignments(assignments))))
+    given = [part for assignment in assignments for part in ("--set", assignment)]
+    in_recipe = ["-r", tmp_path / "other.yaml"]
+    for checkpoint, options, where in (
+        ("best.pt", given, "the command line"), ("student.pth", given, "the command line"),
+        ("best.pt", in_recipe, "other.yaml"),
+    ):  # fmt: skip
+        figures, detections, output = evaluated(defeat, tmp_path, run / checkpoint, *options)
+        assert [figures[name] for name in FIGURES] == pytest.approx(list(stats), abs=1e-4)
+        assert_same(detections, results)
+        (told,) = [line for line in output.splitlines() if line.startswith("in force")]
+        for assignment in assignments:
+            assert assignment.partition("=")[0] in told
+        assert where in told
+        assert figures != usual[0]
 
 
-def test_a_state_dict_far_from_its_run_needs_no_recipe_if_its_keys_tell(run, defeat, shapes, tmp_path):
-    (tmp_path / "student.pth").write_bytes((run / "student.pth").read_bytes())
-    output = defeat("eval", tmp_path / "student.pth", "-d", shapes, "-r", run / "recipe.yaml")
-    assert "AP50" in output
+def test_a_state_dict_far_from_its_run_needs_no_recipe(run, usual, defeat, shapes, tmp_path):
+    """It says what it is; where it does not, keys and shapes tell all but what is not seen in them."""
+    expected, found, _ = usual
+    assert expected["AP"] > 0.05  # there is something to compare
+    shutil.copy(run / "student.pth", tmp_path / "says.pth")
+    torch.save(dict(torch.load(run / "student.pth", weights_only=True)), tmp_path / "silent.pth")
+    unseen = setting(
+        student__anchor_sizes=OWN["faster_rcnn"]["anchor_sizes"], student__proposals=32, student__score_threshold=0.0,
+        data__short_side=[64], data__long_side=64,
+    )  # fmt: skip
+    for name, options in (("says.pth", []), ("silent.pth", unseen)):
+        figures, detections, _ = evaluated(defeat, tmp_path, tmp_path / name, "-d", shapes, *options)
+        assert (figures, detections) == (expected, found)
+    assert evaluated(defeat, tmp_path, tmp_path / "silent.pth", "-d", shapes)[0] != expected
 
 
 def test_per_class_and_errors_are_shown(run, defeat, tmp_path):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import yaml
+from runs import metrics
 
 
 @pytest.fixture
@@ -90,7 +91,7 @@ def test_more_epochs_go_on_with_a_finished_run_and_say_so(defeat, tiny, tmp_path
     defeat(*options, "--set", "schedule.epochs=1")
     output = defeat(*options, "--set", "schedule.epochs=2", "--resume")
     assert "goes on to 2 epochs" in output
-    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in metrics(tmp_path / "run")]
     assert steps[-1] == 6
     assert "epochs: 2" in (tmp_path / "run" / "recipe.yaml").read_text()
     assert "cannot be resumed with another recipe" in defeat(*options, "--set", "schedule.epochs=1", "--resume", code=2)

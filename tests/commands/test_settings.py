@@ -9,11 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
+from tiny import save_run
 
-from defeat_cli.checkpoints import native
-from defeat_cli.checkpoints.meaning import Meaning, with_meaning
-from defeat_cli.config.architecture import INFERENCE, SIZES, STRUCTURE, TRAINING, Architecture, without_effect
+from defeat_cli.config.architecture import (
+    INFERENCE,
+    SIZES,
+    STRUCTURE,
+    TRAINING,
+    Architecture,
+    changed_settings,
+    without_effect,
+)
 from defeat_cli.config.given import COMMAND_LINE, given_settings
 from defeat_cli.config.schema import Recipe
 from defeat_cli.data.formats.shapes import CLASSES
@@ -68,23 +74,15 @@ OTHER = {
 """A value of every inference setting that is not the one of `TINY`."""
 
 
-def checkpoint_of(architecture: Architecture, path: Path, data: Path) -> str:
-    """What training would leave, of a detector with random weights; its figures mean nothing here."""
-    torch.manual_seed(0)
-    state = build_detector(architecture, list(CLASSES), [96], 128).model.state_dict()
-    settings = {name: getattr(architecture, name) for name in PARTS} | {"anchor_sizes": architecture.anchor_sizes}
-    recipe = {
-        "student": {"detector": architecture.detector, **settings},
-        "data": {"path": str(data), "short_side": [96], "long_side": 128, "workers": 0},
-    }
-    native.save(path, {"recipe": recipe, "classes": list(CLASSES), "student": state, "metrics": {}})
-    return str(path)
+def checkpoint_of(family: str, folder: Path, shapes: Path) -> Path:
+    data = {"path": str(shapes), "short_side": [96], "long_side": 128}
+    return save_run(folder, CLASSES, changed_settings(TINY[family]), data)
 
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory, shapes) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("checkpoints")
-    return {family: checkpoint_of(TINY[family], folder / f"{family}.pt", shapes) for family in TINY}
+    return {family: str(checkpoint_of(family, folder / family, shapes)) for family in TINY}
 
 
 def test_every_setting_of_an_architecture_is_of_one_kind():
@@ -278,26 +276,9 @@ def drawn_run(folder: Path, shapes: Path, monkeypatch) -> Path:
     """A checkpoint of a run in `folder` on drawn data that it has drawn there, as a relative path."""
     monkeypatch.chdir(folder)
     shutil.copytree(shapes, folder / "runs" / "shapes")
-    architecture = TINY["fcos"]
-    settings = {name: getattr(architecture, name) for name in PARTS}
-    torch.manual_seed(0)
-    state = build_detector(architecture, list(CLASSES), [64], 64).model.state_dict()
     drawing = {"train_images": 12, "val_images": 6, "size": 64, "seed": 0}
-    data = {
-        "path": "runs/shapes",
-        "format": "shapes",
-        "shapes": drawing,
-        "short_side": [64],
-        "long_side": 64,
-        "workers": 0,
-    }
-    recipe = {"student": {"detector": "fcos", **settings}, "data": data}
-    path = folder / "runs" / "mine" / "best.pt"
-    native.save(path, {"recipe": recipe, "classes": list(CLASSES), "student": state, "metrics": {}})
-    meaning = Meaning(architecture, list(CLASSES), 64, 64)
-    native.write_atomically(path.parent / "student.pth", with_meaning(state, meaning))
-    (path.parent / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    return path
+    data = {"path": "runs/shapes", "format": "shapes", "shapes": drawing, "short_side": [64], "long_side": 64}
+    return save_run(folder / "runs" / "mine", CLASSES, changed_settings(TINY["fcos"]), data)
 
 
 @pytest.mark.parametrize("name", ["best.pt", "student.pth"])
@@ -336,8 +317,7 @@ def test_a_folder_that_is_named_is_read_as_it_is_and_never_drawn(defeat, shapes,
 
 
 def test_file_names_that_a_checkpoint_remembers_are_for_its_own_folder(defeat, shapes, tmp_path):
-    architecture = TINY["fcos"]
-    content = torch.load(checkpoint_of(architecture, tmp_path / "x.pt", shapes), weights_only=True)
+    content = torch.load(checkpoint_of("fcos", tmp_path / "run", shapes), weights_only=True)
     content["recipe"]["data"]["val_annotations"] = "train.json"
     torch.save(content, tmp_path / "x.pt")
     shutil.copytree(shapes, tmp_path / "other")

@@ -9,18 +9,13 @@ import sys
 
 import pytest
 import torch
+from runs import assert_resumes_bit_for_bit, dying_at, metrics
 
 from defeat_cli.engine import loop as training
 from defeat_cli.engine.evaluation import FIGURES
 
 TERMS = {"loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg"}
 DISTILLED = TERMS | {"neck_fg", "neck_bg", "head_fg", "head_bg"}
-
-
-def metrics(folder):
-    """The lines of metrics.jsonl without what depends on the clock."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("images_per_second", "memory_gib")} for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +42,9 @@ def test_a_run_leaves_the_files_of_the_design(distilled):
 
 def test_metrics_hold_every_term_raw_and_weighted(distilled):
     folder, _ = distilled
-    lines = metrics(folder)
-    steps = [line for line in lines if line["kind"] == "train"]
+    steps = metrics(folder, "train")
     assert [line["step"] for line in steps] == [2, 4, 6]
-    assert [line["step"] for line in lines if line["kind"] == "eval"] == [3, 6]
+    assert [line["step"] for line in metrics(folder, "eval")] == [3, 6]
     for line in steps:
         assert set(line["weighted"]) == DISTILLED
         assert set(line["raw"]) == DISTILLED | {f"neck_{g}/P{n}" for g in ("fg", "bg") for n in range(2, 7)}
@@ -65,8 +59,7 @@ def test_metrics_hold_every_term_raw_and_weighted(distilled):
 
 def test_the_plain_student_starts_the_same_and_has_no_distillation(distilled, tiny, defeat, tmp_path):
     folder, _ = distilled
-    plain = metrics(folder / "plain")
-    assert all(set(line["weighted"]) == TERMS for line in plain if line["kind"] == "train")
+    assert all(set(line["weighted"]) == TERMS for line in metrics(folder / "plain", "train"))
     # During the first step the distillation terms have weight 0, and the teacher draws no random number before the
     # student has: the detection losses of both are the same.
     first = ["--set", "run.log_every=1", "--set", "schedule.epochs=1"]
@@ -107,48 +100,22 @@ def test_a_resumed_run_equals_an_uninterrupted_one(distilled, defeat, tiny, teac
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
-def test_a_run_that_died_resumes_from_its_last_checkpoint(distilled, defeat, tiny, teacher, tmp_path, monkeypatch):
+def test_a_run_that_died_resumes_from_its_last_checkpoint(distilled, defeat, tiny, teacher, tmp_path):
     folder, _ = distilled
     arguments = ["train", "-r", tiny, "-t", teacher, "-o", tmp_path / "run", "--set", "run.checkpoint_every=2"]
-    make_step = training.train_step
-
-    def die(state, *positional, **named):
-        if state.step == 5:
-            raise MemoryError("killed")
-        return make_step(state, *positional, **named)
-
-    monkeypatch.setattr(training, "train_step", die)
-    with pytest.raises(MemoryError):
+    with dying_at(5):
         defeat(*arguments)
-    monkeypatch.undo()
     defeat(*arguments, "--resume")
     assert metrics(tmp_path / "run") == metrics(folder)
 
 
-def test_averaging_and_accumulation_resume_bit_for_bit_too(defeat, tiny, teacher, tmp_path, monkeypatch):
+def test_averaging_and_accumulation_resume_bit_for_bit_too(defeat, tiny, teacher, tmp_path):
     options = ["--set", "optimizer.ema=0.5", "--set", "optimizer.accumulate=2", "--set", "run.log_every=1"]
-    arguments = ["train", "-r", tiny, "-t", teacher, *options, "-o"]
-    defeat(*arguments, tmp_path / "whole")
-    whole = metrics(tmp_path / "whole")
+    _, steps, last = assert_resumes_bit_for_bit(defeat, ["-r", tiny, "-t", teacher, *options], tmp_path, step=3)
     # Three batches an epoch in groups of two: two steps an epoch, the second on one batch.
-    assert [line["step"] for line in whole if line["kind"] == "train"] == [1, 2, 3, 4]
-    averaged = torch.load(tmp_path / "whole" / "last.pt", weights_only=True)
+    assert [line["step"] for line in steps] == [1, 2, 3, 4]
     key = "backbone.fpn.layer_blocks.0.0.weight"
-    assert not torch.equal(averaged["student"][key], averaged["training"]["student"][key])
-
-    make_step = training.train_step
-
-    def die(state, *positional, **named):
-        if state.step == 3:
-            raise MemoryError("killed")
-        return make_step(state, *positional, **named)
-
-    monkeypatch.setattr(training, "train_step", die)
-    with pytest.raises(MemoryError):
-        defeat(*arguments, tmp_path / "parts")
-    monkeypatch.undo()
-    defeat(*arguments, tmp_path / "parts", "--resume")
-    assert metrics(tmp_path / "parts") == whole
+    assert not torch.equal(last["student"][key], last["training"]["student"][key])
 
 
 def test_a_recipe_can_train_its_own_teacher_first(defeat, tiny, tmp_path):

@@ -1,13 +1,11 @@
 """How strongly terms pull, and weights that are measured instead of set, against hand-derived numbers."""
 
-import json
-
 import pytest
 import torch
+from runs import assert_resumes_bit_for_bit, metrics
 
 from defeat_cli.config.terms import MEASUREMENTS
 from defeat_cli.distillation.balance import Balance, pulls
-from defeat_cli.engine import loop
 
 
 def test_a_pull_is_the_ratio_of_gradient_norms_at_the_same_features():
@@ -52,41 +50,21 @@ def test_a_balance_is_the_wanted_pull_over_a_moving_geometric_average_and_then_f
     assert again.factors()["a"] == fixed
 
 
-def steps_of(folder):
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    kept = [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
-    return [line for line in kept if line["kind"] == "train"]
-
-
-def test_a_balanced_run_pulls_as_told_and_resumes_exactly(defeat, tiny, teacher, tmp_path, monkeypatch):
+def test_a_balanced_run_pulls_as_told_and_resumes_exactly(defeat, tiny, teacher, tmp_path):
     options = ["-r", tiny, "-t", teacher, "--set", "distillation.balance=0.5", "--set", "run.log_every=1"]
     options += ["--set", "run.pull_every=1", "--set", "distillation.warmup_steps=0"]
-    defeat("train", *options, "-o", tmp_path / "whole")
-    whole = steps_of(tmp_path / "whole")
+    steps = assert_resumes_bit_for_bit(defeat, options, tmp_path, step=3).steps
     # In the first step the factor is 0.5 over the pull itself, so that what is weighted pulls 0.5 times as hard.
-    first = whole[0]
+    first = steps[0]
     neck = first["weighted"]["neck_fg"] / (4 * first["raw"]["neck_fg"])
     assert neck == pytest.approx(0.5 / first["pull"]["neck"], rel=1e-4)
-    make_step = loop.train_step
-
-    def die(state, *positional, **named):
-        if state.step == 3:
-            raise MemoryError("killed")
-        return make_step(state, *positional, **named)
-
-    monkeypatch.setattr(loop, "train_step", die)
-    with pytest.raises(MemoryError):
-        defeat("train", *options, "-o", tmp_path / "parts")
-    monkeypatch.undo()
-    defeat("train", *options, "-o", tmp_path / "parts", "--resume")
-    assert steps_of(tmp_path / "parts") == whole
 
 
 def test_pulls_are_logged_and_change_nothing(defeat, tiny, teacher, tmp_path):
     options = ["-r", tiny, "-t", teacher, "--set", "run.log_every=1", "--set", "schedule.epochs=1"]
     for every in (0, 2):
         defeat("train", *options, "--set", f"run.pull_every={every}", "-o", tmp_path / str(every))
-    without, measured = steps_of(tmp_path / "0"), steps_of(tmp_path / "2")
+    without, measured = (metrics(tmp_path / every, "train") for every in ("0", "2"))
     assert [set(line["pull"]) for line in measured] == [{"neck", "head"}, set(), {"neck", "head"}]
     assert [{**line, "pull": {}} for line in measured] == [{**line, "pull": {}} for line in without]
     assert "pull of neck" in defeat("check", *options)

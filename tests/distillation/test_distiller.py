@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+from tiny import batch as make_batch
+from tiny import build
 
 from defeat_cli import session
 from defeat_cli.config import schema as recipes
@@ -15,7 +17,7 @@ from defeat_cli.distillation.terms import TERMS as REGISTERED
 from defeat_cli.engine.loop import seed_step
 from defeat_cli.errors import TermError
 
-CLASSES = ["a", "b", "c"]
+batch = pytest.fixture(make_batch)
 NECK, HEAD, BACKBONE = {"neck_fg", "neck_bg"}, {"head_fg", "head_bg"}, {"backbone_fg", "backbone_bg"}
 TERMS = {
     "none": set(),
@@ -45,30 +47,9 @@ TERMS = {
 """Losses by variant; None where a two-stage pair cannot have it."""
 
 
-def detector(seed, fpn_channels=8, classes=CLASSES, **architecture):
-    content = {
-        "detector": "faster_rcnn", "backbone": "regnet", "widths": [8, 8, 16, 16], "fpn_channels": fpn_channels,
-        "head_channels": 16, "norm": "batch", "anchor_sizes": [[8], [16], [32], [64], [96]],
-        "proposals": 32, "proposals_train": 32, "regions_per_image": 16,
-    }  # fmt: skip
-    overrides = {f"student.{key}": value for key, value in {**content, **architecture}.items()}
-    recipe = recipes.load(None, {**overrides, "data.short_side": [64], "data.long_side": 96, "run.seed": seed})
-    return session.build_student(recipe, classes)
-
-
 @pytest.fixture
 def pair():
-    return detector(0), detector(1, fpn_channels=12)
-
-
-@pytest.fixture
-def batch():
-    """Two images of different shapes, so that one is padded, and boxes of several sizes; an empty third."""
-    generator = torch.Generator().manual_seed(3)
-    images = [torch.rand(3, *size, generator=generator) for size in ((64, 64), (64, 90), (64, 70))]
-    boxes = [[[4.0, 5, 30, 40], [20, 20, 60, 62]], [[50.0, 10, 88, 50]], []]
-    targets = [{"boxes": torch.tensor(b).reshape(-1, 4), "labels": torch.arange(1, len(b) + 1)} for b in boxes]
-    return images, targets
+    return build(), build(seed=1, fpn_channels=12)
 
 
 def settings(variant):
@@ -167,7 +148,7 @@ def test_warm_up_scales_distillation_and_leaves_detection(pair, batch):
 
 def test_shared_classes_only_reach_the_head(pair, batch):
     student, _ = pair
-    teacher = detector(1, classes=["x", "B", "a", "y"])
+    teacher = build(seed=1, classes=["x", "B", "a", "y"])
     torch.manual_seed(0)
     terms, notes = session.build_terms(settings("head").terms, student, teacher)
     assert [note.text for note in notes] == ["head distillation runs over 2 shared classes (a, b)"]
@@ -191,4 +172,4 @@ def test_shared_classes_only_reach_the_head(pair, batch):
 def test_no_shared_class_leaves_nothing_of_a_head_variant(pair):
     student, _ = pair
     with pytest.raises(TermError, match=r"nothing is left to distil .* share no class; distillation\.class_map"):
-        session.build_terms(settings("head").terms, student, detector(1, classes=["x"]))
+        session.build_terms(settings("head").terms, student, build(seed=1, classes=["x"]))

@@ -1,15 +1,13 @@
 """The seam: a term of one's own, by one class and one table entry, is part of everything that a run does."""
 
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
+from runs import assert_resumes_bit_for_bit, metrics
 
-from defeat_cli.engine import loop
 from defeat_cli.engine.curves import curves
 
 TOY = '''
@@ -65,53 +63,31 @@ def toy(monkeypatch, tmp_path):
     TERMS.update(before)
 
 
-def lines_of(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def test_a_toy_term_is_trained_logged_drawn_told_saved_and_resumed(toy, defeat, tiny, teacher, tmp_path, monkeypatch):
+def test_a_toy_term_is_trained_logged_drawn_told_saved_and_resumed(toy, defeat, tiny, teacher, tmp_path):
     options = ["-r", tiny, "-t", teacher, "--set", "distillation.toy.weight=3", "--set", "run.log_every=1"]
     told = defeat("check", *options)
     assert "the toy term is on" in told
     assert "toy, one image at full weight" in told
 
-    defeat("train", *options, "-o", tmp_path / "whole")
-    steps = [line for line in lines_of(tmp_path / "whole") if line["kind"] == "train"]
+    _, steps, checkpoint = assert_resumes_bit_for_bit(defeat, options, tmp_path, step=4)
     last = steps[-1]
     assert last["weighted"]["toy"] == pytest.approx(3 * last["raw"]["toy"])
     scales = [step["raw"]["toy/scale"] for step in steps]
     assert scales[0] == 0.5
     assert len(set(scales)) > 1  # it is trained
     assert any(line.get_label() == "toy" for axis in curves(steps, ["toy"]).axes for line in axis.lines)
-    saved = torch.load(tmp_path / "whole" / "last.pt", weights_only=True)
-    assert saved["training"]["terms"]["toy.scale"] != 0.5
+    assert checkpoint["training"]["terms"]["toy.scale"] != 0.5
     assert "toy" in (tmp_path / "whole" / "recipe.yaml").read_text()
-
-    make_step = loop.train_step
-
-    def die(state, *positional, **named):
-        if state.step == 4:
-            raise MemoryError("killed")
-        return make_step(state, *positional, **named)
-
-    monkeypatch.setattr(loop, "train_step", die)
-    with pytest.raises(MemoryError):
-        defeat("train", *options, "-o", tmp_path / "parts")
-    monkeypatch.setattr(loop, "train_step", make_step)
-    defeat("train", *options, "-o", tmp_path / "parts", "--resume")
-    again = torch.load(tmp_path / "parts" / "last.pt", weights_only=True)
-    for kind in ("terms", "student"):
-        assert all(torch.equal(again["training"][kind][k], v) for k, v in saved["training"][kind].items())
 
 
 def test_a_toy_term_is_ablated(toy, defeat, tiny, teacher, tmp_path):
     (tmp_path / "mine.yaml").write_text("toys: {distillation.only: [toy], distillation.toy.weight: 1.5}\n")
     options = ["-r", tiny, "-t", teacher, "--set", "schedule.epochs=1", "--set", "run.log_every=1"]
     defeat("ablate", "toys", "--variants", tmp_path / "mine.yaml", *options, "-o", tmp_path / "study")
-    steps = [line for line in lines_of(tmp_path / "study" / "toys-seed0") if line["kind"] == "train"]
+    steps = metrics(tmp_path / "study" / "toys-seed0", "train")
     distilled = {name for name in steps[-1]["weighted"] if not name.startswith("loss_")}
     assert distilled == {"toy"}
-    none = [line for line in lines_of(tmp_path / "study" / "none-seed0") if line["kind"] == "train"]
+    none = metrics(tmp_path / "study" / "none-seed0", "train")
     assert all(name.startswith("loss_") for name in none[-1]["weighted"])
 
 

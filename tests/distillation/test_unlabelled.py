@@ -6,7 +6,8 @@ import shutil
 import pytest
 import torch
 from PIL import Image
-from tiny_pairs import batch, build, distil
+from runs import assert_resumes_bit_for_bit, metrics, setting
+from tiny import batch, build, distil
 from torch import nn
 
 from defeat_cli.detectors.contract import FeatureDetector
@@ -15,7 +16,6 @@ from defeat_cli.distillation.losses import imitation_loss, region_kl
 from defeat_cli.distillation.masks import box_masks, valid_masks
 from defeat_cli.distillation.terms import TERMS, Loss, View
 from defeat_cli.distillation.unlabelled import PseudoLabels, averaged
-from defeat_cli.engine import loop
 from defeat_cli.engine.loop import seed_step
 
 FAMILIES = {
@@ -213,27 +213,17 @@ def folder(tmp_path_factory, shapes):
     return folder
 
 
-def setting(**values):
-    return [part for key, value in values.items() for part in ("--set", f"{key.replace('__', '.')}={value}")]
-
-
-def train_lines(folder):
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
-
-
-def test_a_run_counts_its_images_and_resumes_bit_for_bit(defeat, tiny, teacher, folder, tmp_path, monkeypatch):
+def test_a_run_counts_its_images_and_resumes_bit_for_bit(defeat, tiny, teacher, folder, tmp_path):
     options = setting(
         data__unlabelled=folder, data__unlabelled_batch=3, data__unlabelled_threshold=0.01, run__log_every=1,
         run__checkpoint_every=1, run__evaluate_every=2, data__batch_size=5, optimizer__accumulate=2,
         distillation__balance=0.5, distillation__mgd="{}",
     )  # fmt: skip
-    arguments = ["train", "-r", tiny, "-t", teacher, *options]
-    output = defeat(*arguments, "-o", tmp_path / "whole")
+    arguments = ["-r", tiny, "-t", teacher, *options]
+    output, lines, _ = assert_resumes_bit_for_bit(defeat, arguments, tmp_path, step=3)
     assert "unlabelled: 7 images (other files there: 1), 3 beside each batch of 5 labelled" in output
     assert "unlabelled: the teacher finds" in output
     # Twelve images in batches of 5, 5 and 2 make two steps an epoch. A pass over the seven is 3, 3 and 1 in some order.
-    lines = [line for line in train_lines(tmp_path / "whole") if line["kind"] == "train"]
     assert [line["seen"]["labelled"] for line in lines][1::2] == [12, 24]
     assert [line["seen"]["unlabelled"] for line in lines][1::2] == [7, 14]
     assert 4 <= lines[0]["seen"]["unlabelled"] <= 6
@@ -241,23 +231,6 @@ def test_a_run_counts_its_images_and_resumes_bit_for_bit(defeat, tiny, teacher, 
     assert "(24 labelled and 14 unlabelled images)" in output
     results = json.loads((tmp_path / "whole" / "results.json").read_text())
     assert results["seen"] == {"labelled": 24, "unlabelled": 14}
-
-    make_step = loop.train_step
-
-    def die(state, *positional, **named):
-        if state.step == 3:
-            raise MemoryError("killed")
-        return make_step(state, *positional, **named)
-
-    monkeypatch.setattr(loop, "train_step", die)
-    with pytest.raises(MemoryError):
-        defeat(*arguments, "-o", tmp_path / "parts")
-    monkeypatch.undo()
-    defeat(*arguments, "-o", tmp_path / "parts", "--resume")
-    assert train_lines(tmp_path / "parts") == train_lines(tmp_path / "whole")
-    ours, theirs = (torch.load(tmp_path / n / "last.pt", weights_only=True)["training"] for n in ("parts", "whole"))
-    for part in ("student", "terms", "balance"):
-        assert all(torch.equal(ours[part][key], value) for key, value in theirs[part].items())
 
 
 def test_a_teacher_and_a_plain_student_are_trained_without_them(defeat, tiny, folder, tmp_path):
@@ -269,14 +242,14 @@ def test_a_teacher_and_a_plain_student_are_trained_without_them(defeat, tiny, fo
     assert "student: trained on 12 labelled and 21 unlabelled images" in told
     for name in ("teacher", "plain"):
         assert "unlabelled: null" in (tmp_path / "run" / name / "recipe.yaml").read_text()
-        assert all("seen" not in line for line in train_lines(tmp_path / "run" / name))
+        assert all("seen" not in line for line in metrics(tmp_path / "run" / name))
 
 
 def test_a_variant_without_terms_says_that_they_are_not_used(defeat, tiny, teacher, folder, tmp_path):
     options = setting(data__unlabelled=folder, schedule__epochs=1)
     told = defeat("train", "-r", tiny, *options, "-o", tmp_path / "none", "-t", teacher, "--variant", "none")
     assert "no term of distillation is on, so these images are not used" in told
-    assert train_lines(tmp_path / "none")[0]["seen"] == {"labelled": 8, "unlabelled": 0}
+    assert metrics(tmp_path / "none")[0]["seen"] == {"labelled": 8, "unlabelled": 0}
 
 
 def test_check_tells_of_unlabelled_images(defeat, tiny, teacher, folder, shapes):

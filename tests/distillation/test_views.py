@@ -2,41 +2,22 @@
 
 import pytest
 import torch
+from tiny import batch, build, distil
 from torch import nn
 
-from defeat_cli import TERMS, Distiller, FeatureDetector, wrap
-from defeat_cli.config.architecture import Architecture
+from defeat_cli import TERMS, FeatureDetector, wrap
 from defeat_cli.detectors.contract import Batch, level_names
-from defeat_cli.detectors.zoo import build_detector
 from defeat_cli.distillation.terms import View
 from defeat_cli.errors import DefeatError, TermError
 
-TINY = {
-    "backbone": "regnet", "widths": [8, 8, 16, 16], "fpn_channels": 8, "head_channels": 16, "norm": "batch",
-    "anchor_sizes": [[8], [16], [32], [64], [96]], "proposals": 32, "proposals_train": 32, "regions_per_image": 16,
-}  # fmt: skip
-
-
-def detector(short_side=64, classes=("a", "b"), **keys):
-    return build_detector(Architecture(**{**TINY, **keys}), list(classes), [short_side], 2 * short_side)
-
-
-def batch_of():
-    generator = torch.Generator().manual_seed(1)
-    images = [torch.rand(3, 64, 64, generator=generator), torch.rand(3, 64, 96, generator=generator)]
-    boxes = [[[4.0, 5, 30, 40]], [[50.0, 10, 88, 50], [2, 2, 20, 20]]]
-    targets = [{"boxes": torch.tensor(b), "labels": torch.arange(1, len(b) + 1)} for b in boxes]
-    return images, targets
-
 
 def test_what_is_costly_is_computed_once(monkeypatch):
-    torch.manual_seed(0)
-    student = detector()
+    student = build()
     calls = []
     for name in ("stages", "regions", "classify"):
         real = getattr(student, name)
         monkeypatch.setattr(student, name, lambda *a, _real=real, _name=name: calls.append(_name) or _real(*a))
-    view = View(student, student.prepare(*batch_of()), frozen=True)
+    view = View(student, student.prepare(*batch()), frozen=True)
     for _ in range(2):
         view.classify(view.regions)
         assert not view.features[0].requires_grad
@@ -56,9 +37,9 @@ def test_a_map_on_another_views_cells_has_the_values_of_the_same_points():
 
 
 def test_regions_move_with_the_images():
-    small, large = detector(64), detector(128)
-    here = View(small, small.prepare(*batch_of()))
-    there = View(large, large.prepare(*batch_of()), frozen=True)
+    small, large = build(), build(short_side=128)
+    here = View(small, small.prepare(*batch()))
+    there = View(large, large.prepare(*batch()), frozen=True)
     moved = there.regions_in(here)
     for own, scaled in zip(there.regions.boxes, moved.boxes, strict=True):
         torch.testing.assert_close(scaled, own / 2)
@@ -68,11 +49,9 @@ def test_regions_move_with_the_images():
 
 
 def test_a_teacher_of_its_own_size_supervises_neck_backbone_and_head():
-    torch.manual_seed(0)
-    student, teacher = detector(64), detector(128, fpn_channels=16)
-    terms = {name: TERMS[name](student, teacher) for name in ("neck", "head", "backbone")}
-    distiller = Distiller(student, teacher, terms, own_size=True).train()
-    losses = distiller(*batch_of())
+    student, teacher = build(), build(seed=1, short_side=128, fpn_channels=16)
+    distiller = distil(student, teacher, ["neck", "head", "backbone"], own_size=True)
+    losses = distiller(*batch())
     for name in ("neck_fg", "neck_bg", "head_fg", "head_bg", "backbone_fg", "backbone_bg"):
         assert losses.weighted[name] > 0
     sum(losses.weighted.values()).backward()
@@ -80,13 +59,8 @@ def test_a_teacher_of_its_own_size_supervises_neck_backbone_and_head():
 
 
 def test_own_size_equals_the_students_where_both_are_the_same():
-    torch.manual_seed(0)
-    student, teacher = detector(64), detector(64, fpn_channels=16)
-    neck = TERMS["neck"](student, teacher)
-    values = []
-    for own_size in (False, True):
-        torch.manual_seed(1)
-        values.append(Distiller(student, teacher, {"neck": neck}, own_size=own_size).train()(*batch_of()).raw)
+    student, teacher = build(), build(seed=1, fpn_channels=16)
+    values = [distil(student, teacher, ["neck"], own_size)(*batch()).raw for own_size in (False, True)]
     torch.testing.assert_close(values[0], values[1])
 
 
@@ -114,9 +88,9 @@ def test_a_toy_module_is_distilled_at_the_neck():
     student = toy(8, losses=lambda model, features, batch: {"loss": features[0].square().mean()})
     teacher = toy(12)
     assert [(level.stride, level.channels) for level in student.levels] == [(4, 8), (8, 8), (16, 8)]
-    distiller = Distiller(student, teacher, {"neck": TERMS["neck"](student, teacher)}).train()
+    distiller = distil(student, teacher, ["neck"])
     optimizer = torch.optim.SGD([p for p in distiller.parameters() if p.requires_grad], lr=0.05)
-    images, targets = batch_of()
+    images, targets = batch()
     pulls = []
     for _ in range(30):
         losses = distiller(images, targets)
@@ -128,7 +102,7 @@ def test_a_toy_module_is_distilled_at_the_neck():
 
 
 def test_a_toy_module_and_torchvision_share_the_neck_and_not_the_head():
-    student, teacher = toy(8, losses=lambda *_: {}), detector()
+    student, teacher = toy(8, losses=lambda *_: {}), build()
     assert TERMS["neck"](student, teacher).pairs == [(0, 0), (1, 1), (2, 2)]
     with pytest.raises(TermError, match="the student does not classify regions"):
         TERMS["head"](student, teacher)
@@ -143,21 +117,21 @@ def test_a_toy_module_and_torchvision_share_the_neck_and_not_the_head():
 
 
 def test_a_mixed_pair_that_cannot_have_the_head_is_told_why_from_python():
-    one_stage = detector(detector="retinanet", anchor_sizes=None, fpn_channels=16)
+    one_stage = build("retinanet")
     with pytest.raises(TermError, match="one detector classifies proposals, the other anchors"):
-        TERMS["head"](one_stage, detector())
-    assert "classifies proposals" in TERMS["head"].obstacle(one_stage, detector())
-    assert TERMS["neck"].obstacle(one_stage, detector()) is None
+        TERMS["head"](one_stage, build())
+    assert "classifies proposals" in TERMS["head"].obstacle(one_stage, build())
+    assert TERMS["neck"].obstacle(one_stage, build()) is None
 
 
 def test_a_toy_module_resizes_images_and_boxes():
     student = FeatureDetector(Toy(4), ["a"], lambda model, batch: model(batch.pixels), size=(32, 48), divisible=32)
-    images, targets = batch_of()
-    batch = student.prepare(images, targets)
-    assert batch.pixels.shape == (2, 3, 32, 64)
-    assert batch.sizes == [(32, 48)] * 2
-    # The second image was 64 x 96: half the size, half the boxes.
-    torch.testing.assert_close(batch.targets[1]["boxes"], targets[1]["boxes"] / 2)
+    images, targets = batch()
+    prepared = student.prepare(images, targets)
+    assert prepared.pixels.shape == (3, 3, 32, 64)
+    assert prepared.sizes == [(32, 48)] * 3
+    # The first image was 64 x 64: half as high, 3 / 4 as wide.
+    torch.testing.assert_close(prepared.targets[0]["boxes"], targets[0]["boxes"] * torch.tensor([0.75, 0.5, 0.75, 0.5]))
 
 
 @pytest.mark.parametrize("family", ["fasterrcnn_resnet50_fpn", "retinanet_resnet50_fpn", "fcos_resnet50_fpn"])

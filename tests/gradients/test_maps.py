@@ -8,12 +8,11 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from tiny import build
 from torch import Tensor, nn
 
-from defeat_cli.config.architecture import Architecture
 from defeat_cli.config.schema import Distillation
 from defeat_cli.detectors.contract import Batch, Detector, image_list
-from defeat_cli.detectors.zoo import build_detector
 from defeat_cli.distillation.terms import TERMS, Loss, View
 from defeat_cli.distillation.terms.imitation import Neck
 from defeat_cli.distillation.terms.levels import LevelTerm
@@ -32,7 +31,6 @@ from defeat_cli.gradients.panels import panel_terms
 
 CLASSES = ["circle", "square"]
 CHANNELS = {"faster_rcnn": 8, "retinanet": 8, "fcos": 64}
-"""Width of each family's neck; FCOS normalises groups of channels and needs many."""
 TARGET = {
     "boxes": torch.tensor([[10.0, 12.0, 50.0, 60.0], [64.0, 30.0, 120.0, 90.0]], dtype=torch.float64),
     "labels": torch.tensor([1, 2]),
@@ -41,18 +39,10 @@ TARGET = {
 
 def tiny_detector(family: str, channels: int | None = None) -> Detector:
     """Double precision, trained BatchNorm, and images of 96 x 128 pixels that need neither resizing nor padding."""
-    torch.manual_seed(3)
-    architecture = Architecture(
-        detector=family,
-        backbone="regnet",
-        widths=[8, 8, 16, 16],
-        fpn_channels=channels or CHANNELS[family],
-        head_channels=16,
-        norm="batch",
-        proposals_train=50,
-        regions_per_image=16,
-    )
-    detector = build_detector(architecture, CLASSES, short_side=[96], long_side=128)
+    detector = build(
+        family, 3, CLASSES, short_side=96, long_side=128, fpn_channels=channels or CHANNELS[family], head_channels=16,
+        anchor_sizes=None, proposals=1000, proposals_train=50, regions_per_image=16,
+    )  # fmt: skip
     for module in detector.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.normal_(module.weight, std=0.1)

@@ -12,17 +12,13 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
+from tiny import COMMON, OWN, build, save_run
 from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn
 
 from defeat_cli.checkpoints import native
-from defeat_cli.config import schema as recipes
-from defeat_cli.config.architecture import Architecture
-from defeat_cli.config.schema import Recipe
 from defeat_cli.data.annotations import read_annotations
 from defeat_cli.data.transforms import read_image
-from defeat_cli.detectors.contract import Detector
 from defeat_cli.detectors.faster_rcnn import FasterRCNNDetector
-from defeat_cli.detectors.zoo import build_detector
 from defeat_cli.distillation.adapters import Adapter
 from defeat_cli.errors import CheckpointError, DataError, DefeatError
 from defeat_cli.gradients.images import Objects, Source, find_images
@@ -33,43 +29,16 @@ from defeat_cli.gradients.report import GradientReport, Settings, run_gradient_m
 from defeat_cli.jobs.mapping import visualize
 
 QUICK = Settings(samples=2)
-STUDENT = {
-    "backbone": "regnet",
-    "widths": [8, 8, 16, 16],
-    "fpn_channels": 8,
-    "head_channels": 16,
-    "norm": "batch",
-    "anchor_sizes": [[8], [16], [32], [64], [96]],
-    "proposals": 20,
-    "proposals_train": 20,
-    "regions_per_image": 16,
-    "score_threshold": 0.0,
-}
 
 
-def detector_of(recipe: Recipe, classes: list[str]) -> Detector:
-    torch.manual_seed(0)
-    return build_detector(recipe.student, classes, recipe.data.short_side, recipe.data.long_side)
+def classes_of(shapes: Path) -> list[str]:
+    return read_annotations(shapes / "val.json").classes
 
 
-def checkpoint_of(folder: Path, shapes: Path, adapters: dict | None = None, **student: object) -> Path:
-    """What a run would leave: a native checkpoint, and plain weights with the recipe beside them."""
-    folder.mkdir()
-    recipe = recipes.validate(
-        {
-            "student": {**STUDENT, **student},
-            "data": {"path": str(shapes), "short_side": [64], "long_side": 96},
-            "run": {"device": "cpu"},
-        },
-        "test",
-    )
-    classes = read_annotations(shapes / "val.json").classes
-    state = detector_of(recipe, classes).model.state_dict()
-    content = {"classes": classes, "student": state, "terms": adapters or {}, "metrics": {}}
-    native.save(folder / "best.pt", {"recipe": recipe.model_dump(), **content})
-    native.write_atomically(folder / "student.pth", state)
-    recipes.save(recipe, folder / "recipe.yaml")
-    return folder / "best.pt"
+def checkpoint_of(folder: Path, shapes: Path, terms: dict | None = None, **student: object) -> Path:
+    settings = {**COMMON, **OWN["faster_rcnn"], "score_threshold": 0.0, **student}
+    data = {"path": str(shapes), "short_side": [64], "long_side": 96}
+    return save_run(folder, classes_of(shapes), settings, data, terms)
 
 
 @pytest.fixture(scope="module")
@@ -112,8 +81,7 @@ def test_pictures_and_numbers_of_a_data_set(checkpoint: Path, shapes: Path, tmp_
     assert told["skipped"] == []
 
     (source,) = find_images(files(shapes, 1), read_annotations(shapes / "val.json"))
-    recipe = recipes.load(str(checkpoint.parent / "recipe.yaml"))
-    detector = detector_of(recipe, read_annotations(shapes / "val.json").classes).eval()
+    detector = build(classes=classes_of(shapes), score_threshold=0.0).eval()
     batch = detector.prepare([source.read()], [source.objects.target(detector)])
     maps = detection_maps(detector, batch, samples=2, seed=3)
     arrays = np.load(tmp_path / "out" / f"{stems[0]}_gradients.npz")
@@ -227,7 +195,7 @@ def test_options_that_make_no_sense_are_refused(checkpoint: Path, shapes: Path, 
         visualize(str(checkpoint), [], tmp_path, QUICK, limit=0)
     with pytest.raises(DefeatError, match="need a teacher"):
         visualize(str(checkpoint), [], tmp_path, Settings(distillation=True))
-    with pytest.raises(DataError, match="no split 'test'"):
+    with pytest.raises(DataError, match="no test data there"):
         visualize(str(checkpoint), [], tmp_path, QUICK, split="test")
 
 
@@ -261,9 +229,8 @@ def test_levels_that_share_a_stride_all_have_their_numbers(tmp_path: Path):
     assert not np.array_equal(arrays["checkpoint/P5"], arrays["checkpoint/P5b"])
 
 
-def test_masks_are_drawn_for_each_image(checkpoint: Path, shapes: Path, tmp_path: Path, figures: list[Figure]):
-    recipe = recipes.load(str(checkpoint.parent / "recipe.yaml"))
-    detector = detector_of(recipe, read_annotations(shapes / "val.json").classes)
+def test_masks_are_drawn_for_each_image(shapes: Path, tmp_path: Path, figures: list[Figure]):
+    detector = build(classes=classes_of(shapes))
     sources = find_images(files(shapes, 1), read_annotations(shapes / "val.json"))
     (path,) = draw_masks(detector, sources, tmp_path)
     assert path.name == f"{sources[0].path.stem}_masks.png"
@@ -272,10 +239,7 @@ def test_masks_are_drawn_for_each_image(checkpoint: Path, shapes: Path, tmp_path
     assert [axes.get_title(loc="left") for axes in figure.axes[1:6]] == [f"P{n} · stride {2**n}" for n in range(2, 7)]
     full = figure.axes[19].images[0].get_array()
     assert full[..., 1].min() > 100  # lit everywhere: the dimmed image is darker
-    points = build_detector(
-        Architecture(detector="fcos", backbone="regnet", widths=[8, 8, 16, 16], fpn_channels=64), ["a"], [64], 64
-    )
-    draw_masks(points, sources, tmp_path)
+    draw_masks(build("fcos"), sources, tmp_path)
     rows = [axes.get_ylabel() for axes in figures[1].axes if axes.get_ylabel()]
     assert rows == ["boxes", "gaussian", "full"]  # points have no anchors that a mask could be made of
     with pytest.raises(DataError, match="no boxes: give its ground truth, or a teacher"):

@@ -8,10 +8,9 @@ import time
 
 import pytest
 import torch
+from runs import metrics, planned
 
-from defeat_cli.ablation.choice import choose
 from defeat_cli.ablation.processes import locked
-from defeat_cli.ablation.study import plan
 from defeat_cli.config import schema as recipes
 from defeat_cli.config.variants import VARIANTS, Variant
 from defeat_cli.data.loading import training_loader
@@ -24,10 +23,6 @@ from defeat_cli.session import assemble
 @pytest.fixture
 def base(tiny, teacher):
     return recipes.load(str(tiny), {"teacher.checkpoint": str(teacher)})
-
-
-def planned(folder, names, base, seeds=(0,), known=VARIANTS, budget=None):
-    return plan(folder, choose(names, known, {}, base)[0], seeds, base, budget)
 
 
 def test_what_cannot_work_is_found_before_anything_is_trained(tmp_path, base):
@@ -65,11 +60,6 @@ def test_runs_of_a_seed_start_from_one_student_and_see_the_same_images(tmp_path,
         assert order == orders[0]
         # Sampling in the student's own losses is not disturbed by what the teacher draws.
         assert loss == losses[0]
-
-
-def metrics(folder):
-    """A run's metrics without what depends on the clock."""
-    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in RunFolder(folder).metrics()]
 
 
 def test_a_study_that_was_killed_and_halved_goes_on_to_the_same_end(tmp_path, base, monkeypatch):

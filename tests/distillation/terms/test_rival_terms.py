@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from tiny_pairs import batch as make_batch
-from tiny_pairs import build, distil
+from tiny import batch as make_batch
+from tiny import build, distil
 
 from defeat_cli.detectors.contract import FeatureDetector
 from defeat_cli.distillation.distiller import Distiller

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracles import rivals as oracle
-from tiny_pairs import batch as make_batch
-from tiny_pairs import build, distil
+from tiny import batch as make_batch
+from tiny import build, distil
 from torchvision.ops import generalized_box_iou_loss
 
 from defeat_cli.detectors.contract import FeatureDetector

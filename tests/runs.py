@@ -1,0 +1,72 @@
+"""Runs and studies in tests: what they log, how they die, and that they resume exactly."""
+
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from defeat_cli.ablation.choice import choose
+from defeat_cli.ablation.study import plan
+from defeat_cli.config.variants import VARIANTS
+from defeat_cli.engine import loop
+from defeat_cli.engine.runs import RunFolder
+
+
+def setting(**values):
+    """`--set` options; two underscores stand for the dot of a key."""
+    return [part for key, value in values.items() for part in ("--set", f"{key.replace('__', '.')}={value}")]
+
+
+def metrics(folder, kind=None):
+    """The lines of metrics.jsonl, all or those of a kind, without what depends on the clock."""
+    lines = [line for line in RunFolder(folder).metrics() if kind in (None, line["kind"])]
+    assert lines
+    return [{k: v for k, v in line.items() if k not in ("images_per_second", "memory_gib")} for line in lines]
+
+
+class Whole(NamedTuple):
+    """A run that went through to its end: what it printed, its lines about steps, its last checkpoint."""
+
+    output: str
+    steps: list[dict[str, Any]]
+    checkpoint: dict[str, Any]
+
+
+@contextmanager
+def dying_at(step):
+    """A training inside dies before its step `step`, counted from 0."""
+    make_step = loop.train_step
+
+    def die(state, *positional, **named):
+        if state.step == step:
+            raise MemoryError("killed")
+        return make_step(state, *positional, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "train_step", die)
+        with pytest.raises(MemoryError, match="killed"):
+            yield
+
+
+def assert_resumes_bit_for_bit(defeat, arguments, folder, step):
+    """A run that dies at a step, and is resumed, equals one that does not, which is returned."""
+    whole, parts = folder / "whole", folder / "parts"
+    output = defeat("train", *arguments, "-o", whole)
+    with dying_at(step):
+        defeat("train", *arguments, "-o", parts)
+    defeat("train", *arguments, "-o", parts, "--resume")
+    assert metrics(parts) == metrics(whole)
+    found, expected = (torch.load(run / "last.pt", weights_only=True) for run in (parts, whole))
+    for content in (found, expected):
+        del content["training"]["seconds"]
+    torch.testing.assert_close(found["training"], expected["training"], rtol=0, atol=0)
+    assert found["student"].keys() == expected["student"].keys()
+    assert all(torch.equal(found["student"][key], value) for key, value in expected["student"].items())
+    return Whole(output, metrics(whole, "train"), expected)
+
+
+def planned(folder, names, base, seeds=(0,), known=VARIANTS, groups=None, budget=None):
+    """A study of variants by name."""
+    variants, optional = choose(names, known, groups or {}, base)
+    return plan(folder, variants, seeds, base, budget, optional)
