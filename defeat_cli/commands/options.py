@@ -75,5 +75,7 @@ def recipe_to_train(
     chosen = load(recipe, {**own, **said})
     if variant and chosen.distillation.terms and not (chosen.teacher.checkpoint or chosen.teacher.recipe):
         raise DefeatError(f"--variant {variant}: there is no teacher to distil from; add --teacher")
-    refuse_idle(given_settings(merged({}, said), COMMAND_LINE), idle_in_training(chosen))
+    # Null is what one says to undo a recipe's setting.
+    spoken = {name: value for name, value in said.items() if value is not None}
+    refuse_idle(given_settings(merged({}, spoken), COMMAND_LINE), idle_in_training(chosen))
     return chosen
