@@ -54,7 +54,7 @@ def test_one_stage_families_that_differ_share_the_neck(defeat, tiny, teachers, t
 
 
 def test_retinanets_with_other_anchors_share_the_neck(defeat, tiny, teachers, tmp_path):
-    other = ["--set", "student.anchor_sizes=[[16, 22], [32, 45], [64, 90], [96, 120], [120, 130]]"]
+    other = ["--set", "student.anchor_ratios=[0.2, 1.0, 5.0]"]
     output, terms = distil(defeat, tiny, teachers["retinanet"], "retinanet", tmp_path / "run", *other)
     assert terms == TERMS["retinanet"] | NECK
     assert "different anchors" in output
