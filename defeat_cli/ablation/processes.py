@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from defeat_cli.engine.loop import stop_requested
+from defeat_cli.engine.stopping import stop_requested
 from defeat_cli.errors import Interrupted, RunError
 
 try:

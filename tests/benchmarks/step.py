@@ -19,7 +19,7 @@ from defeat_cli.config import schema as recipes
 from defeat_cli.config.yaml import parse_assignments
 from defeat_cli.data.loading import training_loader
 from defeat_cli.engine.checkpoint import begin
-from defeat_cli.engine.loop import train_step
+from defeat_cli.engine.step import train_step
 from defeat_cli.session import AUTOCAST, assemble
 
 

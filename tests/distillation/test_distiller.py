@@ -14,7 +14,7 @@ from defeat_cli.distillation.distiller import Distiller
 from defeat_cli.distillation.losses import imitation_loss, region_kl
 from defeat_cli.distillation.masks import box_masks, valid_masks
 from defeat_cli.distillation.terms import TERMS as REGISTERED
-from defeat_cli.engine.loop import seed_step
+from defeat_cli.engine.step import seed_step
 from defeat_cli.errors import TermError
 
 batch = pytest.fixture(make_batch)

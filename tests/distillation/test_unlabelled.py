@@ -16,7 +16,7 @@ from defeat_cli.distillation.losses import imitation_loss, region_kl
 from defeat_cli.distillation.masks import box_masks, valid_masks
 from defeat_cli.distillation.terms import TERMS, Loss, View
 from defeat_cli.distillation.unlabelled import PseudoLabels, averaged
-from defeat_cli.engine.loop import seed_step
+from defeat_cli.engine.step import seed_step
 
 FAMILIES = {
     "faster_rcnn": [name for name in TERMS if name not in ("crosskd", "ld")],

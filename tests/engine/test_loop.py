@@ -7,8 +7,9 @@ import signal
 import pytest
 import torch
 
-from defeat_cli.engine.loop import seed_step, stop_requested
 from defeat_cli.engine.optimization import lr_factor
+from defeat_cli.engine.step import seed_step
+from defeat_cli.engine.stopping import stop_requested
 
 
 def test_steps_schedule_with_warm_up():

@@ -1,0 +1,86 @@
+"""What the loop watches as it goes: averages of the losses for the log, the terms' pulls, time and memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from defeat_cli.distillation.distiller import StepLosses
+from defeat_cli.engine.checkpoint import Training
+
+
+def add(training: Training, losses: StepLosses) -> None:
+    """Add a step's values to the running sums, without waiting for the device."""
+    for kind, values in (("weighted", losses.weighted), ("raw", losses.raw), ("pull", losses.pull)):
+        for name, value in values.items():
+            key = f"{kind}/{name}"
+            value = value.detach().double()
+            training.sums[key] = training.sums[key] + value if key in training.sums else value
+            training.counts[key] = training.counts.get(key, 0) + 1
+
+
+def averages(training: Training) -> dict[str, Any]:
+    """Averages since the last log line, which start anew."""
+    sums = torch.stack(list(training.sums.values())).tolist()
+    figures: dict[str, Any] = {"weighted": {}, "raw": {}, "pull": {}}
+    for key, value in zip(training.sums, sums, strict=True):
+        kind, _, name = key.partition("/")
+        figures[kind][name] = value / training.counts[key]
+    figures["loss"] = sum(figures["weighted"].values())
+    training.sums, training.counts = {}, {}
+    return figures
+
+
+class Proportion:
+    """Warns, once a term, where it has pulled far harder than the detection loss in several log lines on end."""
+
+    MOST, LINES = 20.0, 5
+
+    def __init__(self, reporter: Any) -> None:
+        self.reporter = reporter
+        self.lines: dict[str, int] = {}
+
+    def look(self, pull: Mapping[str, float]) -> None:
+        """Take in the pulls of a log line; those that were not measured in it say nothing."""
+        for name, value in pull.items():
+            self.lines[name] = self.lines.get(name, 0) + 1 if value > self.MOST else 0
+            if self.lines[name] == self.LINES:
+                self.reporter.warn(
+                    f"{name} has long pulled {value:.0f} times as hard as the detection loss; lower its weights, or "
+                    "let distillation.balance set them"
+                )
+
+
+class Clock:
+    """Time spent training, evaluation left out; images per second since the last log line; peak GPU memory."""
+
+    def __init__(self, training: Training) -> None:
+        self.training = training
+        self.images = 0
+        self.logged_at = training.seconds
+        self.since = time.perf_counter()
+
+    def tick(self, images: int) -> None:
+        """A step on so many images is done."""
+        now = time.perf_counter()
+        self.training.seconds += now - self.since
+        self.since = now
+        self.images += images
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        yield
+        self.since = time.perf_counter()
+
+    def speed(self) -> dict[str, float]:
+        """Figures for a log line, counted from the last one."""
+        seconds = self.training.seconds - self.logged_at
+        speed = {"images_per_second": round(self.images / seconds, 2)}
+        if torch.cuda.is_available():
+            speed["memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        self.images, self.logged_at = 0, self.training.seconds
+        return speed
