@@ -13,11 +13,10 @@ from rich.table import Table
 from torch import Tensor
 
 from defeat_cli.console import Reporter, counting, new_table
-from defeat_cli.engine.runs import write_json
 from defeat_cli.errors import DataError, RunError
 from defeat_cli.export.detections import Found, coco_content, crops, yolo_text
 from defeat_cli.export.pictures import draw, side_by_side
-from defeat_cli.files import replacing
+from defeat_cli.files import replacing, write_json
 from defeat_cli.gradients.images import Source, distinct_names, find_images
 from defeat_cli.jobs.opening import Opened, open_finder
 

@@ -102,7 +102,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(distilled, defeat, tiny, teac
 
 def test_a_run_that_died_resumes_from_its_last_checkpoint(distilled, defeat, tiny, teacher, tmp_path):
     folder, _ = distilled
-    arguments = ["train", "-r", tiny, "-t", teacher, "-o", tmp_path / "run", "--set", "run.checkpoint_every=2"]
+    arguments = ["train", "-r", tiny, "-t", teacher, "-o", tmp_path / "run", "--set", "run.save_every=2"]
     with dying_at(5):
         defeat(*arguments)
     defeat(*arguments, "--resume")
