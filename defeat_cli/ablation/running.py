@@ -21,7 +21,11 @@ from defeat_cli.console import Reporter, percent
 from defeat_cli.engine.locking import locked, refuse_locked
 from defeat_cli.engine.runs import RunFolder
 from defeat_cli.errors import DefeatError, TermError
+from defeat_cli.files import require_place_for_file, require_place_for_folder
 from defeat_cli.text import listed
+
+FILES = ("study.csv", "study.json", "study.md", "study.png", "sweeps.png")
+"""The report."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,9 @@ def run_study(
     check_sort(sort)
     slots = environments(study.recipe.run.device, jobs)
     reporter = Reporter("study", quiet)
+    require_place_for_folder(study.folder)
+    for name in FILES:
+        require_place_for_file(study.folder / name)
     refuse_locked(study.folder)
     steps = _check(study, calls, reporter)
     study = replace(study, variants={name: study.variants[name] for name in steps})
@@ -167,7 +174,10 @@ def _train(
         else:
             failures[task.run.name] = failure
             progress.finished(task.run.name, f"failed, see {folder / LOG}")
-        write_report(study, sort)
+        try:
+            write_report(study, sort)
+        except OSError as error:  # a full disk ends no run; at the end the report is written again
+            progress.warn(f"the report could not be written: {error}")
 
     run_in_processes(
         {folder: calls.command(folder, task.epoch) for folder, task in by_folder.items()},

@@ -11,7 +11,7 @@ from typing import Any
 from defeat_cli.config import schema as recipes
 from defeat_cli.config.schema import Recipe
 from defeat_cli.errors import RunError
-from defeat_cli.files import replacing, temporary_of
+from defeat_cli.files import replacing, require_place_for_file, require_place_for_folder, temporary_of
 
 RECIPE, METRICS, LAST, BEST = "recipe.yaml", "metrics.jsonl", "last.pt", "best.pt"
 PREVIOUS = "previous.pt"
@@ -48,11 +48,14 @@ class RunFolder:
         """Find out, writing nothing, whether a run of `recipe` can be made here.
 
         Raises:
-            RunError: the folder holds a run and neither `resume` nor `overwrite` says what to do with it; or it is to
-                be resumed with a recipe that differs from its own.
+            RunError: nothing can be written here; or the folder holds a run and neither `resume` nor `overwrite` says
+                what to do with it; or it is to be resumed with a recipe that differs from its own.
         """
         if self.path.exists() and not self.path.is_dir():
             raise RunError(f"{self.path}: is a file; --output must name a folder")
+        require_place_for_folder(self.path)
+        for name in RUN_FILES:
+            require_place_for_file(self / name)
         if not self.exists or overwrite:
             return
         if not resume:

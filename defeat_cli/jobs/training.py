@@ -27,7 +27,7 @@ from defeat_cli.engine.runs import BEST, CURVES, LAST, PREVIOUS, RESULTS, STUDEN
 from defeat_cli.engine.stopping import stoppable
 from defeat_cli.errors import RunError
 from defeat_cli.export.loader import write_loader
-from defeat_cli.files import require_place_for_folder, write_json
+from defeat_cli.files import write_json
 from defeat_cli.jobs import resuming
 from defeat_cli.session import Session, assemble
 
@@ -82,7 +82,6 @@ def train(
         elif resume and run.finished:
             reporter.note(f"{folder}: is finished already; more epochs are possible: --set schedule.epochs=N")
             return run.results()
-        require_place_for_folder(folder)
         session = assemble(recipe)
         if not session.teacher_is_trained:
             session = assemble(recipe, teacher=train_teacher(recipe, folder, overwrite, quiet, changed_data))
