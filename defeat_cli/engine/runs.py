@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterator
@@ -146,18 +147,30 @@ class RunFolder:
                 raise RunError(f"{self / METRICS}:{number}: damaged, not what was written; delete the line")
         return lines
 
-    def forget_after(self, step: int, epochs: float = math.inf) -> int:
+    def log_seal(self) -> dict[str, Any]:
+        """What tells whether metrics.jsonl is, up to here, what it is now: `bytes` and their `sha256`."""
+        content = (self / METRICS).read_bytes() if (self / METRICS).is_file() else b""
+        return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+    def rewind(self, seal: dict[str, Any]) -> bool:
+        """Cut metrics.jsonl back to where it was sealed; False, and nothing is done, where it is not what it was."""
+        content = (self / METRICS).read_bytes() if (self / METRICS).is_file() else b""
+        content = content[: seal["bytes"]]
+        if len(content) < seal["bytes"] or hashlib.sha256(content).hexdigest() != seal["sha256"]:
+            return False
+        with replacing(self / METRICS) as temporary:
+            temporary.write_bytes(content)
+        return True
+
+    def forget_after(self, step: int, epochs: float = math.inf) -> None:
         """Drop the metrics of what a run that goes on from `step`, with `epochs` evaluated, will do again.
 
-        Returns:
-            How many damaged lines were dropped, too.
+        Damaged lines go too.
         """
-        lines = self._lines()
-        whole = [line for line in lines if line is not None]
-        kept = [e for e in whole if e["step"] <= step and (e.get("kind") != "eval" or e["epoch"] <= epochs)]
+        kept = [line for line in self._lines() if line is not None and line["step"] <= step]
+        kept = [line for line in kept if line.get("kind") != "eval" or line["epoch"] <= epochs]
         with replacing(self / METRICS) as temporary:
             temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
-        return len(lines) - len(whole)
 
     def _lines(self) -> list[dict[str, Any] | None]:
         """Each line of metrics.jsonl; None in place of one that is damaged."""

@@ -12,7 +12,7 @@ from defeat_cli.checkpoints.reading import read
 from defeat_cli.config import schema as recipes
 from defeat_cli.data.fingerprint import Fingerprint, changes, fingerprint
 from defeat_cli.engine.checkpoint import Training
-from defeat_cli.engine.runs import BEST, LAST, PREVIOUS, RECIPE, RESULTS, STUDENT, RunFolder
+from defeat_cli.engine.runs import BEST, LAST, METRICS, PREVIOUS, RECIPE, RESULTS, STUDENT, RunFolder
 from defeat_cli.errors import CheckpointError, RecipeError, RunError
 from defeat_cli.session import Session
 
@@ -90,12 +90,14 @@ def take_up(run: RunFolder, training: Training, session: Session, reporter: Any,
         run.forget_after(0, 0)
         return
     training.load_state_dict(content["training"])
+    step = training.step
     different = changes(content.get("data", {}), fingerprints(session))
     if different:
         _other_data(run, training, session, different, reporter, changed_data)
-    dropped = run.forget_after(training.step, training.epochs)
-    if dropped:
-        reporter.warn(f"{run.path}: metrics.jsonl: {dropped} damaged lines are dropped")
+    if "log" not in content or not run.rewind(content["log"]):  # older states have no seal
+        run.forget_after(step, training.epochs)
+        if "log" in content:
+            reporter.warn(f"{run / METRICS}: not what was written; the lines in it that can be read are kept")
     if training.best_ap > -math.inf:
         try:
             native.load(run / BEST)

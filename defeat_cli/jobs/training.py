@@ -276,7 +276,7 @@ def _fit(
         if name != LAST:  # nobody goes on from best.pt, which would be three times as large
             native.save(run / name, content)
             return
-        content |= {"training": training.state_dict(), "data": begun_on}
+        content |= {"training": training.state_dict(), "data": begun_on, "log": run.log_seal()}
         try:
             native.save(run / LAST, content, keep=run / PREVIOUS)
         except OSError:

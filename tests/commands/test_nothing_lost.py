@@ -105,11 +105,16 @@ def test_a_checkpoint_without_its_recipe_is_not_thrown_away(stopped, options, de
     )
 
 
-def test_damaged_lines_of_the_log_are_dropped_and_told(stopped, options, defeat, whole):
+@pytest.mark.parametrize("line", [b'{"kind": "tr\xff', b"7", None])
+def test_a_log_that_is_damaged_is_told_and_what_can_be_read_of_it_is_kept(stopped, options, defeat, whole, line):
     lines = (stopped / "metrics.jsonl").read_bytes().split(b"\n")
-    lines[1] = b'{"kind": "tr\xff'
+    if line is None:
+        del lines[1]
+    else:
+        lines[1] = line
     (stopped / "metrics.jsonl").write_bytes(b"\n".join(lines))
-    assert "1 damaged lines are dropped" in defeat(*options, "-o", stopped, "--resume")
+    told = f"{stopped / 'metrics.jsonl'}: not what was written; the lines in it that can be read are kept"
+    assert told in defeat(*options, "-o", stopped, "--resume")
     expected = metrics(whole)
     assert metrics(stopped) == [expected[0], *expected[2:]]
 

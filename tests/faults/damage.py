@@ -97,6 +97,8 @@ def look(
         output = log.read_text()
         said = "warning:" in output or "error:" in output
         differs = command[0] == "train" and status == 0 and same(copy, whole)
+        if file.parent == whole and differs == [file.name] and file.name in ("last.pt", "metrics.jsonl"):
+            differs = []  # a finished run has no use for them
         if status not in (0, 2) or "Traceback" in output or (differs and not said):
             faults += 1
             print(

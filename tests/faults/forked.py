@@ -16,8 +16,10 @@ import torch
 import yaml
 from conftest import TINY
 
+from defeat_cli.checkpoints.reading import read
 from defeat_cli.commands.app import app
 from defeat_cli.data.formats.shapes import draw_shapes
+from defeat_cli.errors import CheckpointError
 from defeat_cli.jobs import training  # noqa: F401 - what the children need is imported once, here
 
 torch.set_num_threads(1)
@@ -77,12 +79,19 @@ def same(run_folder: Path, whole: Path) -> list[str]:
     different = []
     lines = []
     for folder in (run_folder, whole):
-        entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        try:
+            entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_bytes().splitlines()]
+        except (OSError, ValueError):
+            return ["metrics.jsonl"]
         lines.append([{k: v for k, v in e.items() if k not in ("images_per_second", "memory_gib")} for e in entries])
     if lines[0] != lines[1]:
         different.append("metrics.jsonl")
     for name, kept in (("last.pt", ("training", "student")), ("student.pth", None)):
-        found, expected = (torch.load(folder / name, weights_only=True) for folder in (run_folder, whole))
+        try:
+            found, expected = (read(folder / name) for folder in (run_folder, whole))
+        except CheckpointError:
+            different.append(name)
+            continue
         if kept is not None:
             found, expected = ({key: content[key] for key in kept} for content in (found, expected))
             del found["training"]["seconds"], expected["training"]["seconds"]
