@@ -118,7 +118,7 @@ def _finish(
     """Write what a finished run leaves, all but its results, which are returned."""
     recipe = session.recipe
     run.log()  # lines that could not be written before
-    best = resuming.best_or_last(run, reporter)
+    best = resuming.best_or_last(run, training, reporter)
     native.write_atomically(run / STUDENT, native.exported(best, str(run / BEST)))
     write_loader(run / STUDENT, recipe.student, best["classes"], recipe.data.short_side[-1], recipe.data.long_side)
     results: dict[str, Any] = {"student": best["metrics"], "training_seconds": round(training.seconds, 1)}
@@ -273,17 +273,17 @@ def _fit(
             "terms": training.distiller.terms.state_dict(),
             "metrics": metrics,
         }
-        if name != LAST:  # nobody goes on from best.pt, which would be three times as large
-            native.save(run / name, content)
-            return
-        content |= {"training": training.state_dict(), "data": begun_on, "log": run.log_seal()}
+        keep = None
+        if name == LAST:  # nobody goes on from best.pt, which would be three times as large
+            content |= {"training": training.state_dict(), "data": begun_on, "log": run.log_seal()}
+            keep = run / PREVIOUS
         try:
-            native.save(run / LAST, content, keep=run / PREVIOUS)
+            native.save(run / name, content, keep)
         except OSError:
             if not (run / PREVIOUS).exists() or not (run / LAST).exists():
                 raise
             (run / PREVIOUS).unlink()  # the room that it takes may be what is missing
-            native.save(run / LAST, content, keep=run / PREVIOUS)
+            native.save(run / name, content, keep)
 
     warned = False
 
