@@ -12,6 +12,7 @@ import torch
 from defeat_cli.config.schema import Recipe
 from defeat_cli.detectors.contract import Detector
 from defeat_cli.engine.checkpoint import Training
+from defeat_cli.engine.faults import broken, refuse_broken
 from defeat_cli.engine.monitor import Clock, Proportion, add, averages
 from defeat_cli.engine.optimization import lr_factor
 from defeat_cli.engine.runs import BEST, LAST, RunFolder
@@ -43,6 +44,7 @@ def fit(
 
     Raises:
         Interrupted: asked to stop by SIGINT or SIGTERM, or at `until`; the state is saved.
+        RunError: numbers went wrong; see `faults`. The state before a step that cannot be made is saved.
     """
     epochs, accumulate = recipe.schedule.epochs, recipe.optimizer.accumulate
     steps_per_epoch = math.ceil(loader.batch_sampler.batches_per_epoch / accumulate)
@@ -62,22 +64,38 @@ def fit(
                     for name, settings in terms.items()
                 }
                 due = bool(recipe.run.pull_every) and training.step % recipe.run.pull_every == 0
-                losses = train_step(
-                    training,
-                    batches,
-                    seed=recipe.run.seed,
-                    lr=lr,
-                    strength=strength,
-                    clip_norm=recipe.optimizer.clip_norm,
-                    autocast=autocast,
-                    measure=due or training.distiller.balancing(training.step, recipe.distillation.warmup_steps),
-                )
-                add(training, losses)
+                try:
+                    made = train_step(
+                        training,
+                        batches,
+                        seed=recipe.run.seed,
+                        lr=lr,
+                        strength=strength,
+                        clip_norm=recipe.optimizer.clip_norm,
+                        autocast=autocast,
+                        measure=due or training.distiller.balancing(training.step, recipe.distillation.warmup_steps),
+                        skip_nonfinite=recipe.optimizer.skip_nonfinite,
+                    )
+                except Exception:
+                    # Nothing of the step is done: what was there before it is worth saving.
+                    if not training.updating and not broken(training.distiller):
+                        save(training, LAST, metrics)
+                    raise
+                if made.left_out is None:
+                    add(training, made.losses)
+                    training.health.look(made.losses, made.raw, steps, training.step - 1)
+                else:
+                    run.log({"kind": "left out", "step": training.step, "epoch": epoch + 1, "reason": made.left_out})
+                    reporter.left_out(training.step - 1, made.left_out)
                 clock.tick(sum(len(images) for images, _, _ in batches))
                 _count(training, batches, distilled=any(factor is not None for factor in strength.values()))
-                if training.step % recipe.run.log_every == 0:
+                if training.step % recipe.run.log_every == 0 and training.sums:
                     entry = {"kind": "train", "step": training.step, "epoch": epoch + 1, "lr": lr, "strength": strength}
                     entry |= averages(training) | clock.speed()
+                    if made.left_out is None:
+                        entry["gradient"] = made.gradients.largest(training.distiller)
+                    if training.health.left_out:
+                        entry["left_out"] = training.health.left_out
                     if recipe.data.unlabelled is not None:
                         entry["seen"] = dict(training.seen)
                     run.log(entry)
@@ -89,6 +107,7 @@ def fit(
                     raise Interrupted(f"{run.path}: step {training.step} is saved; --resume goes on from there")
                 if training.step % recipe.run.checkpoint_every == 0:
                     save(training, LAST, metrics)
+            refuse_broken(training.distiller, training.step)
             training.epochs = epoch + 1
             if training.epochs % recipe.run.evaluate_every == 0 or training.epochs in (until, epochs):
                 with clock.paused():

@@ -13,8 +13,9 @@ from defeat_cli.errors import RunError
 from defeat_cli.files import replacing
 
 RECIPE, METRICS, LAST, BEST = "recipe.yaml", "metrics.jsonl", "last.pt", "best.pt"
+BAD_STEP = "bad_step.pt"
 STUDENT, LOADER, RESULTS, CURVES = "student.pth", "load_student.py", "results.json", "curves.png"
-RUN_FILES = (RECIPE, METRICS, LAST, BEST, STUDENT, LOADER, RESULTS, CURVES)
+RUN_FILES = (RECIPE, METRICS, LAST, BEST, STUDENT, LOADER, RESULTS, CURVES, BAD_STEP)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -116,7 +117,10 @@ class RunFolder:
             temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
 
 
-NOT_COMPARED = {"run.device", "run.name", "data.workers", "run.log_every", "run.checkpoint_every", "run.pull_every"}
+NOT_COMPARED = {
+    "run.device", "run.name", "run.log_every", "run.checkpoint_every", "run.pull_every", "data.workers",
+    "optimizer.skip_nonfinite",
+}  # fmt: skip
 """Recipe keys that may change when a run is resumed: they do not change what is computed."""
 
 

@@ -21,10 +21,12 @@ from defeat_cli.engine.checkpoint import Training, begin
 from defeat_cli.engine.curves import draw_curves
 from defeat_cli.engine.detection_errors import error_report
 from defeat_cli.engine.evaluation import evaluate
+from defeat_cli.engine.faults import ADVICE, BadStepError, refuse_broken
 from defeat_cli.engine.loop import fit
-from defeat_cli.engine.runs import BEST, CURVES, LAST, RESULTS, STUDENT, RunFolder, write_json
+from defeat_cli.engine.runs import BAD_STEP, BEST, CURVES, LAST, RESULTS, STUDENT, RunFolder, write_json
 from defeat_cli.errors import RunError
 from defeat_cli.export.loader import write_loader
+from defeat_cli.jobs import bad_step
 from defeat_cli.session import Session, assemble
 
 NEAR_ZERO_AP = 0.01
@@ -218,7 +220,11 @@ def _fit(
         beside = recipe.data.unlabelled_a_batch
         loader = mixed_loader(data, session.unlabelled, recipe.data.batch_size, beside, **settings)
 
+    saved: int | None = None
+
     def save(training: Training, name: str, metrics: dict[str, Any]) -> None:
+        nonlocal saved
+        refuse_broken(training.distiller, training.step)
         content = {
             "recipe": recipe.model_dump(),
             "classes": data.classes,
@@ -229,6 +235,7 @@ def _fit(
         if name == LAST:  # nobody goes on from best.pt, which would be three times as large
             content["training"] = training.state_dict()
         native.save(run / name, content)
+        saved = training.step if name == LAST else saved
 
     warned = False
 
@@ -255,5 +262,31 @@ def _fit(
             autocast=sessions.AUTOCAST[recipe.run.precision],
             until=until,
         )
+    except BadStepError as bad:
+        raise _told(bad, session, run, training, saved) from None
     finally:
         reporter.end()
+
+
+def _told(bad: BadStepError, session: Session, run: RunFolder, training: Training, saved: int | None) -> RunError:
+    """What a user is told of a step that was not finite, once it is written to the run's folder."""
+    files = [[str(path) for path in session.files_of(ids, targets)] for _, targets, ids in bad.batches]
+    bad_step.write(
+        run / BAD_STEP,
+        bad,
+        training,
+        files,
+        recipe=session.recipe.model_dump(),
+        classes=session.training_data.classes,
+        teacher=_absolute(session.checkpoint),
+    )
+    lines = [f"{bad}. {ADVICE}", *(f"images: {', '.join(names)}" for names in files)]
+    lines.append(f"defeat train --replay {run / BAD_STEP} makes this step again, alone")
+    if saved == bad.step:
+        lines.append(f"the state before it is saved in {run / LAST}; --resume goes on from there")
+    return RunError("\n  ".join(lines))
+
+
+def _absolute(checkpoint: str | None) -> str | None:
+    """A checkpoint's path from any folder; a name such as `torchvision:NAME` is left as it is."""
+    return str(Path(checkpoint).resolve()) if checkpoint is not None and Path(checkpoint).exists() else checkpoint
