@@ -169,6 +169,8 @@ def _guarded(path: Path, parse: Callable[[], Any]) -> Any:
     except Exception as error:
         if isinstance(error, EOFError | struct.error) or "truncated" in str(error):
             raise CheckpointError(f"{path}: {CUT_SHORT}") from error
+        if isinstance(error, MemoryError):
+            raise CheckpointError(f"{path}: there is not enough memory to read it, unless it is damaged") from error
         raise CheckpointError(f"{path}: a damaged or hostile checkpoint: {type(error).__name__}: {error}") from error
 
 

@@ -27,6 +27,8 @@ from defeat_cli.engine.runs import BAD_STEP, BEST, CURVES, LAST, RESULTS, STUDEN
 from defeat_cli.errors import RunError
 from defeat_cli.export.loader import write_loader
 from defeat_cli.jobs import bad_step
+from defeat_cli.jobs.estimate import of_detecting, of_training
+from defeat_cli.memory import told
 from defeat_cli.session import Session, assemble
 
 NEAR_ZERO_AP = 0.01
@@ -186,7 +188,7 @@ def score(session: Session, detector: Detector, reporter: Reporter, *, subset: A
     recipe, data = session.recipe, session.validation_data
     chosen = data if subset is None else subset
     detections: list[dict[str, Any]] = []
-    with reporter.evaluating(len(chosen)) as advance:
+    with told(lambda: of_detecting(detector, session.device)), reporter.evaluating(len(chosen)) as advance:
         metrics = evaluate(
             detector,
             chosen,
@@ -250,18 +252,24 @@ def _fit(
             )
         return metrics
 
+    def needed() -> str:
+        training.optimizer.zero_grad(set_to_none=True)
+        kept = f". Step {saved} is saved; --resume goes on from there" if saved is not None else ""
+        return of_training(session) + kept
+
     try:
-        fit(
-            training,
-            loader,
-            run,
-            recipe,
-            evaluate=evaluated,
-            save=save,
-            reporter=reporter,
-            autocast=sessions.AUTOCAST[recipe.run.precision],
-            until=until,
-        )
+        with told(needed):
+            fit(
+                training,
+                loader,
+                run,
+                recipe,
+                evaluate=evaluated,
+                save=save,
+                reporter=reporter,
+                autocast=sessions.AUTOCAST[recipe.run.precision],
+                until=until,
+            )
     except BadStepError as bad:
         raise _told(bad, session, run, training, saved) from None
     finally:
