@@ -1,13 +1,16 @@
 """Memory that runs out is told in every command: what was done, how much it takes, and what to turn."""
 
+import re
+
 import pytest
 import torch
-from runs import metrics
+from runs import metrics, setting
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from defeat_cli.detectors.faster_rcnn import FasterRCNNDetector
 from defeat_cli.memory import shortage, told
 
-PREPARE = FasterRCNNDetector.prepare
+BATCH_IMAGES = GeneralizedRCNNTransform.batch_images
 GPU = torch.OutOfMemoryError(
     "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 1.00 GiB.\nmore lines"
 )
@@ -22,12 +25,12 @@ def full(monkeypatch):
     """`full(error, images)` has detectors meet an error where a batch has more images than that."""
 
     def apply(error, images=0):
-        def prepare(self, batch, targets=None):
+        def batch_images(self, batch, size_divisible=32):
             if len(batch) > images:
                 raise error
-            return PREPARE(self, batch, targets)
+            return BATCH_IMAGES(self, batch, size_divisible)
 
-        monkeypatch.setattr(FasterRCNNDetector, "prepare", prepare)
+        monkeypatch.setattr(GeneralizedRCNNTransform, "batch_images", batch_images)
 
     return apply
 
@@ -35,11 +38,12 @@ def full(monkeypatch):
 @pytest.mark.parametrize("error", [GPU, CPU, MemoryError()])
 def test_a_training_names_batch_size_estimate_and_what_to_turn(defeat, tiny, tmp_path, full, error):
     full(error, images=1)
-    output = defeat("train", "-r", tiny, "-o", tmp_path / "run", code=2)
-    assert "out of memory: a training step on 4 images (short side 64, long side up to 64 pixels) in fp32" in output
-    check = defeat("check", "-r", tiny)
-    (line,) = [line for line in check.splitlines() if "memory at batch size 4" in line]
-    assert f"needs about {line.split()[-2]} GiB by the estimate" in output
+    size = setting(data__short_side=[256], data__long_side=256)
+    output = defeat("train", "-r", tiny, *size, "-o", tmp_path / "run", code=2)
+    assert "out of memory: a training step on 4 images (short side 256, long side up to 256 pixels) in fp32" in output
+    estimate = re.search(r"memory at batch size 4, estimated\D+([\d.]+ GiB)", defeat("check", "-r", tiny, *size))[1]
+    assert not estimate.startswith("0.00")
+    assert f"needs about {estimate} by the estimate" in output
     assert "Lower data.batch_size (optimizer.accumulate makes up for it), data.short_side and data.long_side" in output
     assert "more lines" not in output
     assert "Traceback" not in output
