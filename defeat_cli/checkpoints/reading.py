@@ -101,9 +101,9 @@ def _read_by_torch(path: Path) -> Any:
 
 def _read_zip(path: Path) -> Any:
     """torch.save since 1.6: a zip of `NAME/data.pkl` and `NAME/data/KEY`, one storage each."""
-    if not zipfile.is_zipfile(path):
-        raise CheckpointError(f"{path}: {CUT_SHORT}")
     try:
+        if not zipfile.is_zipfile(path):
+            raise CheckpointError(f"{path}: {CUT_SHORT}")
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
             pickles = [name for name in names if name == "data.pkl" or re.fullmatch(r"[^/]+/data\.pkl", name)]
@@ -126,7 +126,9 @@ def _read_zip(path: Path) -> Any:
                 return resolved(Unpickler(program, lambda key: archive.read(f"{root}data/{key}")).load())
 
             return _guarded(path, parse)
-    except zipfile.BadZipFile as error:
+    except (CheckpointError, OSError):
+        raise
+    except Exception as error:  # zipfile raises many kinds: for names that are no text, unknown compressions, lengths
         raise CheckpointError(f"{path}: a damaged PyTorch checkpoint: {error}") from None
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -12,22 +13,20 @@ from defeat_cli.detectors.faster_rcnn import FasterRCNNDetector
 LOSSES = FasterRCNNDetector.losses
 
 
-@pytest.fixture
-def spoil(monkeypatch):
-    """`spoil(calls, factor)` multiplies the box loss of training steps by a factor, by number of the call from 0."""
+@contextmanager
+def spoiled(calls, factor=math.nan):
+    """Within, the box loss of training steps is multiplied by a factor, by number of the call from 0."""
+    count = iter(range(10_000))
 
-    def apply(calls, factor=math.nan):
-        count = iter(range(10_000))
+    def losses(self, features, batch):
+        found = LOSSES(self, features, batch)
+        if next(count) in calls:
+            found["loss_box_reg"] = found["loss_box_reg"] * factor
+        return found
 
-        def spoiled(self, features, batch):
-            losses = LOSSES(self, features, batch)
-            if next(count) in calls:
-                losses["loss_box_reg"] = losses["loss_box_reg"] * factor
-            return losses
-
-        monkeypatch.setattr(FasterRCNNDetector, "losses", spoiled)
-
-    return apply
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FasterRCNNDetector, "losses", losses)
+        yield
 
 
 # --- a step that is not finite
@@ -97,56 +96,53 @@ def test_a_replay_refuses_what_it_cannot_use(overflown, defeat, tmp_path, teache
 # --- steps that are left out
 
 
-def test_steps_are_left_out_counted_and_logged_and_the_run_resumes(defeat, tiny, tmp_path, spoil):
-    options = ["-r", tiny, *setting(run__log_every=1, optimizer__skip_nonfinite=2)]
-    spoil({1, 2, 4})
-    output = defeat("train", *options, "-o", tmp_path / "whole")
+@pytest.fixture(scope="module")
+def left_out(tmp_path_factory, defeat, tiny):
+    """A run of six steps of which three are not finite, and what it printed."""
+    folder = tmp_path_factory.mktemp("runs") / "left_out"
+    with spoiled({1, 2, 4}):
+        options = setting(run__log_every=1, optimizer__skip_nonfinite=2)
+        return folder, defeat("train", "-r", tiny, *options, "-o", folder)
+
+
+def test_steps_are_left_out_counted_and_logged(left_out):
+    folder, output = left_out
     assert "step 1 is left out: its loss is not finite" in output
-    lines = metrics(tmp_path / "whole")
+    lines = metrics(folder)
     assert [line["step"] for line in lines if line["kind"] == "left out"] == [2, 3, 5]
     assert [line["reason"] for line in lines if line["kind"] == "left out"] == ["loss"] * 3
     steps = {line["step"]: line for line in lines if line["kind"] == "train"}
     assert list(steps) == [1, 4, 6]
     assert [line.get("left_out") for line in steps.values()] == [None, {"nonfinite": 2}, {"nonfinite": 3}]
-    assert all(math.isfinite(line["loss"]) and math.isfinite(line["gradient"]["norm"]) for line in steps.values())
-    for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines():
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
 
 
-def test_a_run_that_stopped_goes_on_where_more_may_be_left_out(defeat, tiny, tmp_path, spoil):
-    options = ["-r", tiny, *setting(run__log_every=1)]
-    spoil({1, 2, 4})
-    defeat("train", *options, *setting(optimizer__skip_nonfinite=2), "-o", tmp_path / "whole")
-    spoil({1, 2, 4})
-    output = defeat("train", *options, *setting(optimizer__skip_nonfinite=1), "-o", tmp_path / "parts", code=2)
+def test_the_log_names_the_largest_gradient(left_out):
+    folder, _ = left_out
+    gradients = [line["gradient"] for line in metrics(folder, "train")]
+    state = torch.load(folder / "student.pth", weights_only=True)
+    assert len(gradients) == 3
+    assert all(found["largest"] in state and found["norm"] > 0 and 0 < found["share"] <= 1 for found in gradients)
+
+
+def test_a_run_that_stopped_goes_on_where_more_may_be_left_out(left_out, defeat, tiny, tmp_path):
+    options = ["-r", tiny, "-o", tmp_path / "run", "--set", "run.log_every=1"]
+    with spoiled({1, 2, 4}):
+        output = defeat("train", *options, "--set", "optimizer.skip_nonfinite=1", code=2)
     assert "step 2: the loss is not finite" in output
-    # Step 2 is made again, as the first call.
-    spoil({0, 2})
-    defeat("train", *options, *setting(optimizer__skip_nonfinite=2), "-o", tmp_path / "parts", "--resume")
-    assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
-    ours, theirs = (torch.load(tmp_path / run / "student.pth", weights_only=True) for run in ("parts", "whole"))
+    with spoiled({0, 2}):  # step 2 is made again, and is the first call now
+        defeat("train", *options, "--set", "optimizer.skip_nonfinite=2", "--resume")
+    assert metrics(tmp_path / "run") == metrics(left_out[0])
+    ours, theirs = (torch.load(run / "student.pth", weights_only=True) for run in (tmp_path / "run", left_out[0]))
     assert all(torch.equal(ours[name], value) for name, value in theirs.items())
 
 
 # --- a loss that explodes
 
 
-def test_a_loss_that_explodes_without_a_nan_ends_the_run(defeat, tiny, tmp_path, spoil):
-    spoil(set(range(2, 100)), factor=1e10)
-    output = defeat("train", "-r", tiny, "-o", tmp_path / "run", code=2)
+def test_a_loss_that_explodes_without_a_nan_ends_the_run(defeat, tiny, tmp_path):
+    with spoiled(range(2, 100), factor=1e10):
+        output = defeat("train", "-r", tiny, "-o", tmp_path / "run", code=2)
     assert "step 2: the training has diverged" in output
     assert not (tmp_path / "run" / "results.json").exists()
-
-
-def test_a_learning_rate_that_is_far_too_high_ends_the_run(defeat, tiny, tmp_path):
-    settings = setting(optimizer__lr="1e6", optimizer__clip_norm="null", schedule__warmup_steps=0)
-    output = defeat("train", "-r", tiny, "-o", tmp_path / "run", *settings, code=2)
-    assert "has diverged" in output or "is not finite" in output
-
-
-def test_the_log_names_the_largest_gradient(defeat, tiny, tmp_path):
-    defeat("train", "-r", tiny, "-o", tmp_path / "run", *setting(schedule__epochs=1, run__log_every=1))
-    gradients = [line["gradient"] for line in metrics(tmp_path / "run", "train")]
-    state = torch.load(tmp_path / "run" / "student.pth", weights_only=True)
-    assert len(gradients) == 3
-    assert all(found["largest"] in state and found["norm"] > 0 and 0 < found["share"] <= 1 for found in gradients)

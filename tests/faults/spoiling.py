@@ -88,12 +88,13 @@ def spoiled_tree(draw: st.DrawFn, original: Any, values: tuple[Any, ...] = VALUE
             )
         action = draw(st.sampled_from(["replace", "replace", "replace", "take out", "rename", "double"]))
         if action == "replace" or place is root:
-            place[key] = draw(st.sampled_from(values) | st.integers() | st.floats() | st.text(max_size=8))
+            new = draw(st.sampled_from(values) | st.integers() | st.floats() | st.text(max_size=8))
+            place[key] = copy.deepcopy(new)
         elif isinstance(place, list):
-            place.append(place[key]) if action == "double" else place.pop(key)
+            place.append(copy.deepcopy(place[key])) if action == "double" else place.pop(key)
         elif action == "take out":
             del place[key]
         else:
-            value = place[key] if action == "double" else place.pop(key)
+            value = copy.deepcopy(place[key]) if action == "double" else place.pop(key)
             place[draw(st.sampled_from([*map(str, place), "x"]) | st.text(max_size=5))] = value
     return root[""]
