@@ -32,5 +32,12 @@ class OutOfMemoryError(RunError):
     """What was asked for does not fit the memory. The message says what would."""
 
 
-class Interrupted(Exception):  # noqa: N818 - nothing went wrong
-    """The user, or the system, asked a run to stop. The message says how to go on."""
+class Interrupted(BaseException):
+    """The user, or the system, asked a run to stop. The message says how to go on.
+
+    code: exit status of the process.
+    """
+
+    def __init__(self, message: str, code: int = 130) -> None:
+        super().__init__(message)
+        self.code = code

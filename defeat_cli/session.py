@@ -162,6 +162,9 @@ def build_distiller(
     notes: list[Note] = []
     has_teacher = checkpoint is not None or recipe.teacher.recipe is not None
     supervisor, terms, pseudo_labels = None, {}, None
+    if has_teacher and not recipe.distillation.terms:
+        use = "inherits from it alone" if recipe.student.inherit else "is trained without its teacher"
+        notes.append(Note(f"no term of distillation is on: the student {use}"))
     if has_teacher and (recipe.distillation.terms or recipe.student.inherit):
         as_said = checkpoint == recipe.teacher.checkpoint
         if as_said and like is not None and like.teacher is not None and like.recipe.teacher == recipe.teacher:

@@ -126,10 +126,10 @@ def _read_zip(path: Path) -> Any:
                 return resolved(Unpickler(program, lambda key: archive.read(f"{root}data/{key}")).load())
 
             return _guarded(path, parse)
-    except (CheckpointError, OSError):
+    except CheckpointError:
         raise
-    except Exception as error:  # zipfile raises many kinds: for names that are no text, unknown compressions, lengths
-        raise CheckpointError(f"{path}: a damaged PyTorch checkpoint: {error}") from None
+    except Exception as error:  # damage makes zipfile raise whatever its bytes say: encrypted, of another compression …
+        raise CheckpointError(f"{path}: a damaged PyTorch checkpoint: {error}") from error
 
 
 def _read_legacy(path: Path) -> Any:

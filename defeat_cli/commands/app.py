@@ -16,22 +16,21 @@ from defeat_cli.console import console, errors
 from defeat_cli.errors import DefeatError, Interrupted
 from defeat_cli.memory import shortage
 
-REFUSED_BY_THE_SYSTEM = {
-    errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.EMFILE,
-    errno.ENAMETOOLONG, errno.ENOENT, errno.EEXIST,
-}  # fmt: skip
-"""Disk full, no permission, a folder where a file should be, and the like: nothing that a traceback explains better."""
-
 
 class CleanErrors(TyperGroup):
-    """Prints bad input and what the system refuses as one message with exit code 2; programming errors keep their
-    traceback."""
+    """Prints bad input, and what the system refuses (a full disk, no permission), as one message with exit code 2.
+
+    Programming errors keep their traceback.
+    """
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except Interrupted as stop:
             errors.print(f"[yellow]stopped:[/] {escape(str(stop))}", soft_wrap=True)
+            raise typer.Exit(stop.code) from None
+        except KeyboardInterrupt:
+            errors.print("[yellow]stopped[/] at once", soft_wrap=True)
             raise typer.Exit(130) from None
         except Exception as error:
             message = _explained(error)
@@ -47,8 +46,8 @@ def _explained(error: Exception) -> str | None:
         return str(error)
     if (reason := shortage(error)) is not None:
         return f"out of memory: {reason}"
-    if isinstance(error, OSError) and error.errno in REFUSED_BY_THE_SYSTEM:
-        return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
+    if isinstance(error, OSError) and error.errno != errno.EPIPE:  # then, whoever read our output has enough
+        return f"{error.filename}: {error.strerror or error}" if error.filename else str(error.strerror or error)
     return None
 
 

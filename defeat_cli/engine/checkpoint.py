@@ -26,7 +26,6 @@ class Training:
     seen: how many labelled and how many unlabelled images the student was trained on, one that is seen twice as two.
     sums: running sums of the logged values since the last log line, on the device; counts: how many are in each.
     health: what is remembered of steps that went wrong.
-    updating: while a step changes all this; what is saved then would be half of one step and half of another.
     """
 
     distiller: Distiller
@@ -41,7 +40,6 @@ class Training:
     sums: dict[str, Tensor] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     health: Health = field(default_factory=Health)
-    updating: bool = False
 
     @property
     def evaluated(self) -> Detector:

@@ -86,8 +86,7 @@ class Health:
             raise RunError(
                 f"step {step}: the training has diverged: its losses, before weights, sum to {raw:.4g}, which were "
                 f"{usual:.4g} at first ({self.exploded} steps in a row above {EXPLODED:g} times that). Lower "
-                "optimizer.lr or optimizer.clip_norm, or lengthen schedule.warmup_steps, and start again; nothing of "
-                "the steps since the last checkpoint is kept"
+                "optimizer.lr or optimizer.clip_norm, or lengthen schedule.warmup_steps, and start again"
             )
 
 
@@ -153,16 +152,17 @@ def is_overflow(wrong: str, scaler: torch.amp.GradScaler) -> bool:
 class Buffers:
     """The buffers of what trains as they were, such as the averages of batch normalisation, which a bad step spoils."""
 
+    @torch.no_grad()
     def __init__(self, distiller: Distiller) -> None:
         trained = [distiller.student, distiller.terms, *([distiller.balance] if distiller.balance is not None else [])]
         self.live = [buffer for module in trained for buffer in module.buffers()]
-        self.kept = [buffer.clone() for buffer in self.live]
+        self.kept = [torch.empty_like(buffer) for buffer in self.live]
+        torch._foreach_copy_(self.kept, self.live)  # a few launches, where clones would be one a buffer
 
     @torch.no_grad()
     def restore(self) -> None:
         """Put them back."""
-        for live, kept in zip(self.live, self.kept, strict=True):
-            live.copy_(kept)
+        torch._foreach_copy_(self.live, self.kept)
 
 
 @torch.no_grad()

@@ -77,7 +77,6 @@ def train_step(
         before.restore()
         optimizer.zero_grad(set_to_none=True)
         raise
-    training.updating = True
     health.take(wrong)
     if wrong is None:
         if clip_norm is not None:
@@ -90,7 +89,6 @@ def train_step(
     scaler.update()  # it lowers its scale where the gradients overflowed
     optimizer.zero_grad(set_to_none=True)
     training.step += 1
-    training.updating = False
     return Step(losses[-1], raw, gradients, wrong)
 
 
