@@ -13,6 +13,7 @@ ALLOWED = {
     "errors": set(),
     "files": {"errors"},
     "text": set(),
+    "memory": {"errors"},
     "console": set(),
     "config": {"config", "errors", "files"},
     "checkpoints": {"checkpoints", "config", "errors", "files"},

@@ -223,6 +223,8 @@ class Optimizer(Section):
     """Weight decay of normalisation parameters and biases; null takes `weight_decay`."""
     clip_norm: Positive | None = 35.0
     """Gradients are scaled down to this norm; null leaves them."""
+    skip_nonfinite: Annotated[int, Field(ge=0)] = 0
+    """Steps in a row that may be left out because a loss or gradient is not finite; the next one ends the run."""
     accumulate: Count = 1
     """Batches whose gradients are summed into one step."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None

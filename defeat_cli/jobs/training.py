@@ -21,14 +21,17 @@ from defeat_cli.engine.checkpoint import Training, begin
 from defeat_cli.engine.curves import draw_curves
 from defeat_cli.engine.detection_errors import error_report
 from defeat_cli.engine.evaluation import evaluate
+from defeat_cli.engine.faults import ADVICE, BadStepError, refuse_broken
 from defeat_cli.engine.locking import locked, refuse_locked
 from defeat_cli.engine.loop import fit
-from defeat_cli.engine.runs import BEST, CURVES, LAST, PREVIOUS, RESULTS, STUDENT, RunFolder
+from defeat_cli.engine.runs import BAD_STEP, BEST, CURVES, LAST, PREVIOUS, RESULTS, STUDENT, RunFolder
 from defeat_cli.engine.stopping import stoppable
 from defeat_cli.errors import RunError
 from defeat_cli.export.loader import write_loader
 from defeat_cli.files import write_json
-from defeat_cli.jobs import resuming
+from defeat_cli.jobs import bad_step, resuming
+from defeat_cli.jobs.estimate import of_detecting, of_training
+from defeat_cli.memory import told
 from defeat_cli.session import Session, assemble
 
 NEAR_ZERO_AP = 0.01
@@ -229,7 +232,7 @@ def score(session: Session, detector: Detector, reporter: Reporter, *, subset: A
     recipe, data = session.recipe, session.validation_data
     chosen = data if subset is None else subset
     detections: list[dict[str, Any]] = []
-    with reporter.evaluating(len(chosen)) as advance:
+    with told(lambda: of_detecting(detector, session.device)), reporter.evaluating(len(chosen)) as advance:
         metrics = evaluate(
             detector,
             chosen,
@@ -263,9 +266,12 @@ def _fit(
         beside = recipe.data.unlabelled_a_batch
         loader = mixed_loader(data, session.unlabelled, recipe.data.batch_size, beside, **settings)
 
+    saved: int | None = None
     begun_on = resuming.fingerprints(session)
 
     def save(training: Training, name: str, metrics: dict[str, Any]) -> None:
+        nonlocal saved
+        refuse_broken(training.distiller, training.step)
         content = {
             "recipe": recipe.model_dump(),
             "classes": data.classes,
@@ -284,6 +290,8 @@ def _fit(
                 raise
             (run / PREVIOUS).unlink()  # the room that it takes may be what is missing
             native.save(run / name, content, keep)
+        if name == LAST:
+            saved = training.step
 
     warned = False
 
@@ -298,17 +306,49 @@ def _fit(
             )
         return metrics
 
+    def needed() -> str:
+        training.optimizer.zero_grad(set_to_none=True)
+        kept = f". Step {saved} is saved; --resume goes on from there" if saved is not None else ""
+        return of_training(session) + kept
+
     try:
-        fit(
-            training,
-            loader,
-            run,
-            recipe,
-            evaluate=evaluated,
-            save=save,
-            reporter=reporter,
-            autocast=sessions.AUTOCAST[recipe.run.precision],
-            until=until,
-        )
+        with told(needed):
+            fit(
+                training,
+                loader,
+                run,
+                recipe,
+                evaluate=evaluated,
+                save=save,
+                reporter=reporter,
+                autocast=sessions.AUTOCAST[recipe.run.precision],
+                until=until,
+            )
+    except BadStepError as bad:
+        raise _told(bad, session, run, training, saved) from None
     finally:
         reporter.end()
+
+
+def _told(bad: BadStepError, session: Session, run: RunFolder, training: Training, saved: int | None) -> RunError:
+    """What a user is told of a step that was not finite, once it is written to the run's folder."""
+    files = [[str(path) for path in session.files_of(ids, targets)] for _, targets, ids in bad.batches]
+    bad_step.write(
+        run / BAD_STEP,
+        bad,
+        training,
+        files,
+        recipe=session.recipe.model_dump(),
+        classes=session.training_data.classes,
+        teacher=_absolute(session.checkpoint),
+    )
+    lines = [f"{bad}. {ADVICE}", *(f"images: {', '.join(names)}" for names in files)]
+    lines.append(f"defeat train --replay {run / BAD_STEP} makes this step again, alone")
+    if saved == bad.step:
+        lines.append(f"the state before it is saved in {run / LAST}; --resume goes on from there")
+    return RunError("\n  ".join(lines))
+
+
+def _absolute(checkpoint: str | None) -> str | None:
+    """A checkpoint's path from any folder; a name such as `torchvision:NAME` is left as it is."""
+    return str(Path(checkpoint).resolve()) if checkpoint is not None and Path(checkpoint).exists() else checkpoint
