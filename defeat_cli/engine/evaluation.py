@@ -5,17 +5,17 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from defeat_cli.data.dataset import DetectionDataset
 from defeat_cli.data.loading import evaluation_loader
-from defeat_cli.detectors.contract import Detector, evaluating
+from defeat_cli.detectors.contract import evaluating
 from defeat_cli.distillation.pairing import match_classes
 from defeat_cli.errors import DataError
 from defeat_cli.text import listed
@@ -92,8 +92,17 @@ class CocoEvaluator:
         return empty
 
 
+class Finder(Protocol):
+    """What evaluation needs of a detector; see `detectors.contract.Detector`. One that is no module is on the CPU."""
+
+    @property
+    def classes(self) -> list[str]: ...
+
+    def detect(self, images: list[Tensor]) -> list[dict[str, Tensor]]: ...
+
+
 def evaluate(
-    detector: Detector,
+    detector: Finder,
     dataset: DetectionDataset | Subset,
     *,
     workers: int = 0,
@@ -117,9 +126,11 @@ def evaluate(
     """
     whole = dataset.dataset if isinstance(dataset, Subset) else dataset
     evaluator = CocoEvaluator(whole.coco, detector.classes)
-    device = next(detector.parameters()).device
+    is_module = isinstance(detector, nn.Module)
+    device = next(detector.parameters()).device if is_module else torch.device("cpu")
+    mode = evaluating(detector) if is_module else contextlib.nullcontext()
     loader = evaluation_loader(dataset, workers, pin_memory=device.type == "cuda")
-    with evaluating(detector), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+    with mode, torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
         for images, _, image_ids in loader:
             evaluator.process(image_ids, detector.detect([image.to(device, non_blocking=True) for image in images]))
             on_image(len(images))

@@ -13,7 +13,7 @@ from defeat_cli.checkpoints import native
 from defeat_cli.config import schema as recipes
 from defeat_cli.config.schema import Recipe, Teacher
 from defeat_cli.console import Reporter, percent, spoken_counts
-from defeat_cli.data.loading import training_loader
+from defeat_cli.data.loading import Loader, training_loader
 from defeat_cli.data.unlabelled import mixed_loader
 from defeat_cli.detectors.contract import Detector
 from defeat_cli.distillation.pairing import match_classes
@@ -197,6 +197,20 @@ def score(session: Session, detector: Detector, reporter: Reporter, *, subset: A
     return metrics
 
 
+def batches_of(session: Session) -> Loader:
+    """Training batches of a session, unlabelled images beside them where there are any."""
+    recipe, data = session.recipe, session.training_data
+    settings = {
+        "workers": sessions.loader_processes(recipe.data.workers),
+        "seed": recipe.run.seed,
+        "pin_memory": session.device.type == "cuda",
+    }
+    if session.unlabelled is None:
+        return training_loader(data, recipe.data.batch_size, **settings)
+    beside = recipe.data.unlabelled_a_batch
+    return mixed_loader(data, session.unlabelled, recipe.data.batch_size, beside, **settings)
+
+
 def _fit(
     session: Session,
     run: RunFolder,
@@ -207,16 +221,7 @@ def _fit(
 ) -> None:
     """Train to the last epoch or `until`, saving checkpoints in our own format."""
     recipe, data = session.recipe, session.training_data
-    settings = {
-        "workers": sessions.loader_processes(recipe.data.workers),
-        "seed": recipe.run.seed,
-        "pin_memory": session.device.type == "cuda",
-    }
-    if session.unlabelled is None:
-        loader = training_loader(data, recipe.data.batch_size, **settings)
-    else:
-        beside = recipe.data.unlabelled_a_batch
-        loader = mixed_loader(data, session.unlabelled, recipe.data.batch_size, beside, **settings)
+    loader = batches_of(session)
 
     def save(training: Training, name: str, metrics: dict[str, Any]) -> None:
         content = {
