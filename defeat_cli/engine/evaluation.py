@@ -1,15 +1,13 @@
-"""COCO mAP of a detector on a dataset, by pycocotools."""
+"""COCO mAP of a detector on a dataset."""
 
 from __future__ import annotations
 
 import contextlib
-import io
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
@@ -17,6 +15,7 @@ from defeat_cli.data.dataset import DetectionDataset
 from defeat_cli.data.loading import evaluation_loader
 from defeat_cli.detectors.contract import evaluating
 from defeat_cli.distillation.pairing import match_classes
+from defeat_cli.engine import scorers
 from defeat_cli.errors import DataError
 from defeat_cli.text import listed
 
@@ -68,12 +67,7 @@ class CocoEvaluator:
 
     def evaluate(self) -> dict[str, Any]:
         """The twelve `FIGURES` over the processed images, and `per_class`: name -> AP (-1 where it has no boxes)."""
-        with contextlib.redirect_stdout(io.StringIO()):
-            scorer = COCOeval(self.coco, self._results(), "bbox")
-            scorer.params.imgIds = sorted(set(self.image_ids))
-            scorer.evaluate()
-            scorer.accumulate()
-            scorer.summarize()
+        scorer = scorers.score(self.coco, self._results(), self.image_ids)
         metrics: dict[str, Any] = dict(zip(FIGURES, map(float, scorer.stats), strict=True))
         precision = scorer.eval["precision"][:, :, :, 0, -1]  # IoU x recall x class, all areas, 100 detections
         names = {category["id"]: category["name"] for category in self.coco.loadCats(scorer.params.catIds)}
