@@ -54,17 +54,20 @@ class _Alive(TorchDispatchMode):
             self._see(tensor)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor):
+                self._see(leaf, counts=False)  # it was there before, if it is new here
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self._see(leaf)
         return out
 
-    def _see(self, tensor: Tensor) -> None:
+    def _see(self, tensor: Tensor, counts: bool = True) -> None:
         storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()  # not data_ptr(), which not every kind of tensor has
-        if size and key not in self._sizes:
-            self._sizes[key] = size
+        key = storage._cdata  # not data_ptr(), which not every kind of tensor has
+        if key not in self._sizes:
+            size = self._sizes[key] = storage.nbytes() if counts else 0
             self.now += size
             self.most = max(self.most, self.now)
             weakref.finalize(storage, self._freed, key)

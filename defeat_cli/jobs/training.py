@@ -72,7 +72,12 @@ def train(
     if not session.teacher_is_trained:
         session = assemble(recipe, teacher=train_teacher(recipe, folder, overwrite, quiet))
     tell(session, reporter)
-    teacher_ap = score_teacher(session, reporter)
+    known = known_teacher() if session.teacher is not None else None
+    if known is None:
+        teacher_ap = score_teacher(session, reporter)
+    else:
+        teacher_ap = known["AP"]
+        reporter.note(f"teacher: AP {percent(teacher_ap)} on the validation images, as another run has found")
     count_pseudo_labels(session, reporter)
 
     run.open(recipe, resume=resume, overwrite=overwrite)
@@ -90,7 +95,7 @@ def train(
         reporter.note(f"{title}: trained on {spoken_counts(training.seen)} images, each time that one was seen")
         results["seen"] = training.seen
     if session.teacher is not None and match_classes(session.validation_data.classes, session.teacher.classes):
-        results["teacher"] = known_teacher() or score(session, session.teacher, reporter)
+        results["teacher"] = known or known_teacher() or score(session, session.teacher, reporter)
     draw_curves(run.metrics(), run / CURVES, list(session.distiller.terms))
     if recipe.run.compare_plain and session.teacher is not None:
         results["plain"] = _sub_run(plain_recipe(recipe), folder / "plain", overwrite, quiet, "plain student")[
