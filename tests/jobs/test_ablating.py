@@ -10,10 +10,10 @@ import pytest
 import torch
 from runs import metrics, planned
 
-from defeat_cli.ablation.processes import locked
 from defeat_cli.config import schema as recipes
 from defeat_cli.config.variants import VARIANTS, Variant
 from defeat_cli.data.loading import training_loader
+from defeat_cli.engine.locking import locked
 from defeat_cli.engine.runs import RunFolder
 from defeat_cli.errors import CheckpointError, DataError, RunError
 from defeat_cli.jobs import ablating, training, worker
