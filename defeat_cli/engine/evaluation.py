@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -79,10 +80,12 @@ class CocoEvaluator:
 
     def _results(self) -> COCO:
         if self.detections:
-            return self.coco.loadRes([dict(detection) for detection in self.detections])
+            with contextlib.redirect_stdout(io.StringIO()):
+                return self.coco.loadRes([dict(detection) for detection in self.detections])
         empty = COCO()
         empty.dataset = {**self.coco.dataset, "annotations": []}
-        empty.createIndex()
+        with contextlib.redirect_stdout(io.StringIO()):
+            empty.createIndex()
         return empty
 
 

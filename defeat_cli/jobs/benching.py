@@ -20,9 +20,9 @@ from defeat_cli.console import Reporter, counting, new_table, percent
 from defeat_cli.data.dataset import DetectionDataset
 from defeat_cli.engine.checkpoint import begin
 from defeat_cli.engine.evaluation import evaluate
-from defeat_cli.engine.runs import write_json
 from defeat_cli.errors import CheckpointError, DataError
 from defeat_cli.export.runtime import SUFFIX
+from defeat_cli.files import write_json
 from defeat_cli.jobs.opening import Opened, open_finder
 from defeat_cli.jobs.training import batches_of, tell
 

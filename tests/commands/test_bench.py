@@ -96,6 +96,7 @@ REFUSED = {
     "no such checkpoint": [["nowhere.pt"], "nowhere.pt: no such file"],
     "no such data": [["TEACHER", "-d", "nowhere"], "nowhere"],
     "no such device": [["TEACHER", "--device", "cuda:99"], "cuda:99"],
+    "a trace that cannot be written": [["-r", "TINY", "--profile", "TINY/t.json"], "nothing can be written there"],
     "a setting without effect": [["TEACHER", "--set", "optimizer.lr=1"], "optimizer.lr"],
 }
 
@@ -104,8 +105,11 @@ REFUSED = {
 def test_what_cannot_be_measured_is_refused(case, defeat, tiny, teacher, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments, message = REFUSED[case]
-    names = {"TINY": tiny, "TEACHER": teacher}
-    assert message in defeat("bench", *(names.get(argument, argument) for argument in arguments), code=2)
+    assert message in defeat(
+        "bench",
+        *(str(argument).replace("TINY", str(tiny)).replace("TEACHER", str(teacher)) for argument in arguments),
+        code=2,
+    )
     assert not list(tmp_path.iterdir())
 
 
