@@ -21,6 +21,7 @@ ALLOWED = {
     "data": {"data", "errors", "text"},
     "distillation": {"distillation", "detectors", "config", "errors", "text"},
     "engine": {"engine", "distillation", "detectors", "data", "config", "errors", "files", "text"},
+    "benchmark": {"benchmark", "engine", "distillation", "detectors", "data", "errors", "files"},
     "gradients": {"gradients", "distillation", "detectors", "data", "config", "errors", "files", "text"},
     "export": {"export", "detectors", "config", "errors", "files"},
     "ablation": {"ablation", "engine", "config", "console", "errors", "files", "text"},

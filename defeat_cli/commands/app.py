@@ -10,7 +10,7 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from defeat_cli import __version__
-from defeat_cli.commands import ablate, check, convert, export, gradmap, predict, train
+from defeat_cli.commands import ablate, bench, check, convert, export, gradmap, predict, train
 from defeat_cli.commands import eval as evaluation
 from defeat_cli.console import console, errors
 from defeat_cli.errors import DefeatError, Interrupted
@@ -79,6 +79,7 @@ app.command("ablate")(ablate.ablate)
 app.command("gradmap", help="The same as visualize-gradients.")(gradmap.visualize_gradients)
 app.command("visualize-gradients")(gradmap.visualize_gradients)
 app.command("check")(check.check)
+app.command("bench")(bench.bench)
 app.command("convert")(convert.convert)
 app.command("predict")(predict.predict)
 app.command("export")(export.export)

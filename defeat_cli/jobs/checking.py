@@ -9,9 +9,9 @@ import torch
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import box_iou
 
+from defeat_cli.benchmark.detectors import gflops
 from defeat_cli.config.schema import Recipe
 from defeat_cli.console import Reporter
 from defeat_cli.data.dataset import DetectionDataset
@@ -93,15 +93,11 @@ def _checked(session: Session, reporter: Reporter) -> Check:
 
 def _describe(detector: Detector, images: list[Tensor]) -> dict[str, Any]:
     """Parameters, and the floating-point operations of detecting on one image as the data has it."""
-    counter = FlopCounterMode(display=False)
-    detector.eval()
-    with torch.no_grad(), counter:
-        detector.detect(images)
     return {
         "kind": type(detector.model).__name__,
         "classes": len(detector.classes),
         "parameters": sum(parameter.numel() for parameter in detector.model.parameters()),
-        "gflops": round(counter.get_total_flops() / 1e9, 2),
+        "gflops": round(gflops(detector.eval(), images), 2),
         "levels": [(level.stride, level.channels) for level in detector.levels],
     }
 

@@ -13,7 +13,7 @@ from defeat_cli.checkpoints import native
 from defeat_cli.config import schema as recipes
 from defeat_cli.config.schema import Recipe, Teacher
 from defeat_cli.console import Reporter, percent, spoken_counts
-from defeat_cli.data.loading import training_loader
+from defeat_cli.data.loading import Loader, training_loader
 from defeat_cli.data.unlabelled import mixed_loader
 from defeat_cli.detectors.contract import Detector
 from defeat_cli.distillation.pairing import match_classes
@@ -89,7 +89,7 @@ def train(
         if not session.teacher_is_trained:
             session = assemble(recipe, teacher=train_teacher(recipe, folder, overwrite, quiet, changed_data))
         tell(session, reporter)
-        teacher_ap = score_teacher(session, reporter)
+        teacher_ap = score_teacher(session, reporter, known_teacher)
         count_pseudo_labels(session, reporter)
         with locked(folder):
             run.open(recipe, resume=resume, overwrite=overwrite)
@@ -186,8 +186,13 @@ def tell(session: Session, reporter: Reporter) -> None:
         (reporter.warn if note.warning else reporter.note)(note.text)
 
 
-def score_teacher(session: Session, reporter: Reporter) -> float | None:
-    """Print the teacher's AP on a few validation images, and return it: a teacher that was read wrongly shows here."""
+def score_teacher(
+    session: Session, reporter: Reporter, known_teacher: Callable[[], dict[str, Any] | None] = lambda: None
+) -> float | None:
+    """Print the teacher's AP on a few validation images, and return it: a teacher that was read wrongly shows here.
+
+    Where its figures on all of them are known, that is their AP.
+    """
     teacher, data = session.teacher, session.validation_data
     images = min(session.recipe.run.teacher_check_images, len(data))
     if teacher is None or not images:
@@ -195,6 +200,10 @@ def score_teacher(session: Session, reporter: Reporter) -> float | None:
     if not match_classes(data.classes, teacher.classes):
         reporter.warn("teacher and data share no class name; the teacher's AP cannot be checked")
         return None
+    known = known_teacher()
+    if known is not None:
+        reporter.note(f"teacher: AP {percent(known['AP'])} on the validation images, as another run has found")
+        return known["AP"]
     teacher.to(session.device)
     few = torch.utils.data.Subset(data, [i * len(data) // images for i in range(images)])
     ap = score(session, teacher, reporter, subset=few)["AP"]
@@ -245,6 +254,20 @@ def score(session: Session, detector: Detector, reporter: Reporter, *, subset: A
     return metrics
 
 
+def batches_of(session: Session) -> Loader:
+    """Training batches of a session, unlabelled images beside them where there are any."""
+    recipe, data = session.recipe, session.training_data
+    settings = {
+        "workers": sessions.loader_processes(recipe.data.workers),
+        "seed": recipe.run.seed,
+        "pin_memory": session.device.type == "cuda",
+    }
+    if session.unlabelled is None:
+        return training_loader(data, recipe.data.batch_size, **settings)
+    beside = recipe.data.unlabelled_a_batch
+    return mixed_loader(data, session.unlabelled, recipe.data.batch_size, beside, **settings)
+
+
 def _fit(
     session: Session,
     run: RunFolder,
@@ -255,16 +278,7 @@ def _fit(
 ) -> None:
     """Train to the last epoch or `until`, saving checkpoints in our own format."""
     recipe, data = session.recipe, session.training_data
-    settings = {
-        "workers": sessions.loader_processes(recipe.data.workers),
-        "seed": recipe.run.seed,
-        "pin_memory": session.device.type == "cuda",
-    }
-    if session.unlabelled is None:
-        loader = training_loader(data, recipe.data.batch_size, **settings)
-    else:
-        beside = recipe.data.unlabelled_a_batch
-        loader = mixed_loader(data, session.unlabelled, recipe.data.batch_size, beside, **settings)
+    loader = batches_of(session)
 
     saved: int | None = None
     begun_on = resuming.fingerprints(session)
@@ -301,8 +315,8 @@ def _fit(
         if teacher_ap is not None and metrics["AP"] >= teacher_ap and not warned:
             warned = True
             reporter.warn(
-                f"the student (AP {percent(metrics['AP'])}) is as good as its teacher (AP {percent(teacher_ap)} on a "
-                "few images); a better teacher has more to give"
+                f"the student (AP {percent(metrics['AP'])}) is as good as its teacher (AP {percent(teacher_ap)}); "
+                "a better teacher has more to give"
             )
         return metrics
 
