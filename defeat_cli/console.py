@@ -39,6 +39,10 @@ class Reporter:
         if not self.quiet:
             console.print(escape(text), soft_wrap=True)
 
+    def doing(self, text: str) -> None:
+        """What is being done now and may take a while, e.g. `reading my_data`."""
+        self.note(f"{text} …")
+
     def warn(self, text: str) -> None:
         """One line that deserves attention."""
         console.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True)

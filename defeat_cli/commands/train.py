@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from defeat_cli.commands.next_steps import next_steps
 from defeat_cli.commands.options import (
     DataOption,
     DeviceOption,
@@ -21,7 +22,7 @@ from defeat_cli.commands.options import (
     overrides,
     recipe_to_train,
 )
-from defeat_cli.console import console, results_table, show
+from defeat_cli.console import Reporter, console, results_table, show
 from defeat_cli.errors import DefeatError
 
 
@@ -61,8 +62,15 @@ def train(
         run__seed=seed,
         run__compare_plain=plain,
     )
-    chosen = recipe_to_train(recipe, said, variant, variants)
-    folder = output or Path("runs") / chosen.run.name
+    if not (recipe or said or output):
+        raise DefeatError(f"nothing to train. What to do next:\n{next_steps()}")
+
+    def folder_of(name: str) -> Path:
+        return output or Path("runs") / name
+
+    chosen = recipe_to_train(recipe, said, variant, variants, folder=folder_of if resume else None, quiet=quiet)
+    folder = folder_of(chosen.run.name)
+    Reporter("train", quiet).doing("loading PyTorch")
     from defeat_cli.jobs import training
 
     results = training.train(chosen, folder, resume=resume, overwrite=overwrite, quiet=quiet)

@@ -116,6 +116,14 @@ class RunFolder:
             temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
 
 
+def newest_checkpoint(folder: Path) -> Path | None:
+    """`best.pt` of the run that was finished last, anywhere in a folder; None where there is none."""
+    runs = [RunFolder(file.parent) for file in folder.rglob(RESULTS) if (file.parent / BEST).is_file()]
+    finished = [run for run in runs if run.exists and run.finished]
+    newest = max(finished, key=lambda run: (run / RESULTS).stat().st_mtime_ns, default=None)
+    return newest / BEST if newest is not None else None
+
+
 NOT_COMPARED = {"run.device", "run.name", "data.workers", "run.log_every", "run.checkpoint_every", "run.pull_every"}
 """Recipe keys that may change when a run is resumed: they do not change what is computed."""
 
