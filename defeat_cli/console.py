@@ -14,6 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from defeat_cli.text import spoken_duration
+
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
 
@@ -47,9 +49,11 @@ class Reporter:
         """One line that deserves attention."""
         console.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True)
 
-    def begin(self, step: int, steps: int, epochs: int) -> None:
-        """Training starts, or goes on, at `step` of `steps`."""
+    def begin(self, step: int, steps: int, epochs: int, rate: str) -> None:
+        """Training starts, or goes on, at `step` of `steps`; rate: its learning rate in words."""
         self.steps, self.epochs = steps, epochs
+        begun = f", from step {step:,}" if step else ""
+        self.note(f"{self.title}: {epochs} epochs, {steps:,} steps{begun}, {rate}")
         if self.live:
             self.progress = Progress(
                 TextColumn("[bold]{task.description}"),
@@ -64,8 +68,13 @@ class Reporter:
             self.terms = Text(no_wrap=True, overflow="ellipsis", style="dim")
             self.display = Live(Group(self.progress, self.terms), console=console, transient=True)
             self.display.start()
-        elif not self.quiet:
-            console.print(f"{self.title}: {epochs} epochs, {steps} steps" + (f", from step {step}" if step else ""))
+
+    def paced(self, seconds: float, steps: int) -> None:
+        """A step takes so many seconds, and so many steps are to come."""
+        each = f"{seconds:.2f} s" if seconds >= 0.1 else f"{1000 * seconds:.0f} ms"
+        self.note(
+            f"{self.title}: about {spoken_duration(seconds * steps)} to go, at {each} a step; evaluations add to it"
+        )
 
     def stepped(self, step: int) -> None:
         """A step is done."""
@@ -90,7 +99,7 @@ class Reporter:
                 soft_wrap=True,
             )
 
-    def evaluated(self, epoch: int, metrics: dict[str, Any]) -> None:
+    def evaluated(self, epoch: float, metrics: dict[str, Any]) -> None:
         """An epoch was evaluated."""
         self.last_ap = f"AP {percent(metrics['AP'])}"
         if not self.quiet:

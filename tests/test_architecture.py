@@ -13,7 +13,7 @@ ALLOWED = {
     "errors": set(),
     "files": set(),
     "text": set(),
-    "console": set(),
+    "console": {"text"},
     "config": {"config", "errors", "files"},
     "checkpoints": {"checkpoints", "config", "errors", "files"},
     "detectors": {"detectors", "checkpoints", "config", "errors", "text"},

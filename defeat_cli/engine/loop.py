@@ -12,9 +12,10 @@ import torch
 from defeat_cli.config.schema import Recipe
 from defeat_cli.detectors.contract import Detector
 from defeat_cli.engine.checkpoint import Training
-from defeat_cli.engine.monitor import Clock, Proportion, add, averages
-from defeat_cli.engine.optimization import lr_factor
-from defeat_cli.engine.runs import BEST, LAST, RunFolder
+from defeat_cli.engine.judge import Judge
+from defeat_cli.engine.monitor import Clock, Pace, Proportion, add, averages
+from defeat_cli.engine.optimization import learning_rate_text, lr_factor
+from defeat_cli.engine.runs import LAST, RunFolder
 from defeat_cli.engine.step import TrainingBatch, train_step
 from defeat_cli.engine.stopping import stop_requested
 from defeat_cli.errors import Interrupted
@@ -32,7 +33,7 @@ def fit(
     autocast: torch.dtype | None = None,
     until: int | None = None,
 ) -> None:
-    """Train to the recipe's last epoch, from wherever `training` stands.
+    """Train to the recipe's last epoch, or until its patience is at an end, from wherever `training` stands.
 
     Args:
         loader: batches of an epoch; `loader.batch_sampler.set_epoch(epoch, start)` chooses them.
@@ -48,20 +49,31 @@ def fit(
     steps_per_epoch = math.ceil(loader.batch_sampler.batches_per_epoch / accumulate)
     steps = steps_per_epoch * epochs
     schedule, terms = recipe.schedule.model_dump(), recipe.distillation.terms
-    clock, proportion = Clock(training), Proportion(reporter)
-    reporter.begin(training.step, steps, epochs)
-    metrics: dict[str, Any] = {}
+    clock, proportion, pace = Clock(training), Proportion(reporter), Pace(training, steps)
+    judge = Judge(
+        training, run, recipe.run, steps_per_epoch,
+        evaluate=evaluate, save=save, reporter=reporter, paused=clock.paused,
+    )  # fmt: skip
+    if judge.impatient:  # it stopped early, and only then was cut short
+        return
+    reporter.begin(training.step, steps, epochs, learning_rate_text(recipe.optimizer, recipe.schedule))
     with stop_requested() as stop:
         for epoch in range(training.epochs, epochs):
             training.distiller.train()
             loader.batch_sampler.set_epoch(epoch, start=(training.step - epoch * steps_per_epoch) * accumulate)
             for batches in _groups(loader, accumulate):
+                if judge.is_due():
+                    judge.judge()
+                    if judge.impatient:
+                        save(training, LAST, judge.metrics)
+                        return
                 lr = recipe.optimizer.lr * lr_factor(training.step, steps_per_epoch=steps_per_epoch, **schedule)
                 strength = {
                     name: settings.strength(training.step, steps, recipe.distillation.warmup_steps)
                     for name, settings in terms.items()
                 }
                 due = bool(recipe.run.pull_every) and training.step % recipe.run.pull_every == 0
+                measure = due or training.distiller.balancing(training.step, recipe.distillation.warmup_steps)
                 losses = train_step(
                     training,
                     batches,
@@ -70,10 +82,12 @@ def fit(
                     strength=strength,
                     clip_norm=recipe.optimizer.clip_norm,
                     autocast=autocast,
-                    measure=due or training.distiller.balancing(training.step, recipe.distillation.warmup_steps),
+                    measure=measure,
                 )
                 add(training, losses)
                 clock.tick(sum(len(images) for images, _, _ in batches))
+                if not measure and (seconds := pace.known()) is not None:
+                    reporter.paced(seconds, steps - training.step)
                 _count(training, batches, distilled=any(factor is not None for factor in strength.values()))
                 if training.step % recipe.run.log_every == 0:
                     entry = {"kind": "train", "step": training.step, "epoch": epoch + 1, "lr": lr, "strength": strength}
@@ -85,20 +99,16 @@ def fit(
                     proportion.look(entry["pull"])
                 reporter.stepped(training.step)
                 if stop():
-                    save(training, LAST, metrics)
+                    save(training, LAST, judge.metrics)
                     raise Interrupted(f"{run.path}: step {training.step} is saved; --resume goes on from there")
                 if training.step % recipe.run.checkpoint_every == 0:
-                    save(training, LAST, metrics)
+                    save(training, LAST, judge.metrics)
             training.epochs = epoch + 1
-            if training.epochs % recipe.run.evaluate_every == 0 or training.epochs in (until, epochs):
-                with clock.paused():
-                    metrics = evaluate(training.evaluated)
-                run.log({"kind": "eval", "step": training.step, "epoch": epoch + 1, **metrics})
-                reporter.evaluated(epoch + 1, metrics)
-                if metrics["AP"] > training.best_ap:
-                    training.best_ap = metrics["AP"]
-                    save(training, BEST, metrics)
-            save(training, LAST, metrics)
+            if judge.is_due_after_epoch() or training.epochs in (until, epochs):
+                judge.judge()
+            save(training, LAST, judge.metrics)
+            if judge.impatient:
+                return
             if training.epochs == until and until < epochs:
                 raise Interrupted(f"{run.path}: epoch {until} of {epochs} is saved; --resume goes on from there")
 

@@ -109,9 +109,14 @@ class RunFolder:
         lines = (self / METRICS).read_text(encoding="utf-8").split("\n")[:-1]
         return [json.loads(line) for line in lines if line]
 
-    def forget_after(self, step: int) -> None:
-        """Drop the metrics of steps after `step`, which a resumed run will take again."""
-        kept = [entry for entry in self.metrics() if entry["step"] <= step]
+    def forget_after(self, step: int, judged_at: int | None = None) -> None:
+        """Drop the metrics of steps after `step`, which a resumed run will take again.
+
+        Args:
+            judged_at: step of the last evaluation that will not be made again; None takes `step`.
+        """
+        last = {"eval": step if judged_at is None else judged_at}
+        kept = [entry for entry in self.metrics() if entry["step"] <= last.get(entry.get("kind"), step)]
         with replacing(self / METRICS) as temporary:
             temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
 
@@ -124,7 +129,15 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return newest / BEST if newest is not None else None
 
 
-NOT_COMPARED = {"run.device", "run.name", "data.workers", "run.log_every", "run.checkpoint_every", "run.pull_every"}
+NOT_COMPARED = {
+    "run.device",
+    "run.name",
+    "data.workers",
+    "run.log_every",
+    "run.checkpoint_every",
+    "run.pull_every",
+    "run.patience",
+}
 """Recipe keys that may change when a run is resumed: they do not change what is computed."""
 
 

@@ -63,7 +63,8 @@ def train(
     if resume and not run.exists:
         raise RunError(f"{folder}: holds no run to resume; leave --resume out to start one")
     run.check(recipe, resume=resume, overwrite=overwrite)
-    if resume and run.prolonged_by(recipe):
+    prolonged = resume and run.prolonged_by(recipe)
+    if prolonged:
         reporter.note(f"{folder}: goes on to {recipe.schedule.epochs} epochs, by the learning rates of that schedule")
     elif resume and run.finished:
         reporter.note(f"{folder}: is finished already; more epochs are possible: --set schedule.epochs=N")
@@ -79,13 +80,17 @@ def train(
     training = begin(recipe, session.distiller, session.device)
     if resume and (run / LAST).is_file():
         training.load_state_dict(native.load(run / LAST)["training"])
-    run.forget_after(training.step)
+    if prolonged:
+        training.stale = 0  # to go on was asked for
+    run.forget_after(training.step, training.judged_at)
     _fit(session, run, training, reporter, teacher_ap, until)
 
     best = native.load(run / BEST)
     native.write_atomically(run / STUDENT, native.exported(best, str(run / BEST)))
     write_loader(run / STUDENT, recipe.student, best["classes"], recipe.data.short_side[-1], recipe.data.long_side)
     results: dict[str, Any] = {"student": best["metrics"], "training_seconds": round(training.seconds, 1)}
+    if training.step < session.steps:
+        results["stopped_early_at_step"] = training.step
     if session.unlabelled is not None:
         reporter.note(f"{title}: trained on {spoken_counts(training.seen)} images, each time that one was seen")
         results["seen"] = training.seen
