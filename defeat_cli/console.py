@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from defeat_cli.tables import Sheet
 from defeat_cli.text import spoken_duration
 
 console = Console(highlight=False)
@@ -175,30 +176,41 @@ def new_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]] =
     return table
 
 
-def show(table: Table) -> None:
+def show(table: Table | Sheet) -> None:
     """Print a table below its title, which rich would fold to the table's width."""
+    if isinstance(table, Sheet):
+        table = new_table(table.title, table.header, table.cells)
     if table.title:
         console.print(f"[bold]{escape(str(table.title))}[/]", soft_wrap=True)
         table.title = None
     console.print(table, "")
 
 
-def results_table(results: dict[str, Any]) -> Table:
-    """Teacher, plain and distilled student side by side, with Δ AP to the others."""
-    names = {"teacher": "teacher", "plain": "student, plain", "student": "student, distilled"}
+def results_sheet(results: dict[str, Any]) -> Sheet:
+    """Teacher, plain and distilled student side by side, with Δ AP to the others, and the time that each takes."""
+    names = {"teacher": "teacher", "plain": "plain", "student": "distilled"}
     found = {key: results[key] for key in names if results.get(key)}
     if "teacher" not in found:
         names["student"] = "student"
     figures = [name for name in results["student"] if name.startswith("AP")]
     others = [key for key in ("teacher", "plain") if key in found]
+    taken = results.get("ms_per_image", {})
     rows = []
     for key, metrics in found.items():
         row = [names[key], *(percent(metrics[name]) for name in figures)]
         for other in others:
             compared = key not in ("teacher", other)
             row.append(f"{100 * (metrics['AP'] - found[other]['AP']):+.1f}" if compared else "")
+        if taken:
+            row.append(_three_digits(taken[key]) if key in taken else "-")
         rows.append(row)
-    return new_table("COCO mAP on the validation images", ["", *figures, *(f"Δ {other}" for other in others)], rows)
+    title = "COCO mAP on the validation images" + ("; ms: milliseconds an image" if taken else "")
+    return Sheet(title, ["", *figures, *(f"Δ {other}" for other in others), *(["ms"] if taken else [])], rows)
+
+
+def _three_digits(number: float) -> str:
+    """`0.123`, `12.3`, `1234`."""
+    return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def metrics_table(metrics: dict[str, Any], title: str, per_class: bool = False) -> Table:

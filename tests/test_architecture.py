@@ -13,7 +13,8 @@ ALLOWED = {
     "errors": set(),
     "files": set(),
     "text": set(),
-    "console": {"text"},
+    "tables": set(),
+    "console": {"tables", "text"},
     "config": {"config", "errors", "files"},
     "checkpoints": {"checkpoints", "config", "errors", "files"},
     "detectors": {"detectors", "checkpoints", "config", "errors", "text"},
@@ -22,7 +23,7 @@ ALLOWED = {
     "engine": {"engine", "distillation", "detectors", "data", "config", "errors", "files", "text"},
     "gradients": {"gradients", "distillation", "detectors", "data", "config", "errors", "files", "text"},
     "export": {"export", "detectors", "config", "errors", "files"},
-    "ablation": {"ablation", "engine", "config", "console", "errors", "files", "text"},
+    "ablation": {"ablation", "engine", "config", "console", "errors", "files", "tables", "text"},
     "starting": {"distillation", "detectors", "checkpoints", "config", "errors", "text"},
     "session": {"starting", "distillation", "detectors", "data", "config", "errors"},
 }

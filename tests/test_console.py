@@ -22,21 +22,22 @@ def metrics(ap):
 
 def test_results_are_whole_at_80_columns(narrow):
     results = {"student": metrics(1.0), "teacher": metrics(1.0), "plain": metrics(0.875), "training_seconds": 1.0}
-    console.show(console.results_table(results))
+    results["ms_per_image"] = {"teacher": 1234.5, "student": 12.34}
+    console.show(console.results_sheet(results))
     title, header, _, *rows = (line.split("  ") for line in narrow.getvalue().splitlines() if line)
-    assert title == ["COCO mAP on the validation images"]
+    assert title == ["COCO mAP on the validation images; ms: milliseconds an image"]
     cells = [[cell.strip() for cell in line if cell.strip()] for line in (header, *rows)]
     assert cells == [
-        ["AP", "AP50", "AP75", "APs", "APm", "APl", "Δ teacher", "Δ plain"],
-        ["teacher", *["100.0"] * 6],
-        ["student, plain", *["87.5"] * 6, "-12.5"],
-        ["student, distilled", *["100.0"] * 6, "+0.0", "+12.5"],
+        ["AP", "AP50", "AP75", "APs", "APm", "APl", "Δ teacher", "Δ plain", "ms"],
+        ["teacher", *["100.0"] * 6, "1234"],
+        ["plain", *["87.5"] * 6, "-12.5", "-"],
+        ["distilled", *["100.0"] * 6, "+0.0", "+12.5", "12.3"],
     ]
     assert max(map(len, narrow.getvalue().splitlines())) <= 80
 
 
 def test_a_student_alone_is_no_distilled_one(narrow):
-    console.show(console.results_table({"student": metrics(-1.0)}))
+    console.show(console.results_sheet({"student": metrics(-1.0)}))
     assert "distilled" not in narrow.getvalue()
     assert narrow.getvalue().splitlines()[-2].split() == ["student", *["-"] * 6]
 

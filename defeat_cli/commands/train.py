@@ -22,7 +22,7 @@ from defeat_cli.commands.options import (
     overrides,
     recipe_to_train,
 )
-from defeat_cli.console import Reporter, console, results_table, show
+from defeat_cli.console import Reporter, console, results_sheet, show
 from defeat_cli.errors import DefeatError
 
 
@@ -74,10 +74,9 @@ def train(
     from defeat_cli.jobs import training
 
     results = training.train(chosen, folder, resume=resume, overwrite=overwrite, quiet=quiet)
-    show(results_table(results))
-    console.print(
-        f"written to {folder}/: student.pth (for torchvision), best.pt, results.json, curves.png", soft_wrap=True
-    )
+    show(results_sheet(results))
+    files = "student.pth (for torchvision), best.pt, results.json and results.md, curves.png"
+    console.print(f"written to {folder}/: {files}", soft_wrap=True)
 
 
 def show_recipes() -> None:

@@ -41,7 +41,7 @@ def check(recipe: Recipe) -> Check:
         DefeatError: the run could not be started.
     """
     reporter = Reporter("check")
-    session = assemble(recipe)
+    session = assemble(recipe, doing=reporter.doing)
     tell(session, reporter)
     student, teacher, data = session.student, session.teacher, session.training_data
     distiller = session.distiller.to(session.device)

@@ -22,9 +22,11 @@ from defeat_cli.engine.curves import draw_curves
 from defeat_cli.engine.detection_errors import error_report
 from defeat_cli.engine.evaluation import evaluate
 from defeat_cli.engine.loop import fit
-from defeat_cli.engine.runs import BEST, CURVES, LAST, RESULTS, STUDENT, RunFolder, write_json
+from defeat_cli.engine.runs import BEST, CURVES, LAST, RESULTS, STUDENT, SUMMARY, RunFolder, write_json
+from defeat_cli.engine.speed import milliseconds_per_image
 from defeat_cli.errors import RunError
 from defeat_cli.export.loader import write_loader
+from defeat_cli.jobs.summary import write_summary
 from defeat_cli.session import Session, assemble
 
 NEAR_ZERO_AP = 0.01
@@ -69,9 +71,10 @@ def train(
     elif resume and run.finished:
         reporter.note(f"{folder}: is finished already; more epochs are possible: --set schedule.epochs=N")
         return run.results()
-    session = assemble(recipe)
+    session = assemble(recipe, doing=reporter.doing)
     if not session.teacher_is_trained:
-        session = assemble(recipe, teacher=train_teacher(recipe, folder, overwrite, quiet))
+        teacher = train_teacher(recipe, folder, overwrite, quiet)
+        session = assemble(recipe, teacher=teacher, doing=reporter.doing)
     tell(session, reporter)
     teacher_ap = score_teacher(session, reporter)
     count_pseudo_labels(session, reporter)
@@ -91,16 +94,23 @@ def train(
     results: dict[str, Any] = {"student": best["metrics"], "training_seconds": round(training.seconds, 1)}
     if training.step < session.steps:
         results["stopped_early_at_step"] = training.step
+    precision, few = sessions.AUTOCAST[recipe.run.precision], session.validation_data
+    speed = results["ms_per_image"] = {"student": milliseconds_per_image(training.evaluated, few, precision)}
     if session.unlabelled is not None:
         reporter.note(f"{title}: trained on {spoken_counts(training.seen)} images, each time that one was seen")
         results["seen"] = training.seen
     if session.teacher is not None and match_classes(session.validation_data.classes, session.teacher.classes):
-        results["teacher"] = known_teacher() or score(session, session.teacher, reporter)
+        results["teacher"] = known_teacher()
+        if results["teacher"] is None:
+            results["teacher"] = score(session, session.teacher, reporter)
+            speed["teacher"] = milliseconds_per_image(session.teacher, few, precision)
     draw_curves(run.metrics(), run / CURVES, list(session.distiller.terms))
     if recipe.run.compare_plain and session.teacher is not None:
-        results["plain"] = _sub_run(plain_recipe(recipe), folder / "plain", overwrite, quiet, "plain student")[
-            "student"
-        ]
+        plain = _sub_run(plain_recipe(recipe), folder / "plain", overwrite, quiet, "plain student")
+        results["plain"] = plain["student"]
+        if "ms_per_image" in plain:
+            speed["plain"] = plain["ms_per_image"]["student"]
+    write_summary(run / SUMMARY, recipe.run.name or folder.name, results)
     write_json(run / RESULTS, results)
     return results
 
@@ -152,6 +162,7 @@ def score_teacher(session: Session, reporter: Reporter) -> float | None:
     if not match_classes(data.classes, teacher.classes):
         reporter.warn("teacher and data share no class name; the teacher's AP cannot be checked")
         return None
+    reporter.doing(f"scoring the teacher on {images} validation images")
     teacher.to(session.device)
     few = torch.utils.data.Subset(data, [i * len(data) // images for i in range(images)])
     ap = score(session, teacher, reporter, subset=few)["AP"]
