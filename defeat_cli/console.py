@@ -10,7 +10,7 @@ from rich import box
 from rich.console import Console, Group
 from rich.live import Live
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -34,7 +34,7 @@ class Reporter:
         self.quiet = quiet
         self.live = console.is_terminal and not quiet
         self.epochs = self.steps = 0
-        self.losses = self.last_ap = self.speed = ""
+        self.status = ""
         self.progress: Progress | None = None
 
     def note(self, text: str) -> None:
@@ -56,17 +56,17 @@ class Reporter:
         begun = f", from step {step:,}" if step else ""
         self.note(f"{self.title}: {epochs} epochs, {steps:,} steps{begun}, {rate}")
         if self.live:
+            # The bar takes what the others leave, and all terms stand below, on as many lines as they need.
             self.progress = Progress(
                 TextColumn("[bold]{task.description}"),
-                BarColumn(),
+                BarColumn(bar_width=None),
                 MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[status]}"),
+                TimeRemainingColumn(compact=True),
+                TextColumn("left{task.fields[status]}"),
+                expand=True,
             )
             self.task = self.progress.add_task(self.title, total=steps, completed=step, status="")
-            self.terms = Text(no_wrap=True, overflow="ellipsis", style="dim")
+            self.terms = Text(overflow="fold", style="dim")
             self.display = Live(Group(self.progress, self.terms), console=console, transient=True)
             self.display.start()
 
@@ -81,28 +81,24 @@ class Reporter:
         """A step is done."""
         if self.progress:
             epoch = min(self.epochs, 1 + (step - 1) * self.epochs // max(1, self.steps))
-            status = "  ".join(part for part in (self.last_ap, self.speed) if part)
-            self.progress.update(
-                self.task, completed=step, description=f"{self.title} epoch {epoch}/{self.epochs}", status=status
-            )
+            description = f"{self.title} epoch {epoch}/{self.epochs}"
+            self.progress.update(self.task, completed=step, description=description, status=self.status)
 
     def logged(self, entry: dict[str, Any]) -> None:
         """A training line went into metrics.jsonl."""
-        self.losses = " ".join(f"{short_name(name)} {value:.3f}" for name, value in entry["weighted"].items())
+        losses = " ".join(f"{short_name(name)} {value:.3f}" for name, value in entry["weighted"].items())
+        losses = f"loss {entry['loss']:.3f}: {losses}"
         seen = f" ({spoken_counts(entry['seen'])} images)" if "seen" in entry else ""
-        self.speed = f"{entry['images_per_second']:.1f} img/s"
+        speed = f"{entry['images_per_second']:.1f} img/s"
         if self.progress:
-            self.terms.plain = f"loss {entry['loss']:.3f}: {self.losses}{seen}"
-        if not self.live and not self.quiet:
-            console.print(
-                f"{self.title} epoch {entry['epoch']}/{self.epochs} step {entry['step']}/{self.steps}{seen} "
-                f"{self.speed} loss {entry['loss']:.3f}: {self.losses}",
-                soft_wrap=True,
-            )
+            self.status = f", {speed}"
+            self.terms.plain = f"{losses}{seen}"
+        elif not self.quiet:
+            place = f"epoch {entry['epoch']}/{self.epochs} step {entry['step']}/{self.steps}"
+            console.print(f"{self.title} {place}{seen} {speed} {losses}", soft_wrap=True)
 
     def evaluated(self, epoch: float, metrics: dict[str, Any]) -> None:
-        """An epoch was evaluated."""
-        self.last_ap = f"AP {percent(metrics['AP'])}"
+        """A student was evaluated; the epoch is a fraction in the midst of one."""
         if not self.quiet:
             console.print(
                 f"{self.title} epoch {epoch}/{self.epochs}: [bold]AP {percent(metrics['AP'])}[/] "
