@@ -50,3 +50,35 @@ def test_names_fold_where_a_table_is_too_wide_and_figures_stay_whole(narrow):
     # 80 columns less 13 and 30 of the others and two gaps of 2 leave 33 to the name.
     assert "".join(line[:33].strip() for line in text.splitlines()[3:]) == long
     assert "…" not in text
+
+
+def test_the_progress_of_a_run_shows_every_term_at_80_columns(monkeypatch):
+    terminal = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
+    monkeypatch.setattr(console, "console", terminal)
+    terms = ["loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg", "neck_fg", "neck_bg", "head_fg"]
+    terms += ["head_bg", "backbone_fg", "backbone_bg", "crosskd"]
+    reporter = console.Reporter("plain student")
+    reporter.begin(0, 88_704, 12, "learning rate 0.02")
+    entry = {"epoch": 9, "step": 66_000, "loss": 11.5, "images_per_second": 12.3, "weighted": dict.fromkeys(terms, 1.5)}
+    reporter.logged(entry)
+    reporter.stepped(66_000)
+    with terminal.capture() as captured:
+        terminal.print(reporter.display.get_renderable())
+    reporter.end()
+    lines = captured.get().splitlines()
+    assert max(map(len, lines)) <= 80
+    text = " ".join(" ".join(lines).split())
+    assert "plain student epoch 9/12" in text
+    assert "66000/88704" in text
+    assert text.endswith(" ".join(f"{console.short_name(term)} 1.500" for term in terms))
+    assert "…" not in text
+
+
+def test_the_pace_is_told_in_words(narrow):
+    reporter = console.Reporter("student")
+    reporter.paced(1.55, 7392)  # 11457.6 s are 190.96 minutes
+    reporter.paced(0.0123, 500)
+    assert narrow.getvalue().splitlines() == [
+        "student: about 3 h 11 min to go, at 1.55 s a step; evaluations add to it",
+        "student: about 6 s to go, at 12 ms a step; evaluations add to it",
+    ]

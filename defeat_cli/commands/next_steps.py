@@ -1,14 +1,14 @@
 """What to do next, for someone who typed `defeat`, or `defeat train`, and nothing else."""
 
 STEPS = (
-    ("to try it, no data needed", "defeat train --recipe quickstart"),
-    ("a teacher for your images", "defeat train --data FOLDER --output runs/teacher"),
-    ("a small student of it", "defeat train --data FOLDER --teacher runs/teacher/best.pt"),
-    ("a recipe file to change", "defeat init FOLDER"),
-    ("all there is", "defeat --help"),
+    ("try it, no data", "defeat train --recipe quickstart"),
+    ("make a teacher", "defeat train --data FOLDER --output runs/teacher"),
+    ("make its student", "defeat train --data FOLDER --teacher runs/teacher/best.pt"),
+    ("write a recipe", "defeat init FOLDER"),
+    ("see all commands", "defeat --help"),
 )
 
 
 def next_steps() -> str:
     """The steps, one a line."""
-    return "\n".join(f"  {what + ':':27} {command}" for what, command in STEPS)
+    return "\n".join(f"  {what + ':':18} {command}" for what, command in STEPS)

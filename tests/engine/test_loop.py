@@ -3,11 +3,14 @@
 import math
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from defeat_cli.engine.optimization import lr_factor
+from defeat_cli.config.schema import Optimizer, Schedule
+from defeat_cli.engine.monitor import Pace
+from defeat_cli.engine.optimization import learning_rate_text, lr_factor
 from defeat_cli.engine.step import seed_step
 from defeat_cli.engine.stopping import stop_requested
 
@@ -56,3 +59,29 @@ def test_a_request_to_stop_is_remembered_and_a_second_stops_at_once(number):
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), number)
     assert signal.getsignal(number) is before
+
+
+def test_the_learning_rate_in_words():
+    optimizer = Optimizer(lr=0.02)
+    assert learning_rate_text(optimizer, Schedule()) == (
+        "learning rate 0.02, after 500 steps of warm-up, times 0.1 after epoch 8 and 11"
+    )
+    assert learning_rate_text(optimizer, Schedule(decay="cosine", warmup_steps=0)) == (
+        "learning rate 0.02, falling as a cosine"
+    )
+    assert learning_rate_text(optimizer, Schedule(epochs=8, warmup_steps=0)) == "learning rate 0.02"
+
+
+def test_the_pace_is_the_median_of_ten_steps_after_three_told_once():
+    training = SimpleNamespace(seconds=0.0, step=0)
+    pace = Pace(training, 100)
+    told = []
+    # The first three are slow and one of the ten too; the steps 5 and 6 measure pulls and are not asked about.
+    for seconds in [9, 9, 9, 2, 2, 7, 7, 2, 9, 2, 2, 2, 2, 2, 2, 2, 2, 2]:
+        training.seconds += seconds
+        training.step += 1
+        if seconds != 7 and (known := pace.known()) is not None:
+            told.append((training.step, known))
+    # Sixteen are asked about, of which the first and the one after the measured are not whole steps of their own.
+    assert told == [(16, 2)]
+    assert Pace(training, 18 + 26).wanted == 0
