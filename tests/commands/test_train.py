@@ -67,8 +67,10 @@ def test_the_plain_student_starts_the_same_and_has_no_distillation(distilled, ti
     # During the first step the distillation terms have weight 0, and the teacher draws no random number before the
     # student has: the detection losses of both are the same.
     first = ["--set", "run.log_every=1", "--set", "schedule.epochs=1"]
-    defeat("train", "-r", tiny, "-o", tmp_path / "plain", *first)
-    defeat("train", "-r", tiny, "-o", tmp_path / "distilled", "-t", folder / "best.pt", *first)
+    taught = ["-t", folder / "best.pt", *first]
+    output = defeat("train", "-r", tiny, "-o", tmp_path / "plain", "--variant", "none", *taught)
+    assert "no term of distillation is on: the student is trained without its teacher" in output
+    defeat("train", "-r", tiny, "-o", tmp_path / "distilled", *taught)
     one, other = (metrics(tmp_path / name)[0]["weighted"] for name in ("plain", "distilled"))
     assert {name: other[name] for name in TERMS} == one
 
