@@ -17,6 +17,7 @@ from defeat_cli.commands.options import (
     SetOption,
     TeacherOption,
     VariantsOption,
+    announce_loading,
     options_said,
     overrides,
     recipe_to_train,
@@ -71,6 +72,7 @@ def ablate(
     if report_only:
         show_report(output, sort)
         return
+    announce_loading(quiet)
     from defeat_cli.ablation.study import OWN_KEYS, plan
 
     said = overrides(set_, teacher__checkpoint=teacher, data__path=data, run__device=device)

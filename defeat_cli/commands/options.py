@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -81,6 +82,8 @@ def recipe_to_train(
         chosen = load(recipe, changes)
     else:
         from defeat_cli.console import Reporter
+
+        announce_loading(quiet)
         from defeat_cli.jobs.choosing import choose_recipe
 
         chosen = choose_recipe(changes, Reporter("recipe", quiet))
@@ -92,6 +95,14 @@ def recipe_to_train(
     spoken = {name: value for name, value in said.items() if value is not None}
     refuse_idle(given_settings(merged({}, spoken), COMMAND_LINE), idle_in_training(chosen))
     return chosen
+
+
+def announce_loading(quiet: bool) -> None:
+    """Say that PyTorch is being loaded, where it is yet to be: that alone may take half a minute."""
+    from defeat_cli.console import Reporter
+
+    if "torch" not in sys.modules:
+        Reporter("", quiet).doing("loading PyTorch")
 
 
 def _begun(folder: Callable[[str], Path] | None, name: str) -> str | None:

@@ -19,10 +19,11 @@ from defeat_cli.commands.options import (
     SetOption,
     TeacherOption,
     VariantsOption,
+    announce_loading,
     overrides,
     recipe_to_train,
 )
-from defeat_cli.console import Reporter, console, results_sheet, show
+from defeat_cli.console import console, results_sheet, show
 from defeat_cli.errors import DefeatError
 
 
@@ -70,7 +71,7 @@ def train(
 
     chosen = recipe_to_train(recipe, said, variant, variants, folder=folder_of if resume else None, quiet=quiet)
     folder = folder_of(chosen.run.name)
-    Reporter("train", quiet).doing("loading PyTorch")
+    announce_loading(quiet)
     from defeat_cli.jobs import training
 
     results = training.train(chosen, folder, resume=resume, overwrite=overwrite, quiet=quiet)
