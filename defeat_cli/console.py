@@ -193,7 +193,7 @@ def results_sheet(results: dict[str, Any]) -> Sheet:
     taken = results.get("ms_per_image", {})
     rows = []
     for key, metrics in found.items():
-        row = [names[key], *(percent(metrics[name]) for name in figures)]
+        row = [names[key], *(percent(metrics.get(name, -1)) for name in figures)]
         for other in others:
             compared = key not in ("teacher", other)
             row.append(f"{100 * (metrics['AP'] - found[other]['AP']):+.1f}" if compared else "")

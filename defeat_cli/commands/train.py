@@ -39,6 +39,9 @@ def train(
     output: OutputOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")] = False,
     overwrite: OverwriteOption = False,
+    changed_data: Annotated[
+        bool, typer.Option("--changed-data", help="With --resume: go on though the data is not what it was.")
+    ] = False,
     device: DeviceOption = None,
     seed: Annotated[int | None, typer.Option(help="Fixes everything random.")] = None,
     plain: Annotated[
@@ -74,7 +77,7 @@ def train(
     announce_loading(quiet)
     from defeat_cli.jobs import training
 
-    results = training.train(chosen, folder, resume=resume, overwrite=overwrite, quiet=quiet)
+    results = training.train(chosen, folder, resume=resume, overwrite=overwrite, changed_data=changed_data, quiet=quiet)
     show(results_sheet(results))
     files = "student.pth (for torchvision), best.pt, results.json and results.md, curves.png"
     console.print(f"written to {folder}/: {files}", soft_wrap=True)

@@ -15,7 +15,8 @@ from defeat_cli.engine.checkpoint import Training
 from defeat_cli.engine.judge import Judge
 from defeat_cli.engine.monitor import Clock, Pace, Proportion, add, averages
 from defeat_cli.engine.optimization import learning_rate_text, lr_factor
-from defeat_cli.engine.runs import LAST, RunFolder
+from defeat_cli.engine.runs import RunFolder
+from defeat_cli.engine.saving import Saver
 from defeat_cli.engine.step import TrainingBatch, train_step
 from defeat_cli.engine.stopping import stop_requested
 from defeat_cli.errors import Interrupted
@@ -43,21 +44,20 @@ def fit(
         until: epoch after whose evaluation to stop, where that is not the last.
 
     Raises:
-        Interrupted: asked to stop by SIGINT or SIGTERM, or at `until`; the state is saved.
+        Interrupted: asked to stop by a signal, or at `until`; the state is saved.
+        Exception: whatever a step, the data or the system raise; the state after the last whole step is saved.
     """
     epochs, accumulate = recipe.schedule.epochs, recipe.optimizer.accumulate
     steps_per_epoch = math.ceil(loader.batch_sampler.batches_per_epoch / accumulate)
     steps = steps_per_epoch * epochs
     schedule, terms = recipe.schedule.model_dump(), recipe.distillation.terms
     clock, proportion, pace = Clock(training), Proportion(reporter), Pace(training, steps)
-    judge = Judge(
-        training, run, recipe.run, steps_per_epoch,
-        evaluate=evaluate, save=save, reporter=reporter, paused=clock.paused,
-    )  # fmt: skip
+    saver = Saver(training, run, recipe.run.save_every, save, reporter)
+    judge = Judge(training, saver, recipe.run, steps_per_epoch, evaluate, reporter, clock.paused)
     if judge.impatient:  # it stopped early, and only then was cut short
         return
     reporter.begin(training.step, steps, epochs, learning_rate_text(recipe.optimizer, recipe.schedule))
-    with stop_requested() as stop:
+    with stop_requested() as stop, saver.ending(stop):
         for epoch in range(training.epochs, epochs):
             training.distiller.train()
             loader.batch_sampler.set_epoch(epoch, start=(training.step - epoch * steps_per_epoch) * accumulate)
@@ -65,7 +65,7 @@ def fit(
                 if judge.is_due():
                     judge.judge()
                     if judge.impatient:
-                        save(training, LAST, judge.metrics)
+                        saver.last()
                         return
                 lr = recipe.optimizer.lr * lr_factor(training.step, steps_per_epoch=steps_per_epoch, **schedule)
                 strength = {
@@ -74,39 +74,40 @@ def fit(
                 }
                 due = bool(recipe.run.pull_every) and training.step % recipe.run.pull_every == 0
                 measure = due or training.distiller.balancing(training.step, recipe.distillation.warmup_steps)
-                losses = train_step(
-                    training,
-                    batches,
-                    seed=recipe.run.seed,
-                    lr=lr,
-                    strength=strength,
-                    clip_norm=recipe.optimizer.clip_norm,
-                    autocast=autocast,
-                    measure=measure,
-                )
-                add(training, losses)
-                clock.tick(sum(len(images) for images, _, _ in batches))
+                with saver.step():
+                    losses = train_step(
+                        training,
+                        batches,
+                        seed=recipe.run.seed,
+                        lr=lr,
+                        strength=strength,
+                        clip_norm=recipe.optimizer.clip_norm,
+                        autocast=autocast,
+                        measure=measure,
+                    )
+                    add(training, losses)
+                    clock.tick(sum(len(images) for images, _, _ in batches))
+                    _count(training, batches, distilled=any(factor is not None for factor in strength.values()))
                 if not measure and (seconds := pace.known()) is not None:
                     reporter.paced(seconds, steps - training.step)
-                _count(training, batches, distilled=any(factor is not None for factor in strength.values()))
                 if training.step % recipe.run.log_every == 0:
                     entry = {"kind": "train", "step": training.step, "epoch": epoch + 1, "lr": lr, "strength": strength}
                     entry |= averages(training) | clock.speed()
                     if recipe.data.unlabelled is not None:
                         entry["seen"] = dict(training.seen)
-                    run.log(entry)
+                    saver.log(entry)
                     reporter.logged(entry)
                     proportion.look(entry["pull"])
                 reporter.stepped(training.step)
                 if stop():
-                    save(training, LAST, judge.metrics)
-                    raise Interrupted(f"{run.path}: step {training.step} is saved; --resume goes on from there")
-                if training.step % recipe.run.checkpoint_every == 0:
-                    save(training, LAST, judge.metrics)
-            training.epochs = epoch + 1
-            if judge.is_due_after_epoch() or training.epochs in (until, epochs):
+                    saver.last()
+                    raise stop.interrupted(saver.standing)
+                if saver.due:
+                    saver.last()
+            if judge.is_due_after_epoch(epoch + 1) or epoch + 1 in (until, epochs):
                 judge.judge()
-            save(training, LAST, judge.metrics)
+            training.epochs = epoch + 1
+            saver.last()
             if judge.impatient:
                 return
             if training.epochs == until and until < epochs:

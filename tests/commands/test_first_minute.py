@@ -111,7 +111,7 @@ def test_the_newest_run_is_the_one_whose_results_are(tmp_path):
         folder.mkdir(parents=True)
         for name in ("recipe.yaml", "best.pt", "student.pth", "results.json"):
             if (run, name) != ("unfinished", "student.pth"):
-                (folder / name).touch()
+                (folder / name).write_text("{}")
                 os.utime(folder / name, (time, time))
     os.utime(tmp_path / "study/a-seed0" / "results.json", (9, 9))
     assert newest_checkpoint(tmp_path) == tmp_path / "study/a-seed0" / "best.pt"

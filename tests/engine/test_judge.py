@@ -14,7 +14,7 @@ from defeat_cli.errors import RecipeError
 def test_evaluations_by_steps_resume_bit_for_bit(defeat, tiny, tmp_path):
     # Three steps an epoch, two epochs: evaluations at steps 2 and 4, and at 6, where the last epoch ends. It dies
     # before its step 5, and resumes at step 4 or 3, from which on the evaluation at 4 is made again.
-    options = ["-r", tiny, *setting(run__evaluate_every="2 steps", run__checkpoint_every=4)]
+    options = ["-r", tiny, *setting(run__evaluate_every="2 steps", run__save_every=4)]
     assert_resumes_bit_for_bit(defeat, options, tmp_path, step=5)
     evaluations = metrics(tmp_path / "whole", "eval")
     assert [(line["step"], line["epoch"]) for line in evaluations] == [(2, 0.667), (4, 1.333), (6, 2)]
@@ -22,7 +22,7 @@ def test_evaluations_by_steps_resume_bit_for_bit(defeat, tiny, tmp_path):
 
 def test_an_evaluation_that_is_made_again_is_logged_once(defeat, tiny, tmp_path):
     options = ["train", "-r", tiny, "-o", tmp_path / "run", *setting(run__evaluate_every="2 steps")]
-    options += setting(run__checkpoint_every=2)
+    options += setting(run__save_every=2)
     with dying_at(3):  # last.pt is of step 2, saved before the evaluation there
         defeat(*options)
     defeat(*options, "--resume")
