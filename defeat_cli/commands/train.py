@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from defeat_cli.commands.next_steps import next_steps
 from defeat_cli.commands.options import (
     DataOption,
     DeviceOption,
@@ -18,11 +19,12 @@ from defeat_cli.commands.options import (
     SetOption,
     TeacherOption,
     VariantsOption,
+    announce_loading,
     options_said,
     overrides,
     recipe_to_train,
 )
-from defeat_cli.console import console, results_table, show
+from defeat_cli.console import console, results_sheet, show
 from defeat_cli.errors import DefeatError
 
 
@@ -75,15 +77,21 @@ def train(
         run__seed=seed,
         run__compare_plain=plain,
     )
-    chosen = recipe_to_train(recipe, said, variant, variants)
-    folder = output or Path("runs") / chosen.run.name
+    if not (recipe or said or output):
+        raise DefeatError(f"nothing to train. What to do next:\n{next_steps()}")
+
+    def folder_of(name: str) -> Path:
+        return output or Path("runs") / name
+
+    chosen = recipe_to_train(recipe, said, variant, variants, folder=folder_of if resume else None, quiet=quiet)
+    folder = folder_of(chosen.run.name)
+    announce_loading(quiet)
     from defeat_cli.jobs import training
 
     results = training.train(chosen, folder, resume=resume, overwrite=overwrite, changed_data=changed_data, quiet=quiet)
-    show(results_table(results))
-    console.print(
-        f"written to {folder}/: student.pth (for torchvision), best.pt, results.json, curves.png", soft_wrap=True
-    )
+    show(results_sheet(results))
+    files = "student.pth (for torchvision), best.pt, results.json and results.md, curves.png"
+    console.print(f"written to {folder}/: {files}", soft_wrap=True)
 
 
 def show_replay(file: Path, device: str | None, teacher: str | None, said: dict[str, str]) -> None:

@@ -22,6 +22,7 @@ class Training:
     """All that changes during training, saved and restored as one.
 
     step: optimizer steps done; epochs: epochs done and evaluated; best_ap: best AP so far.
+    judged_at: step of the last evaluation; stale: evaluations since the best one.
     seconds: time spent training, evaluation left out.
     seen: how many labelled and how many unlabelled images the student was trained on, one that is seen twice as two.
     sums: running sums of the logged values since the last log line, on the device; counts: how many are in each.
@@ -35,6 +36,8 @@ class Training:
     step: int = 0
     epochs: int = 0
     best_ap: float = -math.inf
+    judged_at: int = 0
+    stale: int = 0
     seconds: float = 0.0
     seen: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("labelled", "unlabelled"), 0))
     sums: dict[str, Tensor] = field(default_factory=dict)
@@ -58,6 +61,8 @@ class Training:
             "step": self.step,
             "epochs": self.epochs,
             "best_ap": self.best_ap,
+            "judged_at": self.judged_at,
+            "stale": self.stale,
             "seconds": self.seconds,
             "seen": self.seen,
             "sums": self.sums,
@@ -79,7 +84,9 @@ class Training:
         self.step, self.epochs, self.best_ap = state["step"], state["epochs"], state["best_ap"]
         self.sums = {name: value.to(device) for name, value in state["sums"].items()}
         self.counts, self.seconds = dict(state["counts"]), state["seconds"]
-        self.seen = dict(state.get("seen", self.seen))  # older states have neither
+        # Older states do not have these.
+        self.seen = dict(state.get("seen", self.seen))
+        self.judged_at, self.stale = state.get("judged_at", self.step), state.get("stale", 0)
         self.health.load_state_dict(state.get("health", {}))
 
 

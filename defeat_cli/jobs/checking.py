@@ -43,7 +43,7 @@ def check(recipe: Recipe) -> Check:
         DefeatError: the run could not be started.
     """
     reporter = Reporter("check")
-    session = assemble(recipe)
+    session = assemble(recipe, doing=reporter.doing)
     tell(session, reporter)
     with told(lambda: of_training(session)):
         return _checked(session, reporter)

@@ -95,7 +95,7 @@ def take_up(run: RunFolder, training: Training, session: Session, reporter: Any,
     if different:
         _other_data(run, training, session, different, reporter, changed_data)
     if "log" not in content or not run.rewind(content["log"]):  # older states have no seal
-        run.forget_after(step, training.epochs)
+        run.forget_after(step, training.judged_at)
         if "log" in content:
             reporter.warn(f"{run / METRICS}: not what was written; the lines in it that can be read are kept")
     if training.best_ap > -math.inf:

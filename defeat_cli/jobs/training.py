@@ -24,13 +24,15 @@ from defeat_cli.engine.evaluation import evaluate
 from defeat_cli.engine.faults import ADVICE, BadStepError, refuse_broken
 from defeat_cli.engine.locking import locked, refuse_locked
 from defeat_cli.engine.loop import fit
-from defeat_cli.engine.runs import BAD_STEP, BEST, CURVES, LAST, PREVIOUS, RESULTS, STUDENT, RunFolder
+from defeat_cli.engine.runs import BAD_STEP, BEST, CURVES, LAST, PREVIOUS, RESULTS, STUDENT, SUMMARY, RunFolder
+from defeat_cli.engine.speed import milliseconds_per_image
 from defeat_cli.engine.stopping import stoppable
 from defeat_cli.errors import RunError
 from defeat_cli.export.loader import write_loader
 from defeat_cli.files import write_json
 from defeat_cli.jobs import bad_step, resuming
 from defeat_cli.jobs.estimate import of_detecting, of_training
+from defeat_cli.jobs.summary import write_summary
 from defeat_cli.memory import told
 from defeat_cli.session import Session, assemble
 
@@ -79,15 +81,17 @@ def train(
         if resume and run.exists:
             resuming.mend(run, reporter)
         run.check(recipe, resume=resume, overwrite=overwrite)
-        if resume and run.exists and run.prolonged_by(recipe):
+        prolonged = resume and run.exists and run.prolonged_by(recipe)
+        if prolonged:
             text = f"{folder}: goes on to {recipe.schedule.epochs} epochs, by the learning rates of that schedule"
             reporter.note(text)
         elif resume and run.finished:
             reporter.note(f"{folder}: is finished already; more epochs are possible: --set schedule.epochs=N")
             return run.results()
-        session = assemble(recipe)
+        session = assemble(recipe, doing=reporter.doing)
         if not session.teacher_is_trained:
-            session = assemble(recipe, teacher=train_teacher(recipe, folder, overwrite, quiet, changed_data))
+            teacher = train_teacher(recipe, folder, overwrite, quiet, changed_data)
+            session = assemble(recipe, teacher=teacher, doing=reporter.doing)
         tell(session, reporter)
         teacher_ap = score_teacher(session, reporter, known_teacher)
         count_pseudo_labels(session, reporter)
@@ -96,11 +100,14 @@ def train(
             training = begin(recipe, session.distiller, session.device)
             if resume:
                 resuming.take_up(run, training, session, reporter, changed_data=changed_data)
+            if prolonged:
+                training.stale = 0  # to go on was asked for
             _fit(session, run, training, reporter, teacher_ap, until)
             results = _finish(session, run, training, reporter, known_teacher)
             if recipe.run.compare_plain and session.teacher is not None:
                 plain = _sub_run(plain_recipe(recipe), run / "plain", overwrite, quiet, "plain student", changed_data)
                 results["plain"] = plain["student"]
+            write_summary(run / SUMMARY, recipe.run.name or folder.name, results)
             write_json(run / RESULTS, results)
             (run / PREVIOUS).unlink(missing_ok=True)
             return results
@@ -125,12 +132,23 @@ def _finish(
     native.write_atomically(run / STUDENT, native.exported(best, str(run / BEST)))
     write_loader(run / STUDENT, recipe.student, best["classes"], recipe.data.short_side[-1], recipe.data.long_side)
     results: dict[str, Any] = {"student": best["metrics"], "training_seconds": round(training.seconds, 1)}
+    if training.step < session.steps:
+        results["stopped_early_at_step"] = training.step
+    timed = {"student": training.evaluated}
     if session.unlabelled is not None:
         text = f"trained on {spoken_counts(training.seen)} images, each time that one was seen"
         reporter.note(f"{reporter.title}: {text}")
         results["seen"] = training.seen
     if session.teacher is not None and match_classes(session.validation_data.classes, session.teacher.classes):
-        results["teacher"] = known_teacher() or score(session, session.teacher, reporter)
+        results["teacher"] = known_teacher()
+        if results["teacher"] is None:
+            results["teacher"] = score(session, session.teacher, reporter)
+            timed["teacher"] = session.teacher
+    precision = sessions.AUTOCAST[recipe.run.precision]
+    # One right after the other, so that whatever else the machine is doing slows both.
+    results["ms_per_image"] = {
+        who: milliseconds_per_image(detector, session.validation_data, precision) for who, detector in timed.items()
+    }
     draw_curves(run.metrics(), run / CURVES, list(session.distiller.terms))
     return results
 
@@ -204,6 +222,7 @@ def score_teacher(
     if known is not None:
         reporter.note(f"teacher: AP {percent(known['AP'])} on the validation images, as another run has found")
         return known["AP"]
+    reporter.doing(f"scoring the teacher on {images} validation images")
     teacher.to(session.device)
     few = torch.utils.data.Subset(data, [i * len(data) // images for i in range(images)])
     ap = score(session, teacher, reporter, subset=few)["AP"]
