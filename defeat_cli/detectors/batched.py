@@ -13,13 +13,34 @@ from itertools import accumulate
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models.detection._utils import BalancedPositiveNegativeSampler, BoxCoder, Matcher
+from torchvision.models.detection._utils import BalancedPositiveNegativeSampler, Matcher
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.ops import MultiScaleRoIAlign, batched_nms, box_iou, roi_align
 
 MAX_ELEMENTS = 1 << 22
 """Pairs of boxes and candidates that are compared at once; images are taken together as far as it reaches."""
+
+
+def resized_targets(
+    targets: Sequence[dict[str, Tensor]],
+    old: Sequence[tuple[int, int]],
+    new: Sequence[tuple[int, int]],
+    device: torch.device,
+) -> list[dict[str, Tensor]]:
+    """Targets of resized images on a device, to which all boxes and all labels go by one copy each.
+
+    Args:
+        targets: `boxes` and `labels`, on the CPU as a rule: it is there that they are resized.
+        old, new: (height, width) of each image.
+    """
+    counts = [len(target["boxes"]) for target in targets]
+    down_across = torch.tensor(new, dtype=torch.float32) / torch.tensor(old, dtype=torch.float32)
+    factors = down_across.flip(1).repeat(1, 2).repeat_interleave(torch.tensor(counts), dim=0)
+    boxes, labels = (torch.cat([target[key] for target in targets]) for key in ("boxes", "labels"))
+    boxes = boxes * factors.to(boxes.device, non_blocking=True)
+    parts = (part.to(device, non_blocking=True).split(counts) for part in (boxes, labels))
+    return [{"boxes": b, "labels": of_boxes} for b, of_boxes in zip(*parts, strict=True)]
 
 
 def match(matcher: Matcher, boxes: Sequence[Tensor], candidates: Sequence[Tensor]) -> Tensor:
@@ -50,6 +71,45 @@ def match(matcher: Matcher, boxes: Sequence[Tensor], candidates: Sequence[Tensor
     if low < high:
         matched = matched.masked_fill((best >= low) & (best < high), Matcher.BETWEEN_THRESHOLDS)
     return torch.where(torch.cat(forced), index, matched) if matcher.allow_low_quality_matches else matched
+
+
+def match_points(radius: float, boxes: Sequence[Tensor], points: Tensor, counts: Sequence[int]) -> Tensor:
+    """The box that each point of FCOS belongs to, as `FCOS.compute_loss` has it.
+
+    A point belongs to a box that it lies in, near its centre, and whose farthest side is at a distance that the point's
+    level is for; to the smallest of several.
+
+    Args:
+        radius: how near, in sides of the squares that describe points.
+        boxes: [M_i, 4] xyxy of each image.
+        points: [A, 4] squares, level by level.
+        counts: points of each level.
+
+    Returns:
+        [N, A] int64: an index into the boxes of an image, -1 for background.
+    """
+    centers, sides = (points[:, :2] + points[:, 2:]) / 2, points[:, 2] - points[:, 0]
+    x, y = centers[..., None].unbind(1)
+    nearest, farthest = sides * 4, sides * 8
+    nearest[: counts[0]], farthest[-counts[-1] :] = 0, float("inf")
+    found = []
+    for images in _together([len(b) for b in boxes], [len(points)] * len(boxes), shared=True):
+        every = torch.cat(list(boxes[images]))
+        x1, y1, x2, y2 = every.unbind(1)
+        middles = (every[:, :2] + every[:, 2:]) / 2
+        fits = (centers[:, None] - middles).abs().amax(dim=2) < radius * sides[:, None]
+        distances = torch.stack([x - x1, y - y1, x2 - x, y2 - y], dim=2)
+        fits &= distances.amin(dim=2) > 0
+        distances = distances.amax(dim=2)
+        fits &= (distances > nearest[:, None]) & (distances < farthest[:, None])
+        smallness = fits.to(torch.float32) * (1e8 - (x2 - x1) * (y2 - y1))
+        for of_image in smallness.split([len(b) for b in boxes[images]], dim=1):
+            if of_image.shape[1]:
+                best, index = of_image.max(dim=1)
+                found.append(index.masked_fill(best < 1e-5, -1))
+            else:
+                found.append(torch.full_like(sides, -1, dtype=torch.int64))
+    return torch.stack(found)
 
 
 def _overlaps(boxes: Sequence[Tensor], candidates: Sequence[Tensor]) -> Iterator[Tensor]:
@@ -240,11 +300,11 @@ def pool(pooling: nn.Module, features: dict[str, Tensor], boxes: Sequence[Tensor
 
 
 def is_plain(rpn: nn.Module, heads: nn.Module) -> bool:
-    """Whether a Faster R-CNN's parts match, sample and learn as torchvision's own do."""
+    """Whether the parts of a Faster R-CNN match, sample and learn as torchvision's own do, for boxes alone."""
     return (
         type(rpn).forward is RegionProposalNetwork.forward
         and type(heads).forward is RoIHeads.forward
+        and not (heads.has_mask() or heads.has_keypoint())
         and all(type(part.proposal_matcher) is Matcher for part in (rpn, heads))
         and all(type(part.fg_bg_sampler) is BalancedPositiveNegativeSampler for part in (rpn, heads))
-        and all(isinstance(part.box_coder, BoxCoder) for part in (rpn, heads))
     )

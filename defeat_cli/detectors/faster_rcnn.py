@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
-from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import fastrcnn_loss
 from torchvision.models.detection.rpn import RegionProposalNetwork, concat_box_prediction_layers
 from torchvision.ops.poolers import initLevelMapper
@@ -113,7 +112,7 @@ class FasterRCNNDetector(TorchvisionDetector, TorchvisionAnchors):
         """[P_i, 4] of each image and, in training mode, the losses of the region proposal network."""
         rpn = self.model.rpn
         objectness, deltas = rpn.head(features)
-        (anchors,) = rpn.anchor_generator(ImageList(batch.pixels, batch.sizes[:1]), features)
+        anchors = self.anchors_of_image(features, batch)
         counts = [level[0].numel() for level in objectness]
         objectness, deltas = concat_box_prediction_layers(objectness, deltas)
         if getattr(rpn.filter_proposals, "__func__", None) is RegionProposalNetwork.filter_proposals:

@@ -8,7 +8,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 from defeat_cli.config.architecture import Architecture
 from defeat_cli.detectors.backbones import build_backbone
-from defeat_cli.detectors.contract import Target
+from defeat_cli.detectors.batched import match_points
 from defeat_cli.detectors.conventions import refuse_thinning, transform_settings
 from defeat_cli.detectors.one_stage import OneStageDetector
 from defeat_cli.errors import RecipeError
@@ -23,17 +23,19 @@ NORM_GROUPS = 32
 class FCOSDetector(OneStageDetector):
     """`torchvision.models.detection.FCOS`: points near the middle of a box are foreground, all others background."""
 
+    @property
+    def anchor_generator(self) -> AnchorGenerator:
+        return self.model.anchor_generator
+
     def _box_outputs(self, box_map: Tensor) -> Tensor:
         return super()._box_outputs(box_map).relu()
 
     def _decode(self, deltas: Tensor, anchors: Tensor) -> Tensor:
         return self.model.box_coder.decode(deltas, anchors)
 
-    def _compute_loss(
-        self, owner: object, targets: list[Target], outputs: dict, anchors: list[Tensor], features: list[Tensor]
-    ) -> object:
-        points_per_level = [feature.shape[-2] * feature.shape[-1] for feature in features]
-        return FCOS.compute_loss(owner, targets, outputs, anchors, points_per_level)
+    def match(self, boxes: list[Tensor], anchors: Tensor, features: list[Tensor]) -> Tensor:
+        counts = [feature.shape[-2] * feature.shape[-1] for feature in features]
+        return match_points(self.model.center_sampling_radius, boxes, anchors, counts)
 
 
 def build_fcos(architecture: Architecture, num_classes: int, short_side: list[int], long_side: int) -> FCOS:

@@ -8,7 +8,8 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 from defeat_cli.config.architecture import Architecture
 from defeat_cli.detectors.backbones import build_backbone
-from defeat_cli.detectors.contract import Target, TorchvisionAnchors
+from defeat_cli.detectors.batched import match
+from defeat_cli.detectors.contract import TorchvisionAnchors
 from defeat_cli.detectors.conventions import (
     ConventionRetinaNet,
     build_anchor_generator,
@@ -31,10 +32,8 @@ class RetinaNetDetector(OneStageDetector, TorchvisionAnchors):
     def _decode(self, deltas: Tensor, anchors: Tensor) -> Tensor:
         return self.model.box_coder.decode_single(deltas, anchors)
 
-    def _compute_loss(
-        self, owner: object, targets: list[Target], outputs: dict, anchors: list[Tensor], features: list[Tensor]
-    ) -> object:
-        return RetinaNet.compute_loss(owner, targets, outputs, anchors)
+    def match(self, boxes: list[Tensor], anchors: Tensor, features: list[Tensor]) -> Tensor:
+        return match(self.model.proposal_matcher, boxes, [anchors] * len(boxes)).view(len(boxes), -1)
 
 
 def build_retinanet(architecture: Architecture, num_classes: int, short_side: list[int], long_side: int) -> RetinaNet:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from defeat_cli.distillation.distiller import StepLosses
 from defeat_cli.engine.checkpoint import Training
+from defeat_cli.engine.transfer import to_device
 from defeat_cli.errors import RunError
 
 TrainingBatch = tuple[list[Tensor], list[dict[str, Tensor] | None], list[int]]
@@ -52,8 +53,7 @@ def train_step(
     device = next(training.distiller.parameters()).device
     for part, (images, targets, _) in enumerate(batches):
         seed_step(seed, training.step, part)
-        images = [image.to(device, non_blocking=True) for image in images]
-        targets = [t and {key: value.to(device, non_blocking=True) for key, value in t.items()} for t in targets]
+        images = to_device(images, device)
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
             losses = training.distiller(images, targets, strength, measure=measure and part == len(batches) - 1)
         total = torch.stack([value.float() for value in losses.weighted.values()]).sum()

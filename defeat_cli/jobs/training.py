@@ -207,11 +207,7 @@ def _fit(
 ) -> None:
     """Train to the last epoch or `until`, saving checkpoints in our own format."""
     recipe, data = session.recipe, session.training_data
-    settings = {
-        "workers": sessions.loader_processes(recipe.data.workers),
-        "seed": recipe.run.seed,
-        "pin_memory": session.device.type == "cuda",
-    }
+    settings = {"workers": sessions.loader_processes(recipe.data.workers), "seed": recipe.run.seed}
     if session.unlabelled is None:
         loader = training_loader(data, recipe.data.batch_size, **settings)
     else:
