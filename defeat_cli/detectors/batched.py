@@ -43,6 +43,18 @@ def resized_targets(
     return [{"boxes": b, "labels": of_boxes} for b, of_boxes in zip(*parts, strict=True)]
 
 
+def own_entries(matched: Tensor, chosen: Tensor, counts: Sequence[int]) -> Tensor:
+    """Where the boxes that anchors are matched to stand, once those of all images are put in a row.
+
+    Args:
+        matched: [N, A] indices into the boxes of each anchor's own image.
+        chosen: [F] indices into the flattened `matched`; all are matched to a box.
+        counts: boxes of each image.
+    """
+    first = on_device([first for first, _ in _spans(counts)], matched.device)
+    return matched.flatten()[chosen] + first[chosen // matched.shape[1]]
+
+
 def match(matcher: Matcher, boxes: Sequence[Tensor], candidates: Sequence[Tensor]) -> Tensor:
     """The box that each candidate belongs to by overlap, as a torchvision `Matcher` has it.
 
@@ -238,12 +250,11 @@ def proposal_losses(
         boxes: [M_i, 4] of each image.
     """
     a_image = len(anchors)
-    matched = match(rpn.proposal_matcher, boxes, [anchors] * len(boxes))
-    labels = (matched >= 0).float().masked_fill(matched == Matcher.BETWEEN_THRESHOLDS, -1)
+    matched = match(rpn.proposal_matcher, boxes, [anchors] * len(boxes)).view(len(boxes), a_image)
+    labels = (matched >= 0).float().masked_fill(matched == Matcher.BETWEEN_THRESHOLDS, -1).flatten()
     positive, negative, _ = sample(rpn.fg_bg_sampler, labels, [a_image] * len(boxes))
     sampled = torch.cat([positive, negative])
-    first = on_device([first for first, _ in _spans([len(b) for b in boxes])], anchors.device)
-    of_boxes = torch.cat(list(boxes))[matched[positive] + first[positive // a_image]]
+    of_boxes = torch.cat(list(boxes))[own_entries(matched, positive, [len(b) for b in boxes])]
     wanted = rpn.box_coder.encode_single(of_boxes, anchors[positive % a_image])
     return {
         "loss_objectness": F.binary_cross_entropy_with_logits(objectness.flatten()[sampled], labels[sampled]),

@@ -415,8 +415,3 @@ def in_unit_range(image: Tensor) -> Tensor:
 def at_least_float32(tensor: Tensor) -> Tensor:
     """float16 and bfloat16 as float32, anything else as it is."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
-
-
-def image_list(batch: Batch) -> ImageList:
-    """The batch as torchvision's modules take it; they read shapes and sizes only."""
-    return ImageList(batch.pixels, batch.sizes)

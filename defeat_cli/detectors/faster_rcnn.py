@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import fastrcnn_loss
 from torchvision.models.detection.rpn import RegionProposalNetwork, concat_box_prediction_layers
 from torchvision.ops.poolers import initLevelMapper
 
 from defeat_cli.config.architecture import Architecture
 from defeat_cli.detectors.backbones import build_backbone
-from defeat_cli.detectors.batched import filter_proposals, pool, proposal_losses, sample_regions
+from defeat_cli.detectors.batched import filter_proposals, is_plain, pool, proposal_losses, sample_regions
 from defeat_cli.detectors.contract import (
     Batch,
     Detector,
@@ -89,10 +90,14 @@ class FasterRCNNDetector(TorchvisionDetector, TorchvisionAnchors):
 
     def losses(self, features: list[Tensor], batch: Batch) -> dict[str, Tensor]:
         """`loss_classifier`, `loss_box_reg`, `loss_objectness`, `loss_rpn_box_reg`. Needs training mode."""
-        heads = self.model.roi_heads
+        rpn, heads, named = self.model.rpn, self.model.roi_heads, self._named(features)
+        if not is_plain(rpn, heads):  # a user's own model, which may learn in another way
+            proposals, rpn_losses = rpn(ImageList(batch.pixels, batch.sizes), named, batch.targets)
+            _, head_losses = heads(named, proposals, batch.sizes, batch.targets)
+            return {**head_losses, **rpn_losses}
         proposals, rpn_losses = self._proposals(features, batch)
         boxes, labels, matched = self._sampled(proposals, batch)
-        pooled = pool(heads.box_roi_pool, self._named(features), boxes, batch.sizes)
+        pooled = pool(heads.box_roi_pool, named, boxes, batch.sizes)
         logits, deltas = heads.box_predictor(heads.box_head(pooled))
         classifier, box_reg = fastrcnn_loss(logits, deltas, labels, heads.box_coder.encode(matched, boxes))
         return {"loss_classifier": classifier, "loss_box_reg": box_reg, **rpn_losses}

@@ -14,6 +14,7 @@ from defeat_cli.detectors.contract import (
     Detector,
     RegionClassifier,
     Regions,
+    Target,
     TorchvisionDetector,
     anchor_obstacle,
     at_least_float32,
@@ -52,7 +53,26 @@ class OneStageDetector(TorchvisionDetector, DenseHead):
         """The named losses of torchvision's head, in any mode."""
         outputs, anchors = self._outputs(features, batch)
         matched = self.match([target["boxes"] for target in batch.targets], anchors[0], features)
-        return self.model.head.compute_loss(batch.targets, outputs, anchors, list(matched))
+        if not self._plain:
+            return self.model.head.compute_loss(batch.targets, outputs, anchors, list(matched))
+        return self._losses(outputs, anchors[0], batch.targets, matched)
+
+    @property
+    @abstractmethod
+    def _plain(self) -> bool:
+        """Whether the head learns as torchvision's own does; a user's model may have another."""
+
+    @abstractmethod
+    def _losses(
+        self, outputs: dict[str, Tensor], anchors: Tensor, targets: list[Target], matched: Tensor
+    ) -> dict[str, Tensor]:
+        """torchvision's losses of the head, with few waits of the host and numbers equal to the last bit.
+
+        Args:
+            outputs: what the head says of each anchor, [N, A, ·] by name.
+            anchors: [A, 4].
+            matched: [N, A], as `match` gives it.
+        """
 
     def detections(self, features: list[Tensor], batch: Batch) -> list[dict[str, Tensor]]:
         outputs, anchors = self._outputs(features, batch)
