@@ -31,16 +31,16 @@ def resized_targets(
     """Targets of resized images on a device, to which all boxes and all labels go by one copy each.
 
     Args:
-        targets: `boxes` and `labels`, on the CPU as a rule: it is there that they are resized.
+        targets: an entry a box under each key; on the CPU as a rule, where `boxes` are resized before they travel.
         old, new: (height, width) of each image.
     """
     counts = [len(target["boxes"]) for target in targets]
     down_across = torch.tensor(new, dtype=torch.float32) / torch.tensor(old, dtype=torch.float32)
     factors = down_across.flip(1).repeat(1, 2).repeat_interleave(torch.tensor(counts), dim=0)
-    boxes, labels = (torch.cat([target[key] for target in targets]) for key in ("boxes", "labels"))
-    boxes = boxes * factors.to(boxes.device, non_blocking=True)
-    parts = (part.to(device, non_blocking=True).split(counts) for part in (boxes, labels))
-    return [{"boxes": b, "labels": of_boxes} for b, of_boxes in zip(*parts, strict=True)]
+    rows = {key: torch.cat([target[key] for target in targets]) for key in targets[0]}
+    rows["boxes"] = rows["boxes"] * factors.to(rows["boxes"].device, non_blocking=True)
+    parts = {key: of_all.to(device, non_blocking=True).split(counts) for key, of_all in rows.items()}
+    return [{key: of_images[i] for key, of_images in parts.items()} for i in range(len(targets))]
 
 
 def own_entries(matched: Tensor, chosen: Tensor, counts: Sequence[int]) -> Tensor:
