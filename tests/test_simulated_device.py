@@ -112,7 +112,7 @@ def test_a_run_with_everything_on_equals_the_cpus(fit, teachers, tmp_path):
     teacher = teachers["faster_rcnn"]
     more = setting(optimizer__accumulate=2, optimizer__ema=0.9, distillation__balance=0.5)
     more += setting(
-        run__checkpoint_every=1, **{f"distillation__{term}": "{}" for term in TERMS if term not in ("crosskd", "ld")}
+        run__save_every=1, **{f"distillation__{term}": "{}" for term in TERMS if term not in ("crosskd", "ld")}
     )
     fit(tmp_path / "cpu", teacher, *more, batch_size=1)
     with simulated_device.installed():
