@@ -125,6 +125,9 @@ class OnDevice(Tensor):
     def __setitem__(self, index: Any, value: Any) -> None:
         super().__setitem__(_on_device(index), value)
 
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self.held.untyped_storage()
+
     def tolist(self) -> Any:
         METER.wait("tolist")
         return self.held.tolist()
@@ -233,10 +236,10 @@ def _wrapped(func: Any, args: tuple, kwargs: dict[str, Any], out: Any, aliasing:
     return return_and_correct_aliasing(func, args, kwargs, out) if func.is_view and aliasing else out
 
 
-def _register() -> None:
-    """Make the device known to torch, once a process."""
+def register() -> None:
+    """Make the device known to torch, once a process and before its first backward pass, which counts the devices."""
     global DEVICE
-    if DEVICE.type == NAME:
+    if DEVICE.type == NAME or not supported():
         return
     from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
@@ -249,8 +252,8 @@ def _register() -> None:
 
     _setup_privateuseone_for_python_backend(NAME, backend_module=Module())
     DEVICE = torch.device(NAME, 0)
-    _register.library = torch.library.Library("_", "IMPL")
-    _register.library.fallback(lambda op, *args, **kwargs: _launch(op, args, kwargs), "PrivateUse1")
+    register.library = torch.library.Library("_", "IMPL")
+    register.library.fallback(lambda op, *args, **kwargs: _launch(op, args, kwargs), "PrivateUse1")
 
 
 def _names_device(device: Any) -> bool:
@@ -272,7 +275,7 @@ def installed() -> Iterator[Meter]:
 
     Only for a torch that is `supported`.
     """
-    _register()
+    register()
     make, adopt, save = torch.tensor, torch.as_tensor, torch.save
 
     def tensor(data: Any, *, device: Any = None, requires_grad: bool = False, **settings: Any) -> Tensor:

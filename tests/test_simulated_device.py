@@ -1,5 +1,6 @@
 """Commands on the simulated device: no tensor is left behind on the CPU, and results are the CPU's to the last bit."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -177,3 +178,22 @@ def test_looking_commands_find_what_they_find_on_the_cpu(defeat, teachers, data,
     assert found.keys() == expected.keys()
     for path, content in expected.items():
         assert found[path].replace(b"/device/", b"/cpu/") == content, path
+
+
+def test_unlabelled_images_and_a_teacher_with_its_own_size(fit, teachers, data, tmp_path):
+    more = setting(data__unlabelled=str(data / "images"), data__unlabelled_threshold=0.1, teacher__size="own")
+    fit(tmp_path / "cpu", teachers["faster_rcnn"], *more)
+    with simulated_device.installed():
+        fit(tmp_path / "device", teachers["faster_rcnn"], *more)
+    assert metrics(tmp_path / "device", "train") == metrics(tmp_path / "cpu", "train")
+
+
+def test_check_and_mask_pictures(defeat, tiny, teachers, data, tmp_path):
+    look = ["-r", tiny, "-t", teachers["faster_rcnn"], "-d", data]
+    expected = defeat("check", *look)
+    with simulated_device.installed():
+        found = defeat("check", *look)
+        defeat("ablate", "--show-masks", data / "images" / "val_00000.png", *look, "-o", tmp_path / "masks")
+    memory = re.compile(r".*(memory|GiB).*")
+    assert memory.sub("", found) == memory.sub("", expected)
+    assert list((tmp_path / "masks").rglob("*masks.png"))
