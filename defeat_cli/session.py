@@ -27,6 +27,7 @@ from defeat_cli.distillation.terms import TERMS, Term
 from defeat_cli.distillation.unlabelled import PseudoLabels
 from defeat_cli.errors import DataError, RecipeError, RunError, TermError
 from defeat_cli.starting import start_from
+from defeat_cli.tracking import require_trackers
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -94,6 +95,7 @@ def assemble(
         DefeatError: something that the recipe names cannot be used. All that `train` refuses is refused here.
     """
     device = choose_device(recipe.run.device, recipe.run.precision)
+    require_trackers(recipe.run.track)
     notes: list[Note] = []
     if like is not None and (like.recipe.data, like.recipe.run.seed) == (recipe.data, recipe.run.seed):
         training_data, validation_data = like.training_data, like.validation_data
@@ -318,7 +320,7 @@ def teacher_recipe(recipe: Recipe) -> Recipe:
     """The recipe of the teacher that `teacher.recipe` names, on this recipe's data and device."""
     own = recipes.load(recipe.teacher.recipe)
     own.data = recipe.data.labelled_only().model_copy(update={"batch_size": own.data.batch_size})
-    own.run.device = recipe.run.device
+    own.run.device, own.run.track = recipe.run.device, recipe.run.track
     return own
 
 

@@ -27,7 +27,9 @@ ALLOWED = {
     "export": {"export", "detectors", "config", "errors", "files"},
     "ablation": {"ablation", "engine", "config", "console", "errors", "files", "tables", "text"},
     "starting": {"distillation", "detectors", "checkpoints", "config", "errors", "text"},
-    "session": {"starting", "distillation", "detectors", "data", "config", "errors"},
+    "tracking": {"tracking", "engine", "errors", "files"},
+    "pages": {"pages", "engine", "detectors", "data", "config", "console", "errors", "files", "tables", "text"},
+    "session": {"tracking", "starting", "distillation", "detectors", "data", "config", "errors"},
 }
 """What each part may import of ours. Parts not named here stand on top and may import anything."""
 

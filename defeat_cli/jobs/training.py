@@ -30,11 +30,12 @@ from defeat_cli.engine.stopping import stoppable
 from defeat_cli.errors import RunError
 from defeat_cli.export.loader import write_loader
 from defeat_cli.files import write_json
-from defeat_cli.jobs import bad_step, resuming
+from defeat_cli.jobs import bad_step, examples, resuming
 from defeat_cli.jobs.estimate import of_detecting, of_training
 from defeat_cli.jobs.summary import write_summary
 from defeat_cli.memory import told
 from defeat_cli.session import Session, assemble
+from defeat_cli.tracking import Tracking, tracked
 
 NEAR_ZERO_AP = 0.01
 
@@ -102,7 +103,10 @@ def train(
                 resuming.take_up(run, training, session, reporter, changed_data=changed_data)
             if prolonged:
                 training.stale = 0  # to go on was asked for
-            _fit(session, run, training, reporter, teacher_ap, until)
+            with tracked(recipe.run.track, folder, watched_as(folder), recipe.model_dump(), reporter.warn) as tracking:
+                tracking.catch_up(run.metrics())
+                run.watchers.append(tracking.take)
+                _fit(session, run, training, reporter, teacher_ap, until, tracking)
             results = _finish(session, run, training, reporter, known_teacher)
             if recipe.run.compare_plain and session.teacher is not None:
                 plain = _sub_run(plain_recipe(recipe), run / "plain", overwrite, quiet, "plain student", changed_data)
@@ -111,6 +115,11 @@ def train(
             write_json(run / RESULTS, results)
             (run / PREVIOUS).unlink(missing_ok=True)
             return results
+
+
+def watched_as(folder: Path) -> str:
+    """What trackers call a run: `runs/student`, and `student/plain` for one within."""
+    return "/".join(folder.resolve().parts[-2:])
 
 
 def _standing(run: RunFolder) -> str:
@@ -290,6 +299,7 @@ def _fit(
     reporter: Reporter,
     teacher_ap: float | None,
     until: int | None,
+    tracking: Tracking,
 ) -> None:
     """Train to the last epoch or `until`, saving checkpoints in our own format."""
     recipe, data = session.recipe, session.training_data
@@ -333,6 +343,8 @@ def _fit(
                 f"the student (AP {percent(metrics['AP'])}) is as good as its teacher (AP {percent(teacher_ap)}); "
                 "a better teacher has more to give"
             )
+        if tracking.trackers:
+            tracking.pictures = examples.drawn(session, student)
         return metrics
 
     def needed() -> str:
