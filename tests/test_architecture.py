@@ -25,7 +25,7 @@ ALLOWED = {
     "benchmark": {"benchmark", "engine", "distillation", "detectors", "data", "errors", "files"},
     "gradients": {"gradients", "distillation", "detectors", "data", "config", "errors", "files", "text"},
     "export": {"export", "detectors", "config", "errors", "files"},
-    "ablation": {"ablation", "engine", "config", "console", "errors", "files", "tables", "text"},
+    "ablation": {"ablation", "pages", "engine", "config", "console", "errors", "files", "tables", "text"},
     "starting": {"distillation", "detectors", "checkpoints", "config", "errors", "text"},
     "tracking": {"tracking", "engine", "errors", "files"},
     "pages": {"pages", "engine", "detectors", "data", "config", "console", "errors", "files", "tables", "text"},

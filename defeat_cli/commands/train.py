@@ -90,7 +90,7 @@ def train(
 
     results = training.train(chosen, folder, resume=resume, overwrite=overwrite, changed_data=changed_data, quiet=quiet)
     show(results_sheet(results))
-    files = "student.pth (for torchvision), best.pt, results.json and results.md, curves.png"
+    files = "report.html, student.pth (for torchvision), best.pt, results.json, results.md, model_card.md, curves.png"
     console.print(f"written to {folder}/: {files}", soft_wrap=True)
 
 

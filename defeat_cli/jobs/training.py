@@ -30,7 +30,7 @@ from defeat_cli.engine.stopping import stoppable
 from defeat_cli.errors import RunError
 from defeat_cli.export.loader import write_loader
 from defeat_cli.files import write_json
-from defeat_cli.jobs import bad_step, examples, resuming
+from defeat_cli.jobs import bad_step, examples, reporting, resuming
 from defeat_cli.jobs.estimate import of_detecting, of_training
 from defeat_cli.jobs.summary import write_summary
 from defeat_cli.memory import told
@@ -112,6 +112,7 @@ def train(
                 plain = _sub_run(plain_recipe(recipe), run / "plain", overwrite, quiet, "plain student", changed_data)
                 results["plain"] = plain["student"]
             write_summary(run / SUMMARY, recipe.run.name or folder.name, results)
+            reporting.write_pages(session, run, results)
             write_json(run / RESULTS, results)
             (run / PREVIOUS).unlink(missing_ok=True)
             return results
@@ -141,6 +142,7 @@ def _finish(
     native.write_atomically(run / STUDENT, native.exported(best, str(run / BEST)))
     write_loader(run / STUDENT, recipe.student, best["classes"], recipe.data.short_side[-1], recipe.data.long_side)
     results: dict[str, Any] = {"student": best["metrics"], "training_seconds": round(training.seconds, 1)}
+    results["environment"] = reporting.environment(session.device)
     if training.step < session.steps:
         results["stopped_early_at_step"] = training.step
     timed = {"student": training.evaluated}

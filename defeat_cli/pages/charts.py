@@ -18,20 +18,24 @@ MOST_POINTS = 600
 """A curve that has more is thinned out."""
 
 
-def chart(panel: Panel) -> Markup:
-    """The panel's curves over the steps, with ticks; its title and legend are the page's."""
+def chart(panel: Panel, last: int) -> Markup:
+    """The panel's curves over the steps, with ticks; its title and legend are the page's.
+
+    Args:
+        last: step at which the axis ends, the same for all panels of a page.
+
+    Returns:
+        Nothing where the panel has no point that can be drawn.
+    """
     curves = {name: _shown(points, panel.log) for name, points in panel.curves.items()}
     curves = {name: points for name, points in curves.items() if points}
     if not curves:
         return Markup("")
-    steps = [step for points in curves.values() for step, _ in points]
     values = [value for points in curves.values() for _, value in points]
-    x_ticks, y_ticks = _ticks(min(0, *steps), max(steps), False), _ticks(min(values), max(values), panel.log)
-    if panel.from_zero:
-        y_ticks = _ticks(0.0, max(values), False)
+    y_ticks = _ticks(0.0 if panel.from_zero else min(values), max(values), panel.log)
 
     def x(step: float) -> float:
-        return LEFT + (step - x_ticks[0]) / (x_ticks[-1] - x_ticks[0]) * (WIDTH - LEFT - RIGHT)
+        return LEFT + step / last * (WIDTH - LEFT - RIGHT)
 
     def y(value: float) -> float:
         low, high, at = (math.log(v) if panel.log else v for v in (y_ticks[0], y_ticks[-1], value))
@@ -41,9 +45,10 @@ def chart(panel: Panel) -> Markup:
     for tick in y_ticks:
         parts.append(f'<path class="grid" d="M{LEFT} {y(tick):.1f}H{WIDTH - RIGHT}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:.4g}</text>')
-    for tick in x_ticks:
-        anchor = "end" if tick == x_ticks[-1] else "middle"
-        parts.append(f'<text x="{x(tick):.1f}" y="{HEIGHT - 10}" text-anchor="{anchor}">{tick:,.6g}</text>')
+    for tick in MaxNLocator(5, integer=True).tick_values(0, last).tolist():
+        if 0 <= tick <= last:
+            anchor = "end" if x(tick) > WIDTH - RIGHT - 12 else "middle"  # or it would be cut
+            parts.append(f'<text x="{x(tick):.1f}" y="{HEIGHT - 10}" text-anchor="{anchor}">{tick:,.0f}</text>')
     for i, (name, points) in enumerate(curves.items()):
         line = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in points)
         parts.append(f'<g class="s{i % SERIES}"><title>{escape(name)}</title><polyline points="{line}"/>')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import time
@@ -25,6 +26,7 @@ class MLflow:
         from mlflow import MlflowClient, get_tracking_uri
         from mlflow.entities import Metric, Param
 
+        logging.getLogger("mlflow").setLevel(logging.WARNING)  # else it tells of its data base
         self.kind = Metric
         self.run_id, _, place = (id or "").partition(" ")
         place = place or get_tracking_uri()
