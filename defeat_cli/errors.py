@@ -28,5 +28,9 @@ class RunError(DefeatError):
     """A run or study folder, or a device, that cannot be used as asked."""
 
 
+class Ended(Exception):  # noqa: N818 - the error is another's
+    """Another process of this run failed and has said why; this one has nothing to add."""
+
+
 class Interrupted(Exception):  # noqa: N818 - nothing went wrong
     """The user, or the system, asked a run to stop. The message says how to go on."""

@@ -194,9 +194,9 @@ def choose_device(name: str, precision: str = "fp32") -> torch.device:
     return device
 
 
-def loader_processes(workers: int) -> int:
-    """`data.workers`, but no more than there are CPU cores."""
-    return min(workers, os.cpu_count() or 1)
+def loader_processes(workers: int, beside: int = 1) -> int:
+    """`data.workers`, but no more than there are CPU cores; `beside`: processes of this machine that have them each."""
+    return min(workers, max(1, (os.cpu_count() or 1) // beside))
 
 
 def open_data(data: Data, split: str, *, train: bool, seed: int = 0) -> DetectionDataset:

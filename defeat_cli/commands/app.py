@@ -13,7 +13,7 @@ from defeat_cli import __version__
 from defeat_cli.commands import ablate, check, convert, export, gradmap, predict, train
 from defeat_cli.commands import eval as evaluation
 from defeat_cli.console import console, errors
-from defeat_cli.errors import DefeatError, Interrupted
+from defeat_cli.errors import DefeatError, Ended, Interrupted
 
 REFUSED_BY_THE_SYSTEM = {
     errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.EMFILE,
@@ -26,9 +26,15 @@ class CleanErrors(TyperGroup):
     """Prints bad input and what the system refuses as one message with exit code 2; programming errors keep their
     traceback."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.obj = list(args)  # the whole command line, for a command that starts itself several times
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except Ended:
+            raise typer.Exit(1) from None
         except DefeatError as error:
             errors.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
             raise typer.Exit(2) from None

@@ -20,12 +20,14 @@ from defeat_cli.commands.options import (
     VariantsOption,
     overrides,
     recipe_to_train,
+    without,
 )
 from defeat_cli.console import console, results_table, show
 from defeat_cli.errors import DefeatError
 
 
 def train(
+    ctx: typer.Context,
     recipe: RecipeOption = None,
     teacher: TeacherOption = None,
     data: DataOption = None,
@@ -38,6 +40,9 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")] = False,
     overwrite: OverwriteOption = False,
     device: DeviceOption = None,
+    gpus: Annotated[
+        int | None, typer.Option(help="Processes, one a GPU of this machine; on the CPU with --device cpu.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Fixes everything random.")] = None,
     plain: Annotated[
         bool | None, typer.Option("--compare-plain", help="Also train the same student without the teacher.")
@@ -63,13 +68,21 @@ def train(
     )
     chosen = recipe_to_train(recipe, said, variant, variants)
     folder = output or Path("runs") / chosen.run.name
-    from defeat_cli.jobs import training
+    if gpus is not None:
+        from defeat_cli.engine import launching
 
-    results = training.train(chosen, folder, resume=resume, overwrite=overwrite, quiet=quiet)
-    show(results_table(results))
-    console.print(
-        f"written to {folder}/: student.pth (for torchvision), best.pt, results.json, curves.png", soft_wrap=True
-    )
+        launching.check_count(gpus, chosen.run.device)
+        if gpus > 1:
+            raise typer.Exit(launching.launch(gpus, ["defeat_cli", *without("--gpus", ctx.find_root().obj)]))
+    from defeat_cli.jobs import training
+    from defeat_cli.jobs.together import working_together
+
+    with working_together() as world:
+        results = training.train(chosen, folder, resume=resume, overwrite=overwrite, quiet=quiet, world=world)
+        show(results_table(results))
+        console.print(
+            f"written to {folder}/: student.pth (for torchvision), best.pt, results.json, curves.png", soft_wrap=True
+        )
 
 
 def show_recipes() -> None:

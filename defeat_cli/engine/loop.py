@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
 import torch
 
 from defeat_cli.config.schema import Recipe
+from defeat_cli.data.sharing import Share
 from defeat_cli.detectors.contract import Detector
 from defeat_cli.engine.checkpoint import Training
-from defeat_cli.engine.monitor import Clock, Proportion, add, averages
+from defeat_cli.engine.distributed import ALONE, World
+from defeat_cli.engine.monitor import Clock, Proportion, add, averages, seen
 from defeat_cli.engine.optimization import lr_factor
 from defeat_cli.engine.runs import BEST, LAST, RunFolder
 from defeat_cli.engine.step import TrainingBatch, train_step
 from defeat_cli.engine.stopping import stop_requested
+from defeat_cli.engine.watch import LOADING, REST
 from defeat_cli.errors import Interrupted
 
 
@@ -31,38 +33,40 @@ def fit(
     reporter: Any,
     autocast: torch.dtype | None = None,
     until: int | None = None,
+    world: World = ALONE,
 ) -> None:
     """Train to the recipe's last epoch, from wherever `training` stands.
 
     Args:
-        loader: batches of an epoch; `loader.batch_sampler.set_epoch(epoch, start)` chooses them.
+        loader: this process's parts of the steps of an epoch; its batch sampler is a `StepOrder`.
         evaluate: detector -> metrics with `AP`.
         save: writes a checkpoint of `training` under a name in the run folder, with metrics where it was evaluated.
         reporter: shows progress; see `console.Reporter`.
         until: epoch after whose evaluation to stop, where that is not the last.
+        world: the processes that train together; all of them call this, and `evaluate` and `save` with it.
 
     Raises:
         Interrupted: asked to stop by SIGINT or SIGTERM, or at `until`; the state is saved.
     """
-    epochs, accumulate = recipe.schedule.epochs, recipe.optimizer.accumulate
-    steps_per_epoch = math.ceil(loader.batch_sampler.batches_per_epoch / accumulate)
+    epochs, order = recipe.schedule.epochs, loader.batch_sampler
+    steps_per_epoch = order.steps_per_epoch
     steps = steps_per_epoch * epochs
     schedule, terms = recipe.schedule.model_dump(), recipe.distillation.terms
-    clock, proportion = Clock(training), Proportion(reporter)
+    clock, proportion = Clock(training, world), Proportion(reporter)
     reporter.begin(training.step, steps, epochs)
     metrics: dict[str, Any] = {}
     with stop_requested() as stop:
         for epoch in range(training.epochs, epochs):
             training.distiller.train()
-            loader.batch_sampler.set_epoch(epoch, start=(training.step - epoch * steps_per_epoch) * accumulate)
-            for batches in _groups(loader, accumulate):
+            order.set_epoch(epoch, start=training.step - epoch * steps_per_epoch)
+            for share, batches in _steps(loader, world, training.step + 1):
                 lr = recipe.optimizer.lr * lr_factor(training.step, steps_per_epoch=steps_per_epoch, **schedule)
                 strength = {
                     name: settings.strength(training.step, steps, recipe.distillation.warmup_steps)
                     for name, settings in terms.items()
                 }
                 due = bool(recipe.run.pull_every) and training.step % recipe.run.pull_every == 0
-                losses = train_step(
+                counted = train_step(
                     training,
                     batches,
                     seed=recipe.run.seed,
@@ -71,20 +75,26 @@ def fit(
                     clip_norm=recipe.optimizer.clip_norm,
                     autocast=autocast,
                     measure=due or training.distiller.balancing(training.step, recipe.distillation.warmup_steps),
+                    share=share,
+                    world=world,
                 )
-                add(training, losses)
+                for losses in counted:
+                    add(training, losses)
+                batches = batches[: len(counted)]
                 clock.tick(sum(len(images) for images, _, _ in batches))
                 _count(training, batches, distilled=any(factor is not None for factor in strength.values()))
                 if training.step % recipe.run.log_every == 0:
                     entry = {"kind": "train", "step": training.step, "epoch": epoch + 1, "lr": lr, "strength": strength}
-                    entry |= averages(training) | clock.speed()
+                    entry |= averages(training, world) | clock.speed()
                     if recipe.data.unlabelled is not None:
-                        entry["seen"] = dict(training.seen)
-                    run.log(entry)
-                    reporter.logged(entry)
-                    proportion.look(entry["pull"])
+                        entry["seen"] = seen(training, world)
+                    if world.is_main:
+                        run.log(entry)
+                        reporter.logged(entry)
+                        proportion.look(entry["pull"])
                 reporter.stepped(training.step)
-                if stop():
+                world.watch.at(REST)
+                if world.any(stop())[0]:
                     save(training, LAST, metrics)
                     raise Interrupted(f"{run.path}: step {training.step} is saved; --resume goes on from there")
                 if training.step % recipe.run.checkpoint_every == 0:
@@ -93,7 +103,8 @@ def fit(
             if training.epochs % recipe.run.evaluate_every == 0 or training.epochs in (until, epochs):
                 with clock.paused():
                     metrics = evaluate(training.evaluated)
-                run.log({"kind": "eval", "step": training.step, "epoch": epoch + 1, **metrics})
+                if world.is_main:
+                    run.log({"kind": "eval", "step": training.step, "epoch": epoch + 1, **metrics})
                 reporter.evaluated(epoch + 1, metrics)
                 if metrics["AP"] > training.best_ap:
                     training.best_ap = metrics["AP"]
@@ -103,10 +114,12 @@ def fit(
                 raise Interrupted(f"{run.path}: epoch {until} of {epochs} is saved; --resume goes on from there")
 
 
-def _groups(loader: Iterable[TrainingBatch], size: int) -> Iterator[list[TrainingBatch]]:
+def _steps(loader: Any, world: World, first: int) -> Iterator[tuple[Share, list[TrainingBatch]]]:
+    """What this process is to do in each step that is left of the epoch."""
     batches = iter(loader)
-    while group := list(islice(batches, size)):
-        yield group
+    for step, share in enumerate(loader.batch_sampler.shares, start=first):
+        world.watch.at(LOADING, step)
+        yield share, list(islice(batches, len(share.parts)))
 
 
 def _count(training: Training, batches: list[TrainingBatch], *, distilled: bool) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from defeat_cli import session as sessions
 from defeat_cli.checkpoints import native
@@ -14,14 +16,17 @@ from defeat_cli.config import schema as recipes
 from defeat_cli.config.schema import Recipe, Teacher
 from defeat_cli.console import Reporter, percent, spoken_counts
 from defeat_cli.data.loading import training_loader
+from defeat_cli.data.sharing import StepOrder, pieces
 from defeat_cli.data.unlabelled import mixed_loader
 from defeat_cli.detectors.contract import Detector
 from defeat_cli.distillation.pairing import match_classes
 from defeat_cli.engine.checkpoint import Training, begin
 from defeat_cli.engine.curves import draw_curves
 from defeat_cli.engine.detection_errors import error_report
+from defeat_cli.engine.distributed import ALONE, World
 from defeat_cli.engine.evaluation import evaluate
 from defeat_cli.engine.loop import fit
+from defeat_cli.engine.monitor import seen
 from defeat_cli.engine.runs import BEST, CURVES, LAST, RESULTS, STUDENT, RunFolder, write_json
 from defeat_cli.errors import RunError
 from defeat_cli.export.loader import write_loader
@@ -40,12 +45,14 @@ def train(
     title: str = "student",
     until: int | None = None,
     known_teacher: Callable[[], dict[str, Any] | None] = lambda: None,
+    world: World = ALONE,
 ) -> dict[str, Any]:
     """Run a recipe in a folder, to the end.
 
     Everything that can be wrong with the input is found before anything is written or trained.
 
     Args:
+        world: the processes that train together, each of which has to call this. Only the main one uses the folder.
         until: epoch after whose evaluation the run stops, saved; None goes on to the last.
         known_teacher: gives the teacher's figures on the validation images where somebody has them already.
 
@@ -62,42 +69,89 @@ def train(
         raise RunError("--resume and --overwrite contradict each other; give one of them")
     if resume and not run.exists:
         raise RunError(f"{folder}: holds no run to resume; leave --resume out to start one")
-    run.check(recipe, resume=resume, overwrite=overwrite)
-    if resume and run.prolonged_by(recipe):
-        reporter.note(f"{folder}: goes on to {recipe.schedule.epochs} epochs, by the learning rates of that schedule")
-    elif resume and run.finished:
-        reporter.note(f"{folder}: is finished already; more epochs are possible: --set schedule.epochs=N")
-        return run.results()
-    session = assemble(recipe)
+
+    def finished() -> dict[str, Any] | None:
+        run.check(recipe, resume=resume, overwrite=overwrite)
+        if resume and run.prolonged_by(recipe):
+            epochs = recipe.schedule.epochs
+            reporter.note(f"{folder}: goes on to {epochs} epochs, by the learning rates of that schedule")
+        elif resume and run.finished:
+            reporter.note(f"{folder}: is finished already; more epochs are possible: --set schedule.epochs=N")
+            return run.results()
+        return None
+
+    if (results := world.on_main(finished)) is not None:
+        return results
+    session = assemble_together(recipe, world)
     if not session.teacher_is_trained:
-        session = assemble(recipe, teacher=train_teacher(recipe, folder, overwrite, quiet))
+        session = assemble_together(recipe, world, train_teacher(recipe, folder, overwrite, quiet, world))
     tell(session, reporter)
-    teacher_ap = score_teacher(session, reporter)
+    tell_share(recipe, world, reporter)
+    teacher_ap = score_teacher(session, reporter, world)
     count_pseudo_labels(session, reporter)
 
-    run.open(recipe, resume=resume, overwrite=overwrite)
-    training = begin(recipe, session.distiller, session.device)
-    if resume and (run / LAST).is_file():
-        training.load_state_dict(native.load(run / LAST)["training"])
-    run.forget_after(training.step)
-    _fit(session, run, training, reporter, teacher_ap, until)
+    training = begin(recipe, session.distiller, session.device, world)
 
-    best = native.load(run / BEST)
+    def opened() -> dict[str, Any] | None:
+        run.open(recipe, resume=resume, overwrite=overwrite)
+        state = native.load(run / LAST)["training"] if resume and (run / LAST).is_file() else None
+        run.forget_after(state["step"] if state else 0)
+        return state
+
+    if (state := world.on_main(opened)) is not None:
+        before = training.load_state_dict(state, world)
+        if before != world.size:
+            reporter.note(f"{folder}: {before} processes until step {training.step}, {world.size} from there on")
+    _fit(session, run, training, reporter, teacher_ap, until, world)
+
+    results = {"training_seconds": round(training.seconds, 1)}
+    if session.unlabelled is not None:
+        results["seen"] = world.on_all(seen(training, world))
+        reporter.note(f"{title}: trained on {spoken_counts(results['seen'])} images, each time that one was seen")
+    if session.teacher is not None and match_classes(session.validation_data.classes, session.teacher.classes):
+        results["teacher"] = world.on_main(known_teacher) or score(session, session.teacher, reporter, world=world)
+    if world.is_main:
+        results = {"student": _export(session, run)["metrics"], **results}
+        draw_curves(run.metrics(), run / CURVES, list(session.distiller.terms))
+    if recipe.run.compare_plain and session.teacher is not None:
+        plain = _sub_run(plain_recipe(recipe), folder / "plain", overwrite, quiet, "plain student", world)
+        results["plain"] = plain["student"]
+    if world.is_main:
+        write_json(run / RESULTS, results)
+    return world.on_all(results)
+
+
+def assemble_together(recipe: Recipe, world: World, teacher: str | None = None) -> Session:
+    """A session on every process, and what processes that share its batches have to have."""
+    session = world.main_first(lambda: assemble(recipe, teacher=teacher))
+    world.check_device(session.device)
+    if recipe.student.sync_bn and world.size > 1:
+        if session.device.type != "cuda":
+            raise RunError("student.sync_bn: torch has it for CUDA devices only; leave it out on the CPU")
+        session.student.model = nn.SyncBatchNorm.convert_sync_batchnorm(session.student.model)
+    return session
+
+
+def tell_share(recipe: Recipe, world: World, reporter: Reporter) -> None:
+    """Print how a step is shared out; nothing for a process alone."""
+    if world.size == 1:
+        return
+    size, batches = recipe.data.batch_size, recipe.optimizer.accumulate
+    cut = pieces(size, batches, world.size)
+    parts = f"{batches} batches of {size}" if batches > 1 else f"a batch of {size}"
+    cutting = f", each cut into {cut}" if cut > 1 else ""
+    reporter.note(
+        f"{world.size} processes share each step's {size * batches} images ({parts}{cutting}), which optimizer.lr "
+        f"{recipe.optimizer.lr:g} is for"
+    )
+
+
+def _export(session: Session, run: RunFolder) -> dict[str, Any]:
+    """Write the student of the best epoch for plain torchvision; its checkpoint."""
+    recipe, best = session.recipe, native.load(run / BEST)
     native.write_atomically(run / STUDENT, native.exported(best, str(run / BEST)))
     write_loader(run / STUDENT, recipe.student, best["classes"], recipe.data.short_side[-1], recipe.data.long_side)
-    results: dict[str, Any] = {"student": best["metrics"], "training_seconds": round(training.seconds, 1)}
-    if session.unlabelled is not None:
-        reporter.note(f"{title}: trained on {spoken_counts(training.seen)} images, each time that one was seen")
-        results["seen"] = training.seen
-    if session.teacher is not None and match_classes(session.validation_data.classes, session.teacher.classes):
-        results["teacher"] = known_teacher() or score(session, session.teacher, reporter)
-    draw_curves(run.metrics(), run / CURVES, list(session.distiller.terms))
-    if recipe.run.compare_plain and session.teacher is not None:
-        results["plain"] = _sub_run(plain_recipe(recipe), folder / "plain", overwrite, quiet, "plain student")[
-            "student"
-        ]
-    write_json(run / RESULTS, results)
-    return results
+    return best
 
 
 def plain_recipe(recipe: Recipe) -> Recipe:
@@ -109,14 +163,17 @@ def plain_recipe(recipe: Recipe) -> Recipe:
     return recipes.validate(content, "the plain student's recipe")
 
 
-def _sub_run(recipe: Recipe, folder: Path, overwrite: bool, quiet: bool, title: str) -> dict[str, Any]:
+def _sub_run(recipe: Recipe, folder: Path, overwrite: bool, quiet: bool, title: str, world: World) -> dict[str, Any]:
     """A run that another needs: begun, gone on with, or taken as it is where it is finished."""
     run = RunFolder(folder)
-    anew = overwrite and run.exists and not run.holds(recipe)
-    return train(recipe, folder, resume=run.exists and not anew, overwrite=anew, quiet=quiet, title=title)
+    exists = world.on_main(lambda: run.exists)
+    anew = world.on_main(lambda: overwrite and run.exists and not run.holds(recipe))
+    return train(recipe, folder, resume=exists and not anew, overwrite=anew, quiet=quiet, title=title, world=world)
 
 
-def train_teacher(recipe: Recipe, folder: Path, overwrite: bool = False, quiet: bool = False) -> str:
+def train_teacher(
+    recipe: Recipe, folder: Path, overwrite: bool = False, quiet: bool = False, world: World = ALONE
+) -> str:
     """Train the teacher that `teacher.recipe` names, in `folder/teacher`, where it is not there yet.
 
     Returns:
@@ -128,7 +185,7 @@ def train_teacher(recipe: Recipe, folder: Path, overwrite: bool = False, quiet: 
     Reporter("teacher", quiet).note(
         f"no --teacher: training one by the recipe {recipe.teacher.recipe}, in {folder / 'teacher'}"
     )
-    _sub_run(sessions.teacher_recipe(recipe), folder / "teacher", overwrite, quiet, "teacher")
+    _sub_run(sessions.teacher_recipe(recipe), folder / "teacher", overwrite, quiet, "teacher", world)
     return str(folder / "teacher" / BEST)
 
 
@@ -138,7 +195,7 @@ def tell(session: Session, reporter: Reporter) -> None:
         (reporter.warn if note.warning else reporter.note)(note.text)
 
 
-def score_teacher(session: Session, reporter: Reporter) -> float | None:
+def score_teacher(session: Session, reporter: Reporter, world: World = ALONE) -> float | None:
     """Print the teacher's AP on a few validation images, and return it: a teacher that was read wrongly shows here."""
     teacher, data = session.teacher, session.validation_data
     images = min(session.recipe.run.teacher_check_images, len(data))
@@ -149,7 +206,7 @@ def score_teacher(session: Session, reporter: Reporter) -> float | None:
         return None
     teacher.to(session.device)
     few = torch.utils.data.Subset(data, [i * len(data) // images for i in range(images)])
-    ap = score(session, teacher, reporter, subset=few)["AP"]
+    ap = score(session, teacher, reporter, subset=few, world=world)["AP"]
     reporter.note(f"teacher: AP {percent(ap)} on {images} validation images")
     if ap < NEAR_ZERO_AP:
         reporter.warn(
@@ -179,7 +236,9 @@ def count_pseudo_labels(session: Session, reporter: Reporter) -> None:
         )
 
 
-def score(session: Session, detector: Detector, reporter: Reporter, *, subset: Any = None) -> dict[str, Any]:
+def score(
+    session: Session, detector: Detector, reporter: Reporter, *, subset: Any = None, world: World = ALONE
+) -> dict[str, Any]:
     """COCO figures and error types of a detector on the session's validation images, or on some of them."""
     recipe, data = session.recipe, session.validation_data
     chosen = data if subset is None else subset
@@ -188,12 +247,13 @@ def score(session: Session, detector: Detector, reporter: Reporter, *, subset: A
         metrics = evaluate(
             detector,
             chosen,
-            workers=sessions.loader_processes(recipe.data.workers),
+            workers=sessions.loader_processes(recipe.data.workers, world.local_size),
             autocast=sessions.AUTOCAST[recipe.run.precision],
             on_image=advance,
             keep_detections=detections,
+            world=world,
         )
-    metrics["errors"] = error_report(detections, data.coco).to_dict()
+    metrics["errors"] = world.on_main(lambda: error_report(detections, data.coco).to_dict())
     return metrics
 
 
@@ -204,11 +264,13 @@ def _fit(
     reporter: Reporter,
     teacher_ap: float | None,
     until: int | None,
+    world: World,
 ) -> None:
     """Train to the last epoch or `until`, saving checkpoints in our own format."""
     recipe, data = session.recipe, session.training_data
     settings = {
-        "workers": sessions.loader_processes(recipe.data.workers),
+        "workers": sessions.loader_processes(recipe.data.workers, world.local_size),
+        "share": partial(StepOrder, accumulate=recipe.optimizer.accumulate, rank=world.rank, size=world.size),
         "seed": recipe.run.seed,
         "pin_memory": session.device.type == "cuda",
     }
@@ -227,14 +289,15 @@ def _fit(
             "metrics": metrics,
         }
         if name == LAST:  # nobody goes on from best.pt, which would be three times as large
-            content["training"] = training.state_dict()
-        native.save(run / name, content)
+            content["training"] = training.state_dict(world)
+        if world.is_main:
+            native.save(run / name, content)
 
     warned = False
 
     def evaluated(student: Detector) -> dict[str, Any]:
         nonlocal warned
-        metrics = score(session, student, reporter)
+        metrics = score(session, student, reporter, world=world)
         if teacher_ap is not None and metrics["AP"] >= teacher_ap and not warned:
             warned = True
             reporter.warn(
@@ -254,6 +317,7 @@ def _fit(
             reporter=reporter,
             autocast=sessions.AUTOCAST[recipe.run.precision],
             until=until,
+            world=world,
         )
     finally:
         reporter.end()
