@@ -73,7 +73,7 @@ class Watch(Silent):
     def tell(self, message: str) -> bool:
         """End the others. Whether this process is the first to fail, which then has to say what `message` says."""
         self.leave()
-        return tell(self.store, message)
+        return self._spread(message)
 
     def suspect(self) -> None:
         """A connection was lost: look closely."""
@@ -98,7 +98,7 @@ class Watch(Silent):
                 # The store is the launcher's, or the main process's.
                 self._end(f"process {self.rank} of {self.size}: the process that started this run is gone")
             else:
-                if verdict is not None and tell(self.store, verdict):
+                if verdict is not None and self._spread(verdict):
                     self._end(verdict)
 
     def _beat(self) -> None:
@@ -136,6 +136,13 @@ class Watch(Silent):
             names = " and ".join(state["name"] for state in behind)
             return f"{names}: no progress for {behind[0]['seconds']:.0f} s, in step {behind[0]['step']}"
         return None
+
+    def _spread(self, message: str) -> bool:
+        """`tell`, and let the others hear it: where no launcher does, the main process serves the store."""
+        first = tell(self.store, message)
+        if first and self.rank == 0:
+            time.sleep(2 * BEAT_SECONDS)
+        return first
 
     def _end(self, message: str) -> None:
         print(f"error: {message}. All processes end; --resume goes on", file=sys.stderr, flush=True)
