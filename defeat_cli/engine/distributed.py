@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from defeat_cli.engine.watch import Silent, Watch
@@ -181,19 +182,19 @@ def joined() -> Iterator[World]:
         Ended: another process failed, and has said so.
         DefeatError: as it was raised inside, naming the process.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield ALONE
         return
-    rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
+    store, rank, size = next(rendezvous("env://"))
+    local = int(os.environ.get("LOCAL_RANK", "0"))
     with_gpus = torch.cuda.is_available()
     if with_gpus:
         torch.cuda.set_device(local % torch.cuda.device_count())
     backend = "cpu:gloo,cuda:nccl" if with_gpus else "gloo"
-    dist.init_process_group(backend, rank=rank, world_size=size, timeout=TIMEOUT)
     watch = Watch(rank, size)
     world = World(rank, size, local, int(os.environ.get("LOCAL_WORLD_SIZE", str(size))), watch)
     try:
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
         yield world
         world.wait()
     except (Interrupted, SystemExit):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from defeat_cli.engine.watch import tell
+from defeat_cli.engine.watch import SERVED_BY_LAUNCHER, tell
 from defeat_cli.errors import RunError
 
 POLL_SECONDS = 0.1
@@ -22,8 +22,8 @@ GRACE_SECONDS = 10.0
 """How long the processes that are left have to end by themselves once one has failed."""
 
 FORWARDED = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
-STOPPED = (130, 143)
-"""Exit codes of a process that was asked to stop, and saved."""
+WELL = {0, *(128 + getattr(signal, name) for name in FORWARDED if hasattr(signal, name))}
+"""Exit codes of a process that came to its end, or was asked to stop."""
 
 
 def started_by_another() -> bool:
@@ -31,20 +31,22 @@ def started_by_another() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def check_count(count: int, device: str) -> None:
+def check_count(count: int, device: str, option: str = "--gpus") -> None:
     """Refuse processes that have no GPU each, unless the CPU was asked for.
 
     Raises:
         RunError: says how many there are.
     """
     if count < 1:
-        raise RunError(f"--gpus {count}: give 1 or more")
+        raise RunError(f"{option} {count}: give 1 or more")
     if started_by_another():
-        raise RunError("--gpus: torchrun has started several processes already; give one of the two")
+        raise RunError(f"{option}: torchrun has started several processes already; give one of the two")
+    if count > 1 and device.startswith("cuda:"):
+        raise RunError(f"{option} {count}: run.device {device} names one GPU; leave it out")
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device != "cpu" and count > max(1, found):
         raise RunError(
-            f"--gpus {count}: this machine has {found} CUDA devices; with --device cpu it is {count} processes on the "
+            f"{option} {count}: this machine has {found} CUDA devices; with --device cpu it is {count} processes on the "
             "CPU instead"
         )
 
@@ -72,12 +74,12 @@ def launch(count: int, arguments: Sequence[str]) -> int:
         "MASTER_PORT": str(store.port),
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is ours, none of the processes serves it
+        SERVED_BY_LAUNCHER: "True",
         "TORCHELASTIC_RESTART_COUNT": "0",
         **threads_each(count),
     }
     processes: list[subprocess.Popen] = []
-    with _forwarding(processes):
+    with _forwarding(processes) as forwarded:
         try:
             for rank in range(count):
                 own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -90,30 +92,33 @@ def launch(count: int, arguments: Sequence[str]) -> int:
                         start_new_session=True,
                     )
                 )
-            _wait(processes, dist.PrefixStore("defeat/0", store))
+            _wait(processes, dist.PrefixStore("defeat/0", store), forwarded)
         finally:
             for process in processes:
                 process.kill()
                 process.wait()
-    codes = [process.returncode for process in processes if process.returncode != 0]
-    return max((code if code > 0 else 1 for code in codes), default=0)
+    codes = {_code(process, forwarded) for process in processes}
+    return max(code if code >= 0 else 1 for code in codes)
 
 
-def _wait(processes: Sequence[subprocess.Popen], store: dist.Store) -> None:
+def _code(process: subprocess.Popen, forwarded: Sequence[int]) -> int | None:
+    """A process's exit code; that of an interrupted command where a signal that we have passed on ended it."""
+    code = process.poll()
+    return 128 - code if code is not None and -code in forwarded else code
+
+
+def _wait(processes: Sequence[subprocess.Popen], store: dist.Store, forwarded: Sequence[int]) -> None:
     """Wait until all have ended well, or the first badly and the others as well as they can."""
     deadline = None
-    while any(process.poll() is None for process in processes):
-        if deadline is None:
-            failed = [r for r, p in enumerate(processes) if p.returncode not in (None, 0, *STOPPED)]
-            if failed:
-                deadline = time.monotonic() + GRACE_SECONDS
-                _say(failed[0], processes, store)
-        elif time.monotonic() > deadline:
+    while True:
+        codes = [_code(process, forwarded) for process in processes]
+        failed = [rank for rank, code in enumerate(codes) if code is not None and code not in WELL]
+        if failed and deadline is None:
+            deadline = time.monotonic() + GRACE_SECONDS
+            _say(failed[0], processes, store)
+        if None not in codes or (deadline is not None and time.monotonic() > deadline):
             return
         time.sleep(POLL_SECONDS)
-    failed = [r for r, p in enumerate(processes) if p.returncode not in (0, *STOPPED)]
-    if failed and deadline is None:
-        _say(failed[0], processes, store)
 
 
 def _say(rank: int, processes: Sequence[subprocess.Popen], store: dist.Store) -> None:
@@ -131,10 +136,12 @@ def _say(rank: int, processes: Sequence[subprocess.Popen], store: dist.Store) ->
 
 
 @contextmanager
-def _forwarding(processes: Sequence[subprocess.Popen]) -> Iterator[None]:
-    """Within, signals that ask for an end go to the processes instead."""
+def _forwarding(processes: Sequence[subprocess.Popen]) -> Iterator[list[int]]:
+    """Within, signals that ask for an end go to the processes instead; yields those that did."""
+    forwarded: list[int] = []
 
     def forward(number: int, _: Any) -> None:
+        forwarded.append(number)
         for process in processes:
             if process.poll() is None:
                 process.send_signal(number)
@@ -142,7 +149,7 @@ def _forwarding(processes: Sequence[subprocess.Popen]) -> Iterator[None]:
     numbers = [getattr(signal, name) for name in FORWARDED if hasattr(signal, name)]
     previous = {number: signal.signal(number, forward) for number in numbers}
     try:
-        yield
+        yield forwarded
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

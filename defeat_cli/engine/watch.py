@@ -34,6 +34,9 @@ SLOWER = 5.0
 
 FAILED, TOLD = "failed", "told"
 
+SERVED_BY_LAUNCHER = "TORCHELASTIC_USE_AGENT_STORE"
+"""Torch's word for it in the environment: the store is served by what started the processes, not by the first."""
+
 LOADING, COMPUTED, EVALUATING, REST = range(4)
 """Places of a step in their order: its images are awaited; its losses are there, and gradients are to be added up; an
 image is evaluated; between all that, where a process may save, score or wait for as long as it likes, if only it is
@@ -95,7 +98,10 @@ class Watch(Silent):
                     os._exit(1)
                 verdict = self._verdict()
             except dist.DistError:
-                # The store is the launcher's, or the main process's.
+                # The store is the launcher's, or where there is none the main process's. Without it nobody can tell
+                # who has said so already: one process of each machine does.
+                if os.environ.get("LOCAL_RANK", "0") != "0" and SERVED_BY_LAUNCHER in os.environ:
+                    os._exit(1)
                 self._end(f"process {self.rank} of {self.size}: the process that started this run is gone")
             else:
                 if verdict is not None and self._spread(verdict):

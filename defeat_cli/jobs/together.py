@@ -6,8 +6,9 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from defeat_cli.console import console
+from defeat_cli.console import console, errors
 from defeat_cli.engine.distributed import World, joined
+from defeat_cli.errors import Interrupted
 
 
 @contextmanager
@@ -18,4 +19,8 @@ def working_together() -> Iterator[World]:
         with warnings.catch_warnings():
             if not world.is_main:
                 warnings.simplefilter("ignore")
-            yield world
+            try:
+                yield world
+            except Interrupted:
+                errors.quiet = not world.is_main
+                raise
