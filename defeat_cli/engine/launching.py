@@ -46,8 +46,8 @@ def check_count(count: int, device: str, option: str = "--gpus") -> None:
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device != "cpu" and count > max(1, found):
         raise RunError(
-            f"{option} {count}: this machine has {found} CUDA devices; with --device cpu it is {count} processes on the "
-            "CPU instead"
+            f"{option} {count}: this machine has {found} CUDA devices; with --device cpu it is {count} processes "
+            "on the CPU instead"
         )
 
 
