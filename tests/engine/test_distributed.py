@@ -190,6 +190,16 @@ def test_one_of_two_that_is_killed_ends_the_other_and_the_run_resumes_exactly(ki
     assert (killed / "student.pth").read_bytes() == (folder / "student.pth").read_bytes()
 
 
+def test_one_that_is_asked_to_stop_stops_all_and_saves_once(arguments, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_step", dying(2, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+        outcomes = command(2, *arguments, "-o", tmp_path / "run")
+    assert {outcome.code for outcome in outcomes} <= {130, 143}
+    assert [outcome.errors.count("stopped:") for outcome in outcomes] == [1, 0]
+    assert "step 3 is saved" in outcomes[0].errors
+    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["training"]["step"] == 3
+
+
 def test_another_number_of_processes_goes_on_at_the_same_step(killed, pair, arguments, defeat):
     folder, _ = pair
     output = defeat(*arguments, "-o", killed, "--resume")

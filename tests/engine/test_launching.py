@@ -2,12 +2,9 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
-from runs import setting
 
 from defeat_cli.engine import launching
 from defeat_cli.engine.launching import WELL, check_count, launch, threads_each
@@ -66,22 +63,16 @@ time.sleep(60)
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-def test_a_signal_to_the_command_saves_once_and_ends_all(tiny, tmp_path):
-    arguments = ["train", "-r", tiny, "-o", tmp_path / "run", "--gpus", 2, "--device", "cpu"]
-    settings = setting(schedule__epochs=500, run__evaluate_every=500, run__log_every=10)
-    command = [sys.executable, "-m", "defeat_cli", *map(str, [*arguments, *settings])]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    ) as process:
-        while "step 10/" not in (line := process.stdout.readline()):
-            assert line, process.stderr.read()
-        process.terminate()
-        _, errors = process.communicate(timeout=60)
-    assert process.returncode in (130, 143)
-    assert errors.count("stopped:") == 1
-    assert "--resume goes on from there" in errors
-    assert (tmp_path / "run" / "last.pt").exists()
+def test_the_command_starts_itself_once_a_gpu(defeat, tiny, tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(launching, "launch", lambda *call: started.append(call) or 2)
+    arguments = ["train", "-r", str(tiny), "-o", str(tmp_path / "run"), "--device", "cpu"]
+    defeat(*arguments, "--gpus", 3, "--seed", 4, code=2)
+    defeat(*arguments, "--gpus=3", code=2)
+    assert started == [(3, ["defeat_cli", *arguments, "--seed", "4"]), (3, ["defeat_cli", *arguments])]
+    assert "0 CUDA devices" in defeat(*arguments[:-2], "--gpus", 2, "--set", "run.device=auto", code=2)
+    assert "unknown key" in defeat(*arguments, "--gpus", 3, "--set", "run.gpus=1", code=2)
+    assert len(started) == 2
 
 
 @pytest.mark.parametrize(
