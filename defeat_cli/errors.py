@@ -32,5 +32,12 @@ class Ended(Exception):  # noqa: N818 - the error is another's
     """Another process of this run failed and has said why; this one has nothing to add."""
 
 
-class Interrupted(Exception):  # noqa: N818 - nothing went wrong
-    """The user, or the system, asked a run to stop. The message says how to go on."""
+class Interrupted(BaseException):
+    """The user, or the system, asked a run to stop. The message says how to go on.
+
+    code: exit status of the process.
+    """
+
+    def __init__(self, message: str, code: int = 130) -> None:
+        super().__init__(message)
+        self.code = code

@@ -39,6 +39,9 @@ def train(
     output: OutputOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")] = False,
     overwrite: OverwriteOption = False,
+    changed_data: Annotated[
+        bool, typer.Option("--changed-data", help="With --resume: go on though the data is not what it was.")
+    ] = False,
     device: DeviceOption = None,
     gpus: Annotated[
         int | None, typer.Option(help="Processes, one a GPU of this machine; on the CPU with --device cpu.")
@@ -78,7 +81,15 @@ def train(
     from defeat_cli.jobs.together import working_together
 
     with working_together() as world:
-        results = training.train(chosen, folder, resume=resume, overwrite=overwrite, quiet=quiet, world=world)
+        results = training.train(
+            chosen,
+            folder,
+            resume=resume,
+            overwrite=overwrite,
+            changed_data=changed_data,
+            quiet=quiet,
+            world=world,
+        )
         show(results_table(results))
         console.print(
             f"written to {folder}/: student.pth (for torchvision), best.pt, results.json, curves.png", soft_wrap=True

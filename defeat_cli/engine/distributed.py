@@ -58,13 +58,13 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def any(self, *flags: bool) -> list[bool]:
-        """For each flag, whether it is set on some process."""
+    def most(self, *numbers: int) -> list[int]:
+        """The largest of each number over all processes; of flags, whether some process has set them."""
         if self.size == 1:
-            return list(flags)
-        numbers = torch.tensor(flags, dtype=torch.int32)
-        dist.all_reduce(numbers, dist.ReduceOp.MAX)
-        return [bool(number) for number in numbers.tolist()]
+            return list(numbers)
+        largest = torch.tensor(numbers, dtype=torch.int64)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return largest.tolist()
 
     def gather(self, value: Value) -> list[Value]:
         """The values of all processes by rank, on the main one; nothing on the others."""
@@ -97,7 +97,7 @@ class World:
 
     def wait(self) -> None:
         """Wait until all processes have come here."""
-        self.any(False)
+        self.most(0)
 
     def average(self, tensors: Sequence[Tensor], weight: float) -> None:
         """Put the weighted mean over all processes in place of floating-point tensors of equal dtype."""
@@ -198,9 +198,12 @@ def joined() -> Iterator[World]:
         yield world
         world.wait()
     except (Interrupted, SystemExit):
-        watch.leave()
+        watch.stopped()
         raise
     except BaseException as error:
+        if _lost_connection(error) and watch.others_stopped:
+            watch.stopped()
+            raise Interrupted("another process was asked to stop; --resume goes on") from None
         if _lost_connection(error):
             # Asked to stop now, by a launcher that ends the survivors, we would not learn why.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)

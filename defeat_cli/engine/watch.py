@@ -32,7 +32,7 @@ HANG_SECONDS = 40.0
 SLOWER = 5.0
 """How many times the longest time at one place, so far, it may take."""
 
-FAILED, TOLD = "failed", "told"
+FAILED, TOLD, STOPPED = "failed", "told", "stopped"
 
 SERVED_BY_LAUNCHER = "TORCHELASTIC_USE_AGENT_STORE"
 """Torch's word for it in the environment: the store is served by what started the processes, not by the first."""
@@ -77,6 +77,19 @@ class Watch(Silent):
         """End the others. Whether this process is the first to fail, which then has to say what `message` says."""
         self.leave()
         return self._spread(message)
+
+    def stopped(self) -> None:
+        """This process was asked to stop; the others may wait for it, and are to stop too."""
+        with contextlib.suppress(dist.DistError):
+            self.store.set(STOPPED, "")
+        self.leave()
+
+    @property
+    def others_stopped(self) -> bool:
+        """Whether some process was asked to stop."""
+        with contextlib.suppress(dist.DistError):
+            return self.store.check([STOPPED])
+        return False
 
     def suspect(self) -> None:
         """A connection was lost: look closely."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from defeat_cli.ablation.running import Calls, run_study
 from defeat_cli.ablation.study import Study
 from defeat_cli.config.schema import Recipe
+from defeat_cli.engine.stopping import stoppable
 from defeat_cli.jobs import training
 from defeat_cli.session import Session, assemble
 
@@ -29,7 +30,8 @@ def ablate(
         return training.train_teacher(recipe, folder, quiet=quiet) if trained_here else None
 
     calls = Calls(check, obtain_teacher, partial(command, processes=gpus_per_run))
-    return run_study(study, calls, jobs=jobs, gpus_per_run=gpus_per_run, sort=sort, quiet=quiet)
+    with stoppable(lambda: "the study is stopped; the same command goes on with it"):
+        return run_study(study, calls, jobs=jobs, gpus_per_run=gpus_per_run, sort=sort, quiet=quiet)
 
 
 def command(folder: Path, epoch: int, processes: int = 1) -> list[str]:

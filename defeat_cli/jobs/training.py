@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,15 @@ from defeat_cli.engine.curves import draw_curves
 from defeat_cli.engine.detection_errors import error_report
 from defeat_cli.engine.distributed import ALONE, World
 from defeat_cli.engine.evaluation import evaluate
+from defeat_cli.engine.locking import locked, refuse_locked
 from defeat_cli.engine.loop import fit
 from defeat_cli.engine.monitor import seen
-from defeat_cli.engine.runs import BEST, CURVES, LAST, RESULTS, STUDENT, RunFolder, write_json
+from defeat_cli.engine.runs import BEST, CURVES, LAST, PREVIOUS, RESULTS, STUDENT, RunFolder
+from defeat_cli.engine.stopping import stoppable
 from defeat_cli.errors import RunError
 from defeat_cli.export.loader import write_loader
+from defeat_cli.files import write_json
+from defeat_cli.jobs import resuming
 from defeat_cli.session import Session, assemble
 
 NEAR_ZERO_AP = 0.01
@@ -41,6 +46,7 @@ def train(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    changed_data: bool = False,
     quiet: bool = False,
     title: str = "student",
     until: int | None = None,
@@ -52,9 +58,10 @@ def train(
     Everything that can be wrong with the input is found before anything is written or trained.
 
     Args:
-        world: the processes that train together, each of which has to call this. Only the main one uses the folder.
+        changed_data: resume on data that is not what it was.
         until: epoch after whose evaluation the run stops, saved; None goes on to the last.
         known_teacher: gives the teacher's figures on the validation images where somebody has them already.
+        world: the processes that train together, each of which has to call this. Only the main one uses the folder.
 
     Returns:
         What `results.json` holds: `student`, and `teacher` and `plain` where there are any, each with COCO figures.
@@ -67,64 +74,65 @@ def train(
     run = RunFolder(folder)
     if resume and overwrite:
         raise RunError("--resume and --overwrite contradict each other; give one of them")
-    if resume and not run.exists:
-        raise RunError(f"{folder}: holds no run to resume; leave --resume out to start one")
+    if changed_data and not resume:
+        raise RunError("--changed-data: is about a run that is resumed; add --resume")
+    with stoppable(lambda: _standing(run)):
+        done = world.on_main(lambda: _look(run, recipe, reporter, resume, overwrite))
+        if done is not None:
+            return done
+        session = assemble_together(recipe, world)
+        if not session.teacher_is_trained:
+            teacher = train_teacher(recipe, folder, overwrite, quiet, changed_data, world)
+            session = assemble_together(recipe, world, teacher)
+        tell(session, reporter)
+        tell_share(recipe, world, reporter)
+        teacher_ap = score_teacher(session, reporter, world)
+        count_pseudo_labels(session, reporter)
+        with locked(folder) if world.is_main else nullcontext():
+            world.on_main(lambda: run.open(recipe, resume=resume, overwrite=overwrite))
+            training = begin(recipe, session.distiller, session.device, world)
+            if resume:
+                resuming.take_up(run, training, session, reporter, changed_data=changed_data, world=world)
+            _fit(session, run, training, reporter, teacher_ap, until, world)
+            results = _finish(session, run, training, reporter, known_teacher, world)
+            if recipe.run.compare_plain and session.teacher is not None:
+                plain = _sub_run(
+                    plain_recipe(recipe), run / "plain", overwrite, quiet, "plain student", changed_data, world
+                )
+                results["plain"] = plain["student"]
+            if world.is_main:
+                write_json(run / RESULTS, results)
+                (run / PREVIOUS).unlink(missing_ok=True)
+            return world.on_all(results)
 
-    def finished() -> dict[str, Any] | None:
-        run.check(recipe, resume=resume, overwrite=overwrite)
-        if resume and run.prolonged_by(recipe):
-            epochs = recipe.schedule.epochs
-            reporter.note(f"{folder}: goes on to {epochs} epochs, by the learning rates of that schedule")
-        elif resume and run.finished:
-            reporter.note(f"{folder}: is finished already; more epochs are possible: --set schedule.epochs=N")
-            return run.results()
-        return None
 
-    if (results := world.on_main(finished)) is not None:
-        return results
-    session = assemble_together(recipe, world)
-    if not session.teacher_is_trained:
-        session = assemble_together(recipe, world, train_teacher(recipe, folder, overwrite, quiet, world))
-    tell(session, reporter)
-    tell_share(recipe, world, reporter)
-    teacher_ap = score_teacher(session, reporter, world)
-    count_pseudo_labels(session, reporter)
-
-    training = begin(recipe, session.distiller, session.device, world)
-
-    def opened() -> dict[str, Any] | None:
-        run.open(recipe, resume=resume, overwrite=overwrite)
-        state = native.load(run / LAST)["training"] if resume and (run / LAST).is_file() else None
-        run.forget_after(state["step"] if state else 0)
-        return state
-
-    if (state := world.on_main(opened)) is not None:
-        before = training.load_state_dict(state, world)
-        if before != world.size:
-            reporter.note(f"{folder}: {before} processes until step {training.step}, {world.size} from there on")
-    _fit(session, run, training, reporter, teacher_ap, until, world)
-
-    results = {"training_seconds": round(training.seconds, 1)}
-    if session.unlabelled is not None:
-        results["seen"] = world.on_all(seen(training, world))
-        reporter.note(f"{title}: trained on {spoken_counts(results['seen'])} images, each time that one was seen")
-    if session.teacher is not None and match_classes(session.validation_data.classes, session.teacher.classes):
-        results["teacher"] = world.on_main(known_teacher) or score(session, session.teacher, reporter, world=world)
-    if world.is_main:
-        results = {"student": _export(session, run)["metrics"], **results}
-        draw_curves(run.metrics(), run / CURVES, list(session.distiller.terms))
-    if recipe.run.compare_plain and session.teacher is not None:
-        plain = _sub_run(plain_recipe(recipe), folder / "plain", overwrite, quiet, "plain student", world)
-        results["plain"] = plain["student"]
-    if world.is_main:
-        write_json(run / RESULTS, results)
-    return world.on_all(results)
+def _look(run: RunFolder, recipe: Recipe, reporter: Reporter, resume: bool, overwrite: bool) -> dict[str, Any] | None:
+    """Find out whether a recipe can be run in a folder; its results where that has been done already."""
+    has_teacher_run = recipe.teacher.recipe is not None and RunFolder(run / "teacher").exists
+    if resume and not run.exists and not has_teacher_run:
+        raise RunError(f"{run.path}: holds no run to resume; leave --resume out to start one")
+    refuse_locked(run.path)
+    if resume and run.exists:
+        resuming.mend(run, reporter)
+    run.check(recipe, resume=resume, overwrite=overwrite)
+    if resume and run.exists and run.prolonged_by(recipe):
+        text = f"{run.path}: goes on to {recipe.schedule.epochs} epochs, by the learning rates of that schedule"
+        reporter.note(text)
+    elif resume and run.finished:
+        reporter.note(f"{run.path}: is finished already; more epochs are possible: --set schedule.epochs=N")
+        return run.results()
+    return None
 
 
 def assemble_together(recipe: Recipe, world: World, teacher: str | None = None) -> Session:
-    """A session on every process, and what processes that share its batches have to have."""
+    """A session on every process, with what processes that share its batches have to have.
+
+    Raises:
+        DefeatError: as `assemble`; or these processes cannot share the recipe's device or its batches.
+    """
     session = world.main_first(lambda: assemble(recipe, teacher=teacher))
     world.check_device(session.device)
+    pieces(recipe.data.batch_size, recipe.optimizer.accumulate, world.size)
     if recipe.student.sync_bn and world.size > 1:
         if session.device.type != "cuda":
             raise RunError("student.sync_bn: torch has it for CUDA devices only; leave it out on the CPU")
@@ -146,9 +154,38 @@ def tell_share(recipe: Recipe, world: World, reporter: Reporter) -> None:
     )
 
 
-def _export(session: Session, run: RunFolder) -> dict[str, Any]:
-    """Write the student of the best epoch for plain torchvision; its checkpoint."""
-    recipe, best = session.recipe, native.load(run / BEST)
+def _standing(run: RunFolder) -> str:
+    """What is said where a run is stopped while no step is under way."""
+    return f"{run.path}: {'all steps so far are saved; --resume goes on' if run.exists else 'nothing was trained yet'}"
+
+
+def _finish(
+    session: Session,
+    run: RunFolder,
+    training: Training,
+    reporter: Reporter,
+    known_teacher: Callable[[], dict[str, Any] | None],
+    world: World,
+) -> dict[str, Any]:
+    """Write what a finished run leaves, all but its results, which are returned."""
+    results = {"student": world.on_main(lambda: _export(session, run, reporter)["metrics"])}
+    results["training_seconds"] = round(training.seconds, 1)
+    if session.unlabelled is not None:
+        results["seen"] = world.on_all(seen(training, world))
+        text = f"trained on {spoken_counts(results['seen'])} images, each time that one was seen"
+        reporter.note(f"{reporter.title}: {text}")
+    if session.teacher is not None and match_classes(session.validation_data.classes, session.teacher.classes):
+        results["teacher"] = world.on_main(known_teacher) or score(session, session.teacher, reporter, world=world)
+    if world.is_main:
+        draw_curves(run.metrics(), run / CURVES, list(session.distiller.terms))
+    return results
+
+
+def _export(session: Session, run: RunFolder, reporter: Reporter) -> dict[str, Any]:
+    """Write the best epoch's student for plain torchvision; its checkpoint."""
+    recipe = session.recipe
+    run.log()  # lines that could not be written before
+    best = resuming.best_or_last(run, reporter)
     native.write_atomically(run / STUDENT, native.exported(best, str(run / BEST)))
     write_loader(run / STUDENT, recipe.student, best["classes"], recipe.data.short_side[-1], recipe.data.long_side)
     return best
@@ -163,16 +200,32 @@ def plain_recipe(recipe: Recipe) -> Recipe:
     return recipes.validate(content, "the plain student's recipe")
 
 
-def _sub_run(recipe: Recipe, folder: Path, overwrite: bool, quiet: bool, title: str, world: World) -> dict[str, Any]:
+def _sub_run(
+    recipe: Recipe, folder: Path, overwrite: bool, quiet: bool, title: str, changed_data: bool, world: World
+) -> dict[str, Any]:
     """A run that another needs: begun, gone on with, or taken as it is where it is finished."""
     run = RunFolder(folder)
-    exists = world.on_main(lambda: run.exists)
     anew = world.on_main(lambda: overwrite and run.exists and not run.holds(recipe))
-    return train(recipe, folder, resume=exists and not anew, overwrite=anew, quiet=quiet, title=title, world=world)
+    resume = world.on_main(lambda: run.exists) and not anew
+    return train(
+        recipe,
+        folder,
+        resume=resume,
+        overwrite=anew,
+        changed_data=changed_data and resume,
+        quiet=quiet,
+        title=title,
+        world=world,
+    )
 
 
 def train_teacher(
-    recipe: Recipe, folder: Path, overwrite: bool = False, quiet: bool = False, world: World = ALONE
+    recipe: Recipe,
+    folder: Path,
+    overwrite: bool = False,
+    quiet: bool = False,
+    changed_data: bool = False,
+    world: World = ALONE,
 ) -> str:
     """Train the teacher that `teacher.recipe` names, in `folder/teacher`, where it is not there yet.
 
@@ -185,7 +238,7 @@ def train_teacher(
     Reporter("teacher", quiet).note(
         f"no --teacher: training one by the recipe {recipe.teacher.recipe}, in {folder / 'teacher'}"
     )
-    _sub_run(sessions.teacher_recipe(recipe), folder / "teacher", overwrite, quiet, "teacher", world)
+    _sub_run(sessions.teacher_recipe(recipe), folder / "teacher", overwrite, quiet, "teacher", changed_data, world)
     return str(folder / "teacher" / BEST)
 
 
@@ -280,6 +333,8 @@ def _fit(
         beside = recipe.data.unlabelled_a_batch
         loader = mixed_loader(data, session.unlabelled, recipe.data.batch_size, beside, **settings)
 
+    begun_on = resuming.fingerprints(session) if world.is_main else {}
+
     def save(training: Training, name: str, metrics: dict[str, Any]) -> None:
         content = {
             "recipe": recipe.model_dump(),
@@ -288,10 +343,21 @@ def _fit(
             "terms": training.distiller.terms.state_dict(),
             "metrics": metrics,
         }
-        if name == LAST:  # nobody goes on from best.pt, which would be three times as large
-            content["training"] = training.state_dict(world)
-        if world.is_main:
+        # Nobody goes on from best.pt, which would be three times as large.
+        state = training.state_dict(world) if name == LAST else None
+        if not world.is_main:
+            return
+        if state is None:
             native.save(run / name, content)
+            return
+        content |= {"training": state, "data": begun_on, "log": run.log_seal()}
+        try:
+            native.save(run / LAST, content, keep=run / PREVIOUS)
+        except OSError:
+            if not (run / PREVIOUS).exists() or not (run / LAST).exists():
+                raise
+            (run / PREVIOUS).unlink()  # the room that it takes may be what is missing
+            native.save(run / LAST, content, keep=run / PREVIOUS)
 
     warned = False
 

@@ -22,6 +22,7 @@ from defeat_cli.config.schema import Recipe
 from defeat_cli.console import console
 from defeat_cli.engine.launching import launch, started_by_another
 from defeat_cli.engine.runs import RECIPE, RunFolder
+from defeat_cli.engine.stopping import stop_requested
 from defeat_cli.errors import Ended, Interrupted
 from defeat_cli.jobs import training
 from defeat_cli.jobs.together import working_together
@@ -38,7 +39,8 @@ def main(folder: Path, epoch: int, processes: int = 1) -> int:
     recipe = recipes.load(str(folder / RECIPE))
     known = partial(known_teacher, recipe, folder)
     try:
-        with working_together() as world:
+        # A batch system asks every process to stop, and then the study asks us again: that is one request.
+        with stop_requested(patient=True), working_together() as world:
             training.train(recipe, folder, resume=True, until=epoch, known_teacher=known, world=world)
     except Ended:
         return 1

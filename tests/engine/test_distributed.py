@@ -98,7 +98,7 @@ def test_what_shares_an_evaluation_changes_nothing(shapes):
 
 @pytest.fixture(scope="module")
 def arguments(tiny, teacher):
-    settings = setting(optimizer__accumulate=2, run__log_every=1, run__checkpoint_every=1, optimizer__ema=0.5)
+    settings = setting(optimizer__accumulate=2, run__log_every=1, run__save_every=1, optimizer__ema=0.5)
     return ["train", "-r", tiny, "-t", teacher, *settings]
 
 
