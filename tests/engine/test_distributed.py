@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import time
 
@@ -166,18 +167,23 @@ def said(outcomes):
     return errors[0]
 
 
-@pytest.fixture
-def killed(arguments, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def broken_off(arguments, tmp_path_factory):
     """A run of two processes of which one was killed before its last step."""
-    with monkeypatch.context() as patch:
+    folder = tmp_path_factory.mktemp("runs") / "broken_off"
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "train_step", dying(3, lambda: os.kill(os.getpid(), signal.SIGKILL)))
         began = time.monotonic()
-        outcomes = command(2, *arguments, "-o", tmp_path / "run")
+        outcomes = command(2, *arguments, "-o", folder)
     assert time.monotonic() - began < 45
-    assert outcomes[1].code == -signal.SIGKILL
-    assert outcomes[0].code == 1
+    assert [outcome.code for outcome in outcomes] == [1, -signal.SIGKILL]
     assert re.search(r"process 1 of 2 \(.*\) is gone", said(outcomes))
-    return tmp_path / "run"
+    return folder
+
+
+@pytest.fixture
+def killed(broken_off, tmp_path):
+    return shutil.copytree(broken_off, tmp_path / "run")
 
 
 def test_one_of_two_that_is_killed_ends_the_other_and_the_run_resumes_exactly(killed, pair, arguments):
