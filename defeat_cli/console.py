@@ -86,6 +86,13 @@ class Reporter:
                 soft_wrap=True,
             )
 
+    def left_out(self, step: int, reason: str) -> None:
+        """A step changed nothing, because its `loss` or `gradient` was not finite, or by an `overflow`."""
+        if reason != "overflow":
+            self.warn(f"step {step} is left out: its {reason} is not finite")
+        elif not self.quiet:
+            console.print(f"step {step} is left out: its gradients overflowed, and the loss scale is lowered")
+
     def evaluated(self, epoch: int, metrics: dict[str, Any]) -> None:
         """An epoch was evaluated."""
         self.last_ap = f"AP {percent(metrics['AP'])}"

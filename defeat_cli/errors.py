@@ -28,6 +28,10 @@ class RunError(DefeatError):
     """A run or study folder, or a device, that cannot be used as asked."""
 
 
+class OutOfMemoryError(RunError):
+    """What was asked for does not fit the memory. The message says what would."""
+
+
 class Ended(Exception):  # noqa: N818 - the error is another's
     """Another process of this run failed and has said why; this one has nothing to add."""
 

@@ -46,6 +46,7 @@ class Session:
     unlabelled: images without annotations that the terms see too; None where there are none, or no terms.
     teacher_is_trained: False while the recipe's own teacher is still to be trained; `teacher` then has random weights.
     notes: what a user should know before the run, in order.
+    checkpoint: the teacher's, where it has one.
     """
 
     recipe: Recipe
@@ -58,6 +59,14 @@ class Session:
     unlabelled: ImageFolder | None = None
     teacher_is_trained: bool = True
     notes: list[Note] = field(default_factory=list)
+    checkpoint: str | None = None
+
+    def files_of(self, ids: Sequence, targets: Sequence) -> list[Path]:
+        """The image files of a training batch."""
+        return [
+            self.unlabelled.folder / name if target is None else self.training_data.file_of(name)
+            for name, target in zip(ids, targets, strict=True)
+        ]
 
     @property
     def steps(self) -> int:
@@ -115,25 +124,63 @@ def assemble(recipe: Recipe, teacher: str | None = None, like: Session | None = 
             )
         unlabelled, remarks = _open_unlabelled(recipe, training_data, validation_data, like)
         notes += remarks
+    distiller, remarks = build_distiller(recipe, student, checkpoint, like, unlabelled=unlabelled is not None)
+    notes += remarks
+    return Session(
+        recipe,
+        device,
+        training_data,
+        validation_data,
+        student,
+        distiller.teacher,
+        distiller,
+        unlabelled,
+        checkpoint is not None or not has_teacher,
+        notes,
+        checkpoint,
+    )
+
+
+def build_distiller(
+    recipe: Recipe,
+    student: Detector,
+    checkpoint: str | None,
+    like: Session | None = None,
+    *,
+    unlabelled: bool = False,
+) -> tuple[Distiller, list[Note]]:
+    """The student with the teacher and terms that its recipe asks for, and what a user should know of them.
+
+    Args:
+        checkpoint: the teacher's. Without one, the teacher of `teacher.recipe` stands there untrained.
+        like: as of `assemble`.
+        unlabelled: whether there are unlabelled images.
+
+    Raises:
+        DefeatError: the teacher cannot be read, or the pair cannot have what the recipe asks for.
+    """
+    notes: list[Note] = []
+    has_teacher = checkpoint is not None or recipe.teacher.recipe is not None
     supervisor, terms, pseudo_labels = None, {}, None
     if has_teacher and not recipe.distillation.terms:
         use = "inherits from it alone" if recipe.student.inherit else "is trained without its teacher"
         notes.append(Note(f"no term of distillation is on: the student {use}"))
     if has_teacher and (recipe.distillation.terms or recipe.student.inherit):
-        if like is not None and like.teacher is not None and like.recipe.teacher == recipe.teacher and teacher is None:
+        as_said = checkpoint == recipe.teacher.checkpoint
+        if as_said and like is not None and like.teacher is not None and like.recipe.teacher == recipe.teacher:
             supervisor = like.teacher
         elif checkpoint is not None:
             loaded = load_teacher(
                 checkpoint,
                 recipe.teacher.architecture,
-                classes=training_data.classes,
+                classes=student.classes,
                 sizes=(recipe.data.short_side[-1], recipe.data.long_side),
             )
             supervisor = loaded.detector
             notes += [Note(f"teacher: {text}") for text in loaded.notes]
             notes += [Note(f"teacher: {text}", warning=True) for text in loaded.assumptions]
         else:
-            supervisor = build_student(teacher_recipe(recipe), training_data.classes)
+            supervisor = build_student(teacher_recipe(recipe), student.classes)
         if recipe.teacher.size == "student":
             notes += _shown_at_size_of(student, supervisor)
         notes += inherit(recipe.student.inherit, student, supervisor)
@@ -146,7 +193,7 @@ def assemble(recipe: Recipe, teacher: str | None = None, like: Session | None = 
                 own_size=recipe.teacher.size == "own",
             )
             notes += remarks
-        if unlabelled is not None:
+        if unlabelled:
             pseudo_labels = PseudoLabels(
                 student, supervisor, recipe.data.unlabelled_threshold, recipe.distillation.class_map
             )
@@ -161,18 +208,7 @@ def assemble(recipe: Recipe, teacher: str | None = None, like: Session | None = 
         balance=recipe.distillation.balance,
         pseudo_labels=pseudo_labels,
     )
-    return Session(
-        recipe,
-        device,
-        training_data,
-        validation_data,
-        student,
-        distiller.teacher,
-        distiller,
-        unlabelled,
-        checkpoint is not None or not has_teacher,
-        notes,
-    )
+    return distiller, notes
 
 
 def choose_device(name: str, precision: str = "fp32") -> torch.device:

@@ -10,10 +10,11 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from defeat_cli import __version__
-from defeat_cli.commands import ablate, check, convert, export, gradmap, predict, train
+from defeat_cli.commands import ablate, bench, check, convert, export, gradmap, predict, train
 from defeat_cli.commands import eval as evaluation
 from defeat_cli.console import console, errors
 from defeat_cli.errors import DefeatError, Ended, Interrupted
+from defeat_cli.memory import shortage
 
 
 class CleanErrors(TyperGroup):
@@ -31,21 +32,29 @@ class CleanErrors(TyperGroup):
             return super().invoke(ctx)
         except Ended:
             raise typer.Exit(1) from None
-        except DefeatError as error:
-            errors.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
-            raise typer.Exit(2) from None
-        except OSError as error:
-            if error.errno == errno.EPIPE:  # whoever read our output has enough
-                raise
-            place = f"{error.filename}: " if error.filename else ""
-            errors.print(f"[bold red]error:[/] {escape(f'{place}{error.strerror or error}')}", soft_wrap=True)
-            raise typer.Exit(2) from None
         except Interrupted as stop:
             errors.print(f"[yellow]stopped:[/] {escape(str(stop))}", soft_wrap=True)
             raise typer.Exit(stop.code) from None
         except KeyboardInterrupt:
             errors.print("[yellow]stopped[/] at once", soft_wrap=True)
             raise typer.Exit(130) from None
+        except Exception as error:
+            message = _explained(error)
+            if message is None:
+                raise
+            errors.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
+            raise typer.Exit(2) from None
+
+
+def _explained(error: Exception) -> str | None:
+    """The one message of an error that is no programming error; None where it is one."""
+    if isinstance(error, DefeatError):
+        return str(error)
+    if (reason := shortage(error)) is not None:
+        return f"out of memory: {reason}"
+    if isinstance(error, OSError) and error.errno != errno.EPIPE:  # then, whoever read our output has enough
+        return f"{error.filename}: {error.strerror or error}" if error.filename else str(error.strerror or error)
+    return None
 
 
 app = typer.Typer(
@@ -76,6 +85,7 @@ app.command("ablate")(ablate.ablate)
 app.command("gradmap", help="The same as visualize-gradients.")(gradmap.visualize_gradients)
 app.command("visualize-gradients")(gradmap.visualize_gradients)
 app.command("check")(check.check)
+app.command("bench")(bench.bench)
 app.command("convert")(convert.convert)
 app.command("predict")(predict.predict)
 app.command("export")(export.export)

@@ -18,6 +18,7 @@ from defeat_cli.commands.options import (
     SetOption,
     TeacherOption,
     VariantsOption,
+    options_said,
     overrides,
     recipe_to_train,
     without,
@@ -52,11 +53,20 @@ def train(
     ] = None,
     set_: SetOption = None,
     quiet: QuietOption = False,
+    replay: Annotated[
+        Path | None,
+        typer.Option(
+            help="Make the step of a bad_step.pt again, alone. With --device and --teacher; nothing is written."
+        ),
+    ] = None,
     list_recipes: Annotated[bool, typer.Option("--list-recipes", help="Show the shipped recipes.")] = False,
 ) -> None:
     """Distil a student from a teacher (or, without one, train a detector)."""
     if list_recipes:
         show_recipes()
+        return
+    if replay is not None:
+        show_replay(replay, device, teacher, options_said(ctx))
         return
     if variants and not variant:
         raise DefeatError("--variants: names no variant to train; add --variant NAME, or use defeat ablate")
@@ -94,6 +104,24 @@ def train(
         console.print(
             f"written to {folder}/: student.pth (for torchvision), best.pt, results.json, curves.png", soft_wrap=True
         )
+
+
+def show_replay(file: Path, device: str | None, teacher: str | None, said: dict[str, str]) -> None:
+    """Print a step that is made again.
+
+    Raises:
+        DefeatError: an option is given that has no effect on it.
+    """
+    if idle := [option for name, option in said.items() if name not in ("replay", "device", "teacher")]:
+        raise DefeatError(f"--replay takes all else from {file}; leave out {', '.join(idle)}")
+    from defeat_cli.jobs.replaying import replay
+
+    again = replay(file, device, teacher)
+    for line in again.lines:
+        console.print(escape(line), soft_wrap=True)
+    for table in again.tables():
+        show(table)
+    console.print("the same values as in the run" if again.same else "[yellow]not the values of the run[/]")
 
 
 def show_recipes() -> None:

@@ -226,6 +226,8 @@ class Optimizer(Section):
     """Weight decay of normalisation parameters and biases; null takes `weight_decay`."""
     clip_norm: Positive | None = 35.0
     """Gradients are scaled down to this norm; null leaves them."""
+    skip_nonfinite: Annotated[int, Field(ge=0)] = 0
+    """Steps in a row that may be left out because a loss or gradient is not finite; the next one ends the run."""
     accumulate: Count = 1
     """Batches whose gradients are averaged in one step: those of a process one after another, several processes' at the
     same time. Where there are fewer batches than processes each batch is cut into pieces."""

@@ -43,6 +43,11 @@ class Share:
     total: int
 
     @property
+    def counts(self) -> bool:
+        """Whether it has a part that counts; all of them do then."""
+        return self.parts[0].counts
+
+    @property
     def has_last(self) -> bool:
         """Whether the step's last part is among them, the one on which pulls are measured."""
         return any(part.counts and part.number == self.total - 1 for part in self.parts)

@@ -15,6 +15,7 @@ from defeat_cli.config.schema import Recipe
 from defeat_cli.detectors.contract import Detector
 from defeat_cli.distillation.distiller import Distiller
 from defeat_cli.engine.distributed import ALONE, World
+from defeat_cli.engine.faults import Health
 from defeat_cli.engine.optimization import build_optimizer
 
 
@@ -26,6 +27,7 @@ class Training:
     seconds: time spent training, evaluation left out.
     seen: how many labelled and how many unlabelled images the student was trained on, one that is seen twice as two.
     sums: running sums of the logged values since the last log line, on the device; counts: how many are in each.
+    health: what is remembered of steps that went wrong.
     parallel: what a step calls for the distiller's losses: the distiller, or what averages its gradients over
         processes. `seen`, `sums` and `counts` are this process's own; all else is the same on every process.
     """
@@ -42,6 +44,7 @@ class Training:
     seen: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("labelled", "unlabelled"), 0))
     sums: dict[str, Tensor] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
+    health: Health = field(default_factory=Health)
 
     @property
     def evaluated(self) -> Detector:
@@ -62,6 +65,7 @@ class Training:
             "best_ap": self.best_ap,
             "seconds": self.seconds,
             "processes": world.gather({"seen": self.seen, "sums": _on_cpu(self.sums), "counts": self.counts}),
+            "health": self.health.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any], world: World = ALONE) -> int:
@@ -87,6 +91,7 @@ class Training:
         self.seen = _added([own["seen"] for own in mine]) or self.seen
         self.sums = {name: value.to(device) for name, value in _added([own["sums"] for own in mine]).items()}
         self.counts = _added([own["counts"] for own in mine])
+        self.health.load_state_dict(state.get("health", {}))
         return len(every)
 
 

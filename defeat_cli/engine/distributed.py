@@ -197,6 +197,10 @@ def joined() -> Iterator[World]:
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
         yield world
         world.wait()
+    except Ended:
+        time.sleep(VERDICT_SECONDS)  # the watch ends this process once the other has spoken
+        watch.leave()
+        raise
     except (Interrupted, SystemExit):
         watch.stopped()
         raise
@@ -214,7 +218,8 @@ def joined() -> Iterator[World]:
         if not watch.tell(f"{name}: {type(error).__name__}: {error}"):
             raise Ended from None
         if isinstance(error, DefeatError):
-            raise type(error)(f"{name}: {error}") from None
+            error.args = (f"{name}: {error}",)
+            raise error from None
         raise
     watch.leave()
     dist.destroy_process_group()

@@ -69,7 +69,7 @@ def fit(
                 }
                 due = bool(recipe.run.pull_every) and training.step % recipe.run.pull_every == 0
                 with saver.step():
-                    counted = train_step(
+                    made = train_step(
                         training,
                         batches,
                         seed=recipe.run.seed,
@@ -78,18 +78,28 @@ def fit(
                         clip_norm=recipe.optimizer.clip_norm,
                         autocast=autocast,
                         measure=due or training.distiller.balancing(training.step, recipe.distillation.warmup_steps),
+                        skip_nonfinite=recipe.optimizer.skip_nonfinite,
                         share=share,
                         world=world,
                     )
-                    for losses in counted:
-                        add(training, losses)
-                    batches = batches[: len(counted)]
+                    if made.left_out is None and made.losses:
+                        for losses in made.losses:
+                            add(training, losses)
+                        training.health.look(made.losses[-1], made.raw, steps, training.step - 1)
+                    batches = batches[: len(made.losses)]
                     clock.tick(sum(len(images) for images, _, _ in batches))
                     _count(training, batches, distilled=any(factor is not None for factor in strength.values()))
                 world.watch.at(REST)
-                if training.step % recipe.run.log_every == 0:
+                if made.left_out is not None:
+                    saver.log({"kind": "left out", "step": training.step, "epoch": epoch + 1, "reason": made.left_out})
+                    reporter.left_out(training.step - 1, made.left_out)
+                if training.step % recipe.run.log_every == 0 and any(world.most(bool(training.sums))):
                     entry = {"kind": "train", "step": training.step, "epoch": epoch + 1, "lr": lr, "strength": strength}
                     entry |= averages(training, world) | clock.speed()
+                    if made.left_out is None:
+                        entry["gradient"] = made.gradients.largest(training.distiller)
+                    if training.health.left_out:
+                        entry["left_out"] = training.health.left_out
                     if recipe.data.unlabelled is not None:
                         entry["seen"] = seen(training, world)
                     if world.is_main:

@@ -15,10 +15,11 @@ from defeat_cli.errors import RunError
 from defeat_cli.files import replacing, require_place_for_file, require_place_for_folder, temporary_of
 
 RECIPE, METRICS, LAST, BEST = "recipe.yaml", "metrics.jsonl", "last.pt", "best.pt"
+BAD_STEP = "bad_step.pt"
 PREVIOUS = "previous.pt"
 """What last.pt was before it was saved anew, while the run is unfinished."""
 STUDENT, LOADER, RESULTS, CURVES = "student.pth", "load_student.py", "results.json", "curves.png"
-RUN_FILES = (RECIPE, METRICS, LAST, PREVIOUS, BEST, STUDENT, LOADER, RESULTS, CURVES)
+RUN_FILES = (RECIPE, METRICS, LAST, PREVIOUS, BEST, STUDENT, LOADER, RESULTS, CURVES, BAD_STEP)
 
 
 class RunFolder:
@@ -188,7 +189,10 @@ def _entry(line: bytes) -> dict[str, Any] | None:
     return entry if isinstance(entry, dict) and isinstance(entry.get("step"), int) else None
 
 
-NOT_COMPARED = {"run.device", "run.name", "data.workers", "run.log_every", "run.save_every", "run.pull_every"}
+NOT_COMPARED = {
+    "run.device", "run.name", "run.log_every", "run.save_every", "run.pull_every", "data.workers",
+    "optimizer.skip_nonfinite",
+}  # fmt: skip
 """Recipe keys that may change when a run is resumed: they do not change what is computed."""
 
 

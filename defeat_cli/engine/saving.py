@@ -8,14 +8,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from defeat_cli.engine.checkpoint import Training
 from defeat_cli.engine.distributed import ALONE, World
+from defeat_cli.engine.faults import BadStepError
 from defeat_cli.engine.runs import BEST, LAST, RunFolder
 from defeat_cli.engine.stopping import Asked
-from defeat_cli.errors import RunError
+from defeat_cli.errors import Ended, RunError
 
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -31,7 +29,8 @@ class Saver:
         write: writes a checkpoint of the training under a name in the run folder, with metrics where it was evaluated.
         reporter: says what could not be saved; see `console.Reporter`.
         world: the processes that train together. `last` and `best` are for all of them, and only the main one writes.
-            An error of one of several saves nothing: the others are within a step that it no longer takes part in.
+            An error of one of several saves nothing, as the others are within a step that it no longer takes part in;
+            save for a step that all of them give up.
     """
 
     def __init__(
@@ -96,18 +95,13 @@ class Saver:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Around one training step and its accounting: where it fails, the state is again what it was before it."""
-        buffers = _buffers(self.training)
-        with torch.no_grad():
-            torch._foreach_copy_(self.kept, buffers)
+        """Around one training step, which undoes itself where it fails, and its accounting."""
         self.moved = False
         try:
             yield
         except BaseException:
             # Parameters have moved, or partly so: there is no way back to a whole step.
             self.broken = self.moved
-            with torch.no_grad():
-                torch._foreach_copy_(buffers, self.kept)
             raise
 
     @contextmanager
@@ -121,12 +115,11 @@ class Saver:
             Interrupted: an error came after the run was asked to stop.
             RunError: a loader process died.
         """
-        self.kept = [buffer.clone() for buffer in _buffers(self.training)]
         watch = self.training.optimizer.register_step_pre_hook(self._parameters_move)
         try:
             yield
         except Exception as error:
-            self._rescue()
+            self._rescue(error)
             if stop():
                 raise stop.interrupted(self.standing) from error
             if isinstance(error, RuntimeError) and (death := re.search(r"DataLoader worker.*?(?=\n|$)", str(error))):
@@ -141,8 +134,9 @@ class Saver:
     def _parameters_move(self, *_: Any) -> None:
         self.moved = True
 
-    def _rescue(self) -> None:
-        if self.saved_step == self.training.step or self.world.size > 1:
+    def _rescue(self, error: Exception) -> None:
+        alone = self.world.size > 1 and not isinstance(error, BadStepError | Ended)
+        if self.saved_step == self.training.step or alone:
             return
         if self.broken:
             self.reporter.warn(
@@ -171,10 +165,3 @@ class Saver:
 def _told(error: OSError) -> str:
     place = f"{error.filename}: " if error.filename else ""
     return f"{place}{error.strerror or error}"
-
-
-def _buffers(training: Training) -> list[Tensor]:
-    """What a step changes besides parameters: statistics of normalisation, what terms and their balance keep."""
-    distiller = training.distiller
-    parts = [distiller.student, distiller.terms, *([distiller.balance] if distiller.balance is not None else [])]
-    return [buffer for part in parts for buffer in part.buffers()]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +12,27 @@ from defeat_cli.data.sharing import Part, Share
 from defeat_cli.distillation.distiller import StepLosses
 from defeat_cli.engine.checkpoint import Training
 from defeat_cli.engine.distributed import ALONE, World
+from defeat_cli.engine.faults import BadStepError, Buffers, is_overflow, total, totals, what_is_wrong
+from defeat_cli.engine.gradients import Gradients, gradients_of
 from defeat_cli.engine.watch import COMPUTED
-from defeat_cli.errors import RunError
+from defeat_cli.errors import Ended
 
 TrainingBatch = tuple[list[Tensor], list[dict[str, Tensor] | None], list[int]]
 """Images, targets (None for unlabelled images) and image ids."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step was: the losses of each batch, those of the last before weights summed, and the gradients of all.
+
+    losses: of this process's batches that count; gradients are those of all processes.
+    left_out: why the student was not changed by it, `loss`, `gradient` or `overflow`; None where it was.
+    """
+
+    losses: list[StepLosses]
+    raw: float
+    gradients: Gradients
+    left_out: str | None = None
 
 
 def seed_step(seed: int, step: int, part: int = 0) -> None:
@@ -37,67 +53,106 @@ def train_step(
     clip_norm: float | None,
     autocast: torch.dtype | None,
     measure: bool = False,
+    skip_nonfinite: int = 0,
     share: Share | None = None,
     world: World = ALONE,
-) -> list[StepLosses]:
+) -> Step:
     """One optimizer step on one or more batches, whose gradients are averaged; together with the other processes.
 
     Args:
         strength, measure: of the distillation terms; see `Distiller.forward`. Pulls are measured on the last batch.
+        skip_nonfinite: so many steps in a row that are not finite are left out; the next one raises.
         share: what the batches are of the step's; None where they are all of it.
 
-    Returns:
-        The losses of each batch that counts.
-
     Raises:
-        RunError: a loss is not finite; names the step and every loss's value. The student is left as it was.
+        BadStepError: a loss or gradient is not finite. All that trains is left as it was.
+        Ended: the same, in another process.
     """
-    optimizer, scaler, distiller = training.optimizer, training.scaler, training.distiller
+    optimizer, scaler, health = training.optimizer, training.scaler, training.health
     share = share or whole(len(batches))
     for group in optimizer.param_groups:
         group["lr"] = lr
-    device = next(distiller.parameters()).device
-    counted = []
+    before = Buffers(training.distiller)
+    arguments = {"seed": seed, "strength": strength, "measure": measure}
+    try:
+        losses, gradients = backward(training, batches, **arguments, autocast=autocast, share=share, world=world)
+        # Asked only after backward is queued: on a GPU the host waits here, once a step, while the device works.
+        sums, raw, norm = totals(losses, gradients)
+        wrong, culprit = agreed(what_is_wrong(sums, norm), world)
+        if wrong is not None and is_overflow(wrong, scaler):
+            wrong = "overflow"
+        if wrong in ("loss", "gradient") and health.in_a_row >= skip_nonfinite:
+            if culprit != world.rank:
+                raise Ended
+            arguments["parts"] = [part.number for part in share.parts]
+            raise BadStepError(training.step, wrong, lr, batches, losses, gradients, arguments)
+    except BaseException:
+        before.restore()
+        optimizer.zero_grad(set_to_none=True)
+        raise
+    health.take(wrong)
+    if wrong is None:
+        if clip_norm is not None:
+            gradients.clip(clip_norm)
+        scaler.step(optimizer)
+        # What was measured here: on batches that count, and pulls on the last of them.
+        world.average(running_statistics(training.distiller.student), weight=float(share.counts))
+        if measure and training.distiller.balance is not None:
+            world.take(list(training.distiller.balance.buffers()), owner=share.has_last)
+        if training.ema is not None:
+            training.ema.update_parameters(training.distiller.student)
+    else:
+        before.restore()
+    scaler.update()  # it lowers its scale where the gradients overflowed
+    optimizer.zero_grad(set_to_none=True)
+    training.step += 1
+    return Step(losses if share.counts else [], raw, gradients, wrong)
+
+
+def backward(
+    training: Training,
+    batches: list[TrainingBatch],
+    *,
+    seed: int,
+    strength: float | Mapping[str, float | None],
+    measure: bool,
+    autocast: torch.dtype | None,
+    share: Share,
+    world: World = ALONE,
+) -> tuple[list[StepLosses], Gradients]:
+    """The losses of each batch, and the gradients of the mean over all processes', which are left in the parameters."""
+    device = next(training.distiller.parameters()).device
+    losses = []
     for part, (images, targets, _) in zip(share.parts, batches, strict=True):
+        last = part is share.parts[-1]
         seed_step(seed, training.step, part.number)
         images = [image.to(device, non_blocking=True) for image in images]
         targets = [t and {key: value.to(device, non_blocking=True) for key, value in t.items()} for t in targets]
-        here = measure and share.has_last and part is share.parts[-1]
-        # Gradients of all parts but the last stay in this process.
-        with world.keeping_gradients(training.parallel, part is not share.parts[-1]):
+        with world.keeping_gradients(training.parallel, not last):
             with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-                losses = training.parallel(images, targets, strength, measure=here)
-            total = torch.stack([value.float() for value in losses.weighted.values()]).sum()
+                found = training.parallel(images, targets, strength, measure=measure and last and share.has_last)
             world.watch.at(COMPUTED)
             # Averaged over the processes later, where the sum is meant.
-            scaler.scale(total / (part.divisor / world.size)).backward()
-        # Asked only after backward is queued: on a GPU the host waits here while the device works.
-        if not math.isfinite(total.item()):
-            values = ", ".join(f"{name} {value.item():.4g}" for name, value in losses.weighted.items())
-            raise RunError(
-                f"step {training.step}: the loss is not finite ({values}). Lower optimizer.lr or optimizer.clip_norm, "
-                "or lengthen schedule.warmup_steps and distillation.warmup_steps"
-            )
-        if part.counts:
-            counted.append(losses)
-    if clip_norm is not None:
-        scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip_norm)
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    world.average(running_statistics(distiller.student), weight=float(bool(counted)))
-    if measure and distiller.balance is not None:
-        world.take(list(distiller.balance.buffers()), owner=share.has_last)
-    if training.ema is not None:
-        training.ema.update_parameters(distiller.student)
-    training.step += 1
-    return counted
+            training.scaler.scale(total(found) / (part.divisor / world.size)).backward()
+        losses.append(found)
+    training.scaler.unscale_(training.optimizer)
+    return losses, gradients_of(training.optimizer)
 
 
-def whole(batches: int) -> Share:
-    """The share of a process alone: all batches of a step."""
-    return Share([Part(number, batches, []) for number in range(batches)], batches)
+def agreed(wrong: str | None, world: World) -> tuple[str | None, int]:
+    """What is wrong with a step in the eyes of all processes, a loss before a gradient, and the first that finds so."""
+    reasons = (None, "gradient", "loss")
+    (worst,) = world.most(reasons.index(wrong) * world.size + world.size - 1 - world.rank)
+    return reasons[worst // world.size], world.size - 1 - worst % world.size
+
+
+def whole(batches: int, numbers: Sequence[int] = ()) -> Share:
+    """The share of a process alone: all batches of a step.
+
+    Args:
+        numbers: their places among its parts, where these are not simply in order.
+    """
+    return Share([Part(number, batches, []) for number in numbers or range(batches)], batches)
 
 
 def running_statistics(student: nn.Module) -> list[Tensor]:

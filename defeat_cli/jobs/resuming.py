@@ -123,15 +123,22 @@ def _best_is_whole(run: RunFolder, reporter: Any) -> bool:
     return True
 
 
-def best_or_last(run: RunFolder, reporter: Any) -> dict[str, Any]:
-    """The checkpoint whose student a run has come to: the best one's, the last one's where that cannot be read."""
+def best_or_last(run: RunFolder, training: Training, reporter: Any) -> dict[str, Any]:
+    """The checkpoint whose student a run has come to: the best one's, the last one's where that cannot be read.
+
+    Raises:
+        RunError: neither is there.
+    """
     try:
         return native.load(run / BEST)
     except CheckpointError as error:
-        reporter.warn(f"{error}. The student of the last epoch is taken in its place")
-        last = native.load(run / LAST)
-        native.save(run / BEST, {name: value for name, value in last.items() if name != "training"})
-        return last
+        reason = str(error)
+    last = newest_state(run, reporter)
+    if last is None or last["training"]["step"] != training.step or not last["metrics"]:
+        raise RunError(f"{reason}. No other file holds what was trained; --resume trains it again from what is saved")
+    reporter.warn(f"{reason}. The student of the last epoch is taken in its place")
+    native.save(run / BEST, {name: last[name] for name in ("recipe", "classes", "student", "terms", "metrics")})
+    return last
 
 
 def fingerprints(session: Session) -> dict[str, Fingerprint]:

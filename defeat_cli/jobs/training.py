@@ -16,7 +16,7 @@ from defeat_cli.checkpoints import native
 from defeat_cli.config import schema as recipes
 from defeat_cli.config.schema import Recipe, Teacher
 from defeat_cli.console import Reporter, percent, spoken_counts
-from defeat_cli.data.loading import training_loader
+from defeat_cli.data.loading import Loader, training_loader
 from defeat_cli.data.sharing import StepOrder, pieces
 from defeat_cli.data.unlabelled import mixed_loader
 from defeat_cli.detectors.contract import Detector
@@ -26,15 +26,18 @@ from defeat_cli.engine.curves import draw_curves
 from defeat_cli.engine.detection_errors import error_report
 from defeat_cli.engine.distributed import ALONE, World
 from defeat_cli.engine.evaluation import evaluate
+from defeat_cli.engine.faults import ADVICE, BadStepError, refuse_broken
 from defeat_cli.engine.locking import locked, refuse_locked
 from defeat_cli.engine.loop import fit
 from defeat_cli.engine.monitor import seen
-from defeat_cli.engine.runs import BEST, CURVES, LAST, PREVIOUS, RESULTS, STUDENT, RunFolder
+from defeat_cli.engine.runs import BAD_STEP, BEST, CURVES, LAST, PREVIOUS, RESULTS, STUDENT, RunFolder
 from defeat_cli.engine.stopping import stoppable
 from defeat_cli.errors import RunError
 from defeat_cli.export.loader import write_loader
 from defeat_cli.files import write_json
-from defeat_cli.jobs import resuming
+from defeat_cli.jobs import bad_step, resuming
+from defeat_cli.jobs.estimate import of_detecting, of_training
+from defeat_cli.memory import told
 from defeat_cli.session import Session, assemble
 
 NEAR_ZERO_AP = 0.01
@@ -86,7 +89,7 @@ def train(
             session = assemble_together(recipe, world, teacher)
         tell(session, reporter)
         tell_share(recipe, world, reporter)
-        teacher_ap = score_teacher(session, reporter, world)
+        teacher_ap = score_teacher(session, reporter, known_teacher, world)
         count_pseudo_labels(session, reporter)
         with locked(folder) if world.is_main else nullcontext():
             world.on_main(lambda: run.open(recipe, resume=resume, overwrite=overwrite))
@@ -168,7 +171,7 @@ def _finish(
     world: World,
 ) -> dict[str, Any]:
     """Write what a finished run leaves, all but its results, which are returned."""
-    results = {"student": world.on_main(lambda: _export(session, run, reporter)["metrics"])}
+    results = {"student": world.on_main(lambda: _export(session, run, training, reporter)["metrics"])}
     results["training_seconds"] = round(training.seconds, 1)
     if session.unlabelled is not None:
         results["seen"] = world.on_all(seen(training, world))
@@ -181,11 +184,11 @@ def _finish(
     return results
 
 
-def _export(session: Session, run: RunFolder, reporter: Reporter) -> dict[str, Any]:
+def _export(session: Session, run: RunFolder, training: Training, reporter: Reporter) -> dict[str, Any]:
     """Write the best epoch's student for plain torchvision; its checkpoint."""
     recipe = session.recipe
     run.log()  # lines that could not be written before
-    best = resuming.best_or_last(run, reporter)
+    best = resuming.best_or_last(run, training, reporter)
     native.write_atomically(run / STUDENT, native.exported(best, str(run / BEST)))
     write_loader(run / STUDENT, recipe.student, best["classes"], recipe.data.short_side[-1], recipe.data.long_side)
     return best
@@ -248,8 +251,16 @@ def tell(session: Session, reporter: Reporter) -> None:
         (reporter.warn if note.warning else reporter.note)(note.text)
 
 
-def score_teacher(session: Session, reporter: Reporter, world: World = ALONE) -> float | None:
-    """Print the teacher's AP on a few validation images, and return it: a teacher that was read wrongly shows here."""
+def score_teacher(
+    session: Session,
+    reporter: Reporter,
+    known_teacher: Callable[[], dict[str, Any] | None] = lambda: None,
+    world: World = ALONE,
+) -> float | None:
+    """Print the teacher's AP on a few validation images, and return it: a teacher that was read wrongly shows here.
+
+    Where its figures on all of them are known, that is their AP.
+    """
     teacher, data = session.teacher, session.validation_data
     images = min(session.recipe.run.teacher_check_images, len(data))
     if teacher is None or not images:
@@ -257,6 +268,10 @@ def score_teacher(session: Session, reporter: Reporter, world: World = ALONE) ->
     if not match_classes(data.classes, teacher.classes):
         reporter.warn("teacher and data share no class name; the teacher's AP cannot be checked")
         return None
+    known = world.on_main(known_teacher)
+    if known is not None:
+        reporter.note(f"teacher: AP {percent(known['AP'])} on the validation images, as another run has found")
+        return known["AP"]
     teacher.to(session.device)
     few = torch.utils.data.Subset(data, [i * len(data) // images for i in range(images)])
     ap = score(session, teacher, reporter, subset=few, world=world)["AP"]
@@ -296,7 +311,7 @@ def score(
     recipe, data = session.recipe, session.validation_data
     chosen = data if subset is None else subset
     detections: list[dict[str, Any]] = []
-    with reporter.evaluating(len(chosen)) as advance:
+    with told(lambda: of_detecting(detector, session.device)), reporter.evaluating(len(chosen)) as advance:
         metrics = evaluate(
             detector,
             chosen,
@@ -310,6 +325,21 @@ def score(
     return metrics
 
 
+def batches_of(session: Session, world: World = ALONE) -> Loader:
+    """Training batches of a session, or a process's share of them, with unlabelled images where there are any."""
+    recipe, data = session.recipe, session.training_data
+    settings = {
+        "workers": sessions.loader_processes(recipe.data.workers, world.local_size),
+        "share": partial(StepOrder, accumulate=recipe.optimizer.accumulate, rank=world.rank, size=world.size),
+        "seed": recipe.run.seed,
+        "pin_memory": session.device.type == "cuda",
+    }
+    if session.unlabelled is None:
+        return training_loader(data, recipe.data.batch_size, **settings)
+    beside = recipe.data.unlabelled_a_batch
+    return mixed_loader(data, session.unlabelled, recipe.data.batch_size, beside, **settings)
+
+
 def _fit(
     session: Session,
     run: RunFolder,
@@ -321,21 +351,14 @@ def _fit(
 ) -> None:
     """Train to the last epoch or `until`, saving checkpoints in our own format."""
     recipe, data = session.recipe, session.training_data
-    settings = {
-        "workers": sessions.loader_processes(recipe.data.workers, world.local_size),
-        "share": partial(StepOrder, accumulate=recipe.optimizer.accumulate, rank=world.rank, size=world.size),
-        "seed": recipe.run.seed,
-        "pin_memory": session.device.type == "cuda",
-    }
-    if session.unlabelled is None:
-        loader = training_loader(data, recipe.data.batch_size, **settings)
-    else:
-        beside = recipe.data.unlabelled_a_batch
-        loader = mixed_loader(data, session.unlabelled, recipe.data.batch_size, beside, **settings)
+    loader = batches_of(session, world)
 
+    saved: int | None = None
     begun_on = resuming.fingerprints(session) if world.is_main else {}
 
     def save(training: Training, name: str, metrics: dict[str, Any]) -> None:
+        nonlocal saved
+        refuse_broken(training.distiller, training.step)
         content = {
             "recipe": recipe.model_dump(),
             "classes": data.classes,
@@ -347,17 +370,19 @@ def _fit(
         state = training.state_dict(world) if name == LAST else None
         if not world.is_main:
             return
-        if state is None:
-            native.save(run / name, content)
-            return
-        content |= {"training": state, "data": begun_on, "log": run.log_seal()}
+        keep = None
+        if state is not None:
+            content |= {"training": state, "data": begun_on, "log": run.log_seal()}
+            keep = run / PREVIOUS
         try:
-            native.save(run / LAST, content, keep=run / PREVIOUS)
+            native.save(run / name, content, keep)
         except OSError:
             if not (run / PREVIOUS).exists() or not (run / LAST).exists():
                 raise
             (run / PREVIOUS).unlink()  # the room that it takes may be what is missing
-            native.save(run / LAST, content, keep=run / PREVIOUS)
+            native.save(run / name, content, keep)
+        if name == LAST:
+            saved = training.step
 
     warned = False
 
@@ -367,23 +392,55 @@ def _fit(
         if teacher_ap is not None and metrics["AP"] >= teacher_ap and not warned:
             warned = True
             reporter.warn(
-                f"the student (AP {percent(metrics['AP'])}) is as good as its teacher (AP {percent(teacher_ap)} on a "
-                "few images); a better teacher has more to give"
+                f"the student (AP {percent(metrics['AP'])}) is as good as its teacher (AP {percent(teacher_ap)}); "
+                "a better teacher has more to give"
             )
         return metrics
 
+    def needed() -> str:
+        training.optimizer.zero_grad(set_to_none=True)
+        kept = f". Step {saved} is saved; --resume goes on from there" if saved is not None else ""
+        return of_training(session) + kept
+
     try:
-        fit(
-            training,
-            loader,
-            run,
-            recipe,
-            evaluate=evaluated,
-            save=save,
-            reporter=reporter,
-            autocast=sessions.AUTOCAST[recipe.run.precision],
-            until=until,
-            world=world,
-        )
+        with told(needed):
+            fit(
+                training,
+                loader,
+                run,
+                recipe,
+                evaluate=evaluated,
+                save=save,
+                reporter=reporter,
+                autocast=sessions.AUTOCAST[recipe.run.precision],
+                until=until,
+                world=world,
+            )
+    except BadStepError as bad:
+        raise _told(bad, session, run, training, saved) from None
     finally:
         reporter.end()
+
+
+def _told(bad: BadStepError, session: Session, run: RunFolder, training: Training, saved: int | None) -> RunError:
+    """What a user is told of a step that was not finite, once it is written to the run's folder."""
+    files = [[str(path) for path in session.files_of(ids, targets)] for _, targets, ids in bad.batches]
+    bad_step.write(
+        run / BAD_STEP,
+        bad,
+        training,
+        files,
+        recipe=session.recipe.model_dump(),
+        classes=session.training_data.classes,
+        teacher=_absolute(session.checkpoint),
+    )
+    lines = [f"{bad}. {ADVICE}", *(f"images: {', '.join(names)}" for names in files)]
+    lines.append(f"defeat train --replay {run / BAD_STEP} makes this step again, alone")
+    if saved == bad.step:
+        lines.append(f"the state before it is saved in {run / LAST}; --resume goes on from there")
+    return RunError("\n  ".join(lines))
+
+
+def _absolute(checkpoint: str | None) -> str | None:
+    """A checkpoint's path from any folder; a name such as `torchvision:NAME` is left as it is."""
+    return str(Path(checkpoint).resolve()) if checkpoint is not None and Path(checkpoint).exists() else checkpoint

@@ -52,11 +52,11 @@ def steps(world, distiller):
             some = [targets[i] for i in chosen]
             batches.append(([images[i] for i in chosen] + images[:1], [*some, None], []))
         strength = {name: None if step == 1 and name in OFF else 0.5 for name in distiller.terms}
-        counted = train_step(
+        made = train_step(
             training, batches, seed=0, lr=0.01, strength=strength, clip_norm=5.0, autocast=None, measure=step < 2,
             share=share, world=world,
         )  # fmt: skip
-        for losses in counted:
+        for losses in made.losses:
             add(training, losses)
         logged.append(averages(training, world))
     weights = {name: p.detach().clone() for name, p in distiller.named_parameters()}
@@ -222,6 +222,47 @@ def test_an_error_of_one_is_said_once_and_ends_all(arguments, tmp_path, monkeypa
     outcomes = command(2, *arguments, "-o", tmp_path / "run")
     assert [outcome.code for outcome in outcomes] == [1, 2]
     assert said(outcomes) == "error: process 1 of 2: step 3: the loss is not finite"
+
+
+def spoiling(step):
+    """`train_step` that shows rank 1 pixels which are no numbers in a step, counted from 0."""
+    make_step = loop.train_step
+
+    def spoil(state, batches, **named):
+        if state.step == step and named["world"].rank == 1:
+            batches = [([image * float("nan") for image in images], *rest) for images, *rest in batches]
+        return make_step(state, batches, **named)
+
+    return spoil
+
+
+def test_a_loss_that_is_not_finite_on_one_ends_all_with_the_state_saved(arguments, tmp_path, monkeypatch, defeat):
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_step", spoiling(3))
+        rarely = [str(argument).replace("save_every=1", "save_every=100") for argument in arguments]
+        main, other = command(2, *rarely, "-o", run, *setting(schedule__epochs=3, run__evaluate_every=3))
+    assert (main.code, other.code) == (1, 2)
+    assert "error: process 1 of 2: step 3: the loss is not finite" in other.errors
+    assert "error" not in main.errors
+    assert "step 3 is saved" in main.output
+    assert torch.load(run / "last.pt", weights_only=True)["training"]["step"] == 3
+    assert "batch" in defeat("train", "--replay", run / "bad_step.pt")
+    values = torch.load(run / "bad_step.pt", weights_only=True)
+    assert values["arguments"]["parts"] == [1]
+
+
+def test_a_step_that_is_not_finite_on_one_is_left_out_by_all(arguments, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_step", spoiling(1))
+        outcomes = command(2, *arguments, "-o", run, *setting(optimizer__skip_nonfinite=1))
+    assert [outcome.code for outcome in outcomes] == [0, 0], outcomes
+    left_out = metrics(run, "left out")
+    assert [(line["step"], line["reason"]) for line in left_out] == [(2, "loss")]
+    saved = torch.load(run / "last.pt", weights_only=True)
+    assert all(value.isfinite().all() for value in saved["student"].values() if value.is_floating_point())
+    assert saved["training"]["health"]["skipped"] == 1
 
 
 def test_an_error_of_all_is_said_once_and_nothing_is_written(arguments, tmp_path):
