@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from defeat_cli.config import schema as recipes
+from defeat_cli.config.architecture import backbone_name, family
 from defeat_cli.config.schema import Data, Recipe
 from defeat_cli.config.terms import TermSettings
 from defeat_cli.data.dataset import DetectionDataset, overlap
@@ -75,13 +76,19 @@ class Session:
         return self.recipe.schedule.epochs * math.ceil(batches / self.recipe.optimizer.accumulate)
 
 
-def assemble(recipe: Recipe, teacher: str | None = None, like: Session | None = None) -> Session:
+def assemble(
+    recipe: Recipe,
+    teacher: str | None = None,
+    like: Session | None = None,
+    doing: Callable[[str], None] = lambda text: None,
+) -> Session:
     """Data, student, teacher and terms of a recipe. Nothing is trained, and nothing written but drawn data.
 
     Args:
         teacher: checkpoint in place of the recipe's. Without one a teacher that the recipe is to train first
             (`teacher.recipe`) stands there untrained, so that what cannot work is found before it is trained.
         like: a session whose data and teacher serve again where the recipe names the same, as in a study.
+        doing: told of each thing that may take a while, before it is begun.
 
     Raises:
         DefeatError: something that the recipe names cannot be used. All that `train` refuses is refused here.
@@ -91,6 +98,7 @@ def assemble(recipe: Recipe, teacher: str | None = None, like: Session | None = 
     if like is not None and (like.recipe.data, like.recipe.run.seed) == (recipe.data, recipe.run.seed):
         training_data, validation_data = like.training_data, like.validation_data
     else:
+        doing(f"reading {recipe.data.path or 'the data'}")
         drawn = recipe.data.format == "shapes" and recipe.data.path and not Path(recipe.data.path).exists()
         training_data = open_data(recipe.data, "train", train=True, seed=recipe.run.seed)
         validation_data = open_data(recipe.data, "val", train=False)
@@ -103,6 +111,7 @@ def assemble(recipe: Recipe, teacher: str | None = None, like: Session | None = 
     shared = overlap(training_data, validation_data)
     if shared is not None:
         notes.append(Note(shared, warning=True))
+    doing(f"building the student, a {family(recipe.student)} on {backbone_name(recipe.student)}")
     student = build_student(recipe, training_data.classes)
     if recipe.student.weights is not None:
         lines = start_from(student, recipe.student.weights, recipe.student)
@@ -124,6 +133,8 @@ def assemble(recipe: Recipe, teacher: str | None = None, like: Session | None = 
             )
         unlabelled, remarks = _open_unlabelled(recipe, training_data, validation_data, like)
         notes += remarks
+    if checkpoint is not None:
+        doing(f"reading the teacher {checkpoint}")
     distiller, remarks = build_distiller(recipe, student, checkpoint, like, unlabelled=unlabelled is not None)
     notes += remarks
     return Session(

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+import simulated_device
 import torch
 import yaml
 from typer.testing import CliRunner
@@ -17,6 +18,8 @@ from defeat_cli.commands.app import app
 
 # One thread: tiny detectors gain nothing from more, and parallel loops crawl when the cores are busy elsewhere.
 torch.set_num_threads(1)
+
+simulated_device.register()
 
 TINY = {
     "student": {"detector": "faster_rcnn", **COMMON, **OWN["faster_rcnn"], "score_threshold": 0.0},

@@ -14,7 +14,8 @@ ALLOWED = {
     "files": {"errors"},
     "text": set(),
     "memory": {"errors"},
-    "console": set(),
+    "tables": set(),
+    "console": {"tables", "text"},
     "config": {"config", "errors", "files"},
     "checkpoints": {"checkpoints", "config", "errors", "files"},
     "detectors": {"detectors", "checkpoints", "config", "errors", "text"},
@@ -24,7 +25,7 @@ ALLOWED = {
     "benchmark": {"benchmark", "engine", "distillation", "detectors", "data", "errors", "files"},
     "gradients": {"gradients", "distillation", "detectors", "data", "config", "errors", "files", "text"},
     "export": {"export", "detectors", "config", "errors", "files"},
-    "ablation": {"ablation", "engine", "config", "console", "errors", "files", "text"},
+    "ablation": {"ablation", "engine", "config", "console", "errors", "files", "tables", "text"},
     "starting": {"distillation", "detectors", "checkpoints", "config", "errors", "text"},
     "session": {"starting", "distillation", "detectors", "data", "config", "errors"},
 }

@@ -10,8 +10,9 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from defeat_cli import __version__
-from defeat_cli.commands import ablate, bench, check, convert, export, gradmap, predict, train
+from defeat_cli.commands import ablate, bench, check, convert, export, gradmap, init, predict, train
 from defeat_cli.commands import eval as evaluation
+from defeat_cli.commands.next_steps import next_steps
 from defeat_cli.console import console, errors
 from defeat_cli.errors import DefeatError, Ended, Interrupted
 from defeat_cli.memory import shortage
@@ -59,7 +60,7 @@ def _explained(error: Exception) -> str | None:
 
 app = typer.Typer(
     cls=CleanErrors,
-    no_args_is_help=True,
+    invoke_without_command=True,
     pretty_exceptions_enable=False,
 )
 
@@ -72,14 +73,18 @@ def _print_version(asked: bool) -> None:
 
 @app.callback()
 def defeat(
+    ctx: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
     ] = False,
 ) -> None:
     """Distil a large object detector into a small one (DeFeat, CVPR 2021)."""
+    if ctx.invoked_subcommand is None:
+        console.print(f"Distil a large object detector into a small one:\n{next_steps()}", markup=False, soft_wrap=True)
 
 
 app.command("train")(train.train)
+app.command("init")(init.init)
 app.command("eval")(evaluation.evaluate)
 app.command("ablate")(ablate.ablate)
 app.command("gradmap", help="The same as visualize-gradients.")(gradmap.visualize_gradients)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.markup import escape
 
+from defeat_cli.commands.next_steps import next_steps
 from defeat_cli.commands.options import (
     DataOption,
     DeviceOption,
@@ -18,12 +20,13 @@ from defeat_cli.commands.options import (
     SetOption,
     TeacherOption,
     VariantsOption,
+    announce_loading,
     options_said,
     overrides,
     recipe_to_train,
     without,
 )
-from defeat_cli.console import console, results_table, show
+from defeat_cli.console import console, results_sheet, show
 from defeat_cli.errors import DefeatError
 
 
@@ -79,14 +82,25 @@ def train(
         run__seed=seed,
         run__compare_plain=plain,
     )
-    chosen = recipe_to_train(recipe, said, variant, variants)
-    folder = output or Path("runs") / chosen.run.name
+    if not (recipe or said or output):
+        raise DefeatError(f"nothing to train. What to do next:\n{next_steps()}")
+    console.quiet = os.environ.get("RANK", "0") != "0"  # of several processes the first one speaks
+
+    def folder_of(name: str) -> Path:
+        return output or Path("runs") / name
+
+    several = gpus is not None and gpus > 1
+    chosen = recipe_to_train(
+        recipe, said, variant, variants, folder=folder_of if resume else None, quiet=quiet or several
+    )
+    folder = folder_of(chosen.run.name)
+    announce_loading(quiet)
     if gpus is not None:
         from defeat_cli.engine import launching
 
         launching.check_count(gpus, chosen.run.device)
-        if gpus > 1:
-            raise typer.Exit(launching.launch(gpus, ["defeat_cli", *without("--gpus", ctx.find_root().obj)]))
+    if several:
+        raise typer.Exit(launching.launch(gpus, ["defeat_cli", *without("--gpus", ctx.find_root().obj)]))
     from defeat_cli.jobs import training
     from defeat_cli.jobs.together import working_together
 
@@ -100,10 +114,9 @@ def train(
             quiet=quiet,
             world=world,
         )
-        show(results_table(results))
-        console.print(
-            f"written to {folder}/: student.pth (for torchvision), best.pt, results.json, curves.png", soft_wrap=True
-        )
+        show(results_sheet(results))
+        files = "student.pth (for torchvision), best.pt, results.json and results.md, curves.png"
+        console.print(f"written to {folder}/: {files}", soft_wrap=True)
 
 
 def show_replay(file: Path, device: str | None, teacher: str | None, said: dict[str, str]) -> None:

@@ -105,7 +105,6 @@ def training_loader(
     seed: int = 0,
     *,
     share: Callable[[BatchOrder], Sampler[Keys]] = lambda order: order,
-    pin_memory: bool = False,
 ) -> Loader:
     """Shuffled batches; `loader.batch_sampler.set_epoch(epoch, start)` chooses which.
 
@@ -115,7 +114,7 @@ def training_loader(
         share: which of the batches, or of their pieces, this process gets; see `sharing.StepOrder`.
     """
     order = share(BatchOrder(dataset.sizes, batch_size, seed))
-    return Loader(dataset, workers, batch_sampler=order, pin_memory=pin_memory)
+    return Loader(dataset, workers, batch_sampler=order)
 
 
 def evaluation_loader(dataset: Dataset, workers: int, *, pin_memory: bool = False) -> Loader:

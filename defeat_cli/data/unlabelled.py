@@ -159,11 +159,10 @@ def mixed_loader(
     seed: int = 0,
     *,
     share: Callable[[BatchOrder], Sampler[Keys]] = lambda order: order,
-    pin_memory: bool = False,
 ) -> Loader:
     """As `training_loader`, with unlabelled images at the end of each batch, whose targets are None."""
     order = share(MixedOrder(labelled.sizes, batch_size, unlabelled.sizes, unlabelled_batch, seed))
-    return Loader(Mixed(labelled, unlabelled), workers, batch_sampler=order, pin_memory=pin_memory)
+    return Loader(Mixed(labelled, unlabelled), workers, batch_sampler=order)
 
 
 def _identity(path: Path) -> tuple[int, int]:

@@ -24,6 +24,7 @@ class Training:
     """All that changes during training, saved and restored as one.
 
     step: optimizer steps done; epochs: epochs done and evaluated; best_ap: best AP so far.
+    judged_at: step of the last evaluation; stale: evaluations since the best one.
     seconds: time spent training, evaluation left out.
     seen: how many labelled and how many unlabelled images the student was trained on, one that is seen twice as two.
     sums: running sums of the logged values since the last log line, on the device; counts: how many are in each.
@@ -40,6 +41,8 @@ class Training:
     step: int = 0
     epochs: int = 0
     best_ap: float = -math.inf
+    judged_at: int = 0
+    stale: int = 0
     seconds: float = 0.0
     seen: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("labelled", "unlabelled"), 0))
     sums: dict[str, Tensor] = field(default_factory=dict)
@@ -63,6 +66,8 @@ class Training:
             "step": self.step,
             "epochs": self.epochs,
             "best_ap": self.best_ap,
+            "judged_at": self.judged_at,
+            "stale": self.stale,
             "seconds": self.seconds,
             "processes": world.gather({"seen": self.seen, "sums": _on_cpu(self.sums), "counts": self.counts}),
             "health": self.health.state_dict(),
@@ -91,6 +96,7 @@ class Training:
         self.seen = _added([own["seen"] for own in mine]) or self.seen
         self.sums = {name: value.to(device) for name, value in _added([own["sums"] for own in mine]).items()}
         self.counts = _added([own["counts"] for own in mine])
+        self.judged_at, self.stale = state.get("judged_at", self.step), state.get("stale", 0)
         self.health.load_state_dict(state.get("health", {}))
         return len(every)
 

@@ -14,6 +14,7 @@ from defeat_cli.engine.checkpoint import Training
 from defeat_cli.engine.distributed import ALONE, World
 from defeat_cli.engine.faults import BadStepError, Buffers, is_overflow, total, totals, what_is_wrong
 from defeat_cli.engine.gradients import Gradients, gradients_of
+from defeat_cli.engine.transfer import to_device
 from defeat_cli.engine.watch import COMPUTED
 from defeat_cli.errors import Ended
 
@@ -126,8 +127,7 @@ def backward(
     for part, (images, targets, _) in zip(share.parts, batches, strict=True):
         last = part is share.parts[-1]
         seed_step(seed, training.step, part.number)
-        images = [image.to(device, non_blocking=True) for image in images]
-        targets = [t and {key: value.to(device, non_blocking=True) for key, value in t.items()} for t in targets]
+        images = to_device(images, device)
         with world.keeping_gradients(training.parallel, not last):
             with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
                 found = training.parallel(images, targets, strength, measure=measure and last and share.has_last)

@@ -43,7 +43,7 @@ def check(recipe: Recipe) -> Check:
         DefeatError: the run could not be started.
     """
     reporter = Reporter("check")
-    session = assemble(recipe)
+    session = assemble(recipe, doing=reporter.doing)
     tell(session, reporter)
     with told(lambda: of_training(session)):
         return _checked(session, reporter)
@@ -56,7 +56,7 @@ def _checked(session: Session, reporter: Reporter) -> Check:
     distiller = session.distiller.to(session.device)
     a_batch = images_a_batch(session)
     image, target, _ = data[0]
-    images, targets = [image.to(session.device)], [{key: value.to(session.device) for key, value in target.items()}]
+    images, targets = [image.to(session.device)], [target]
 
     detectors = {"teacher": teacher, "student": student}
     terms, pull = _losses(distiller, images, targets)
@@ -110,7 +110,7 @@ def _anchor_fit(student: Detector, data: DetectionDataset) -> float:
     for i in range(min(FITTED_IMAGES, len(data))):
         image, target, _ = data[i * len(data) // min(FITTED_IMAGES, len(data))]
         device = next(student.parameters()).device
-        batch = student.prepare([image.to(device)], [{key: value.to(device) for key, value in target.items()}])
+        batch = student.prepare([image.to(device)], [target])
         anchors = torch.cat(student.anchors(student.features(batch), batch))
         if len(batch.targets[0]["boxes"]):
             best.append(box_iou(batch.targets[0]["boxes"], anchors).amax(dim=1))

@@ -107,7 +107,7 @@ def take_up(
     if different:
         _other_data(run, training, session, different, reporter, changed_data)
     if world.is_main and ("log" not in content or not run.rewind(content["log"])):  # older states have no seal
-        run.forget_after(step, training.epochs)
+        run.forget_after(step, training.judged_at)
         if "log" in content:
             reporter.warn(f"{run / METRICS}: not what was written; the lines in it that can be read are kept")
     if training.best_ap > -math.inf and not world.on_main(lambda: _best_is_whole(run, reporter)):

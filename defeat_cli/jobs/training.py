@@ -30,13 +30,15 @@ from defeat_cli.engine.faults import ADVICE, BadStepError, refuse_broken
 from defeat_cli.engine.locking import locked, refuse_locked
 from defeat_cli.engine.loop import fit
 from defeat_cli.engine.monitor import seen
-from defeat_cli.engine.runs import BAD_STEP, BEST, CURVES, LAST, PREVIOUS, RESULTS, STUDENT, RunFolder
+from defeat_cli.engine.runs import BAD_STEP, BEST, CURVES, LAST, PREVIOUS, RESULTS, STUDENT, SUMMARY, RunFolder
+from defeat_cli.engine.speed import milliseconds_per_image
 from defeat_cli.engine.stopping import stoppable
 from defeat_cli.errors import RunError
 from defeat_cli.export.loader import write_loader
 from defeat_cli.files import write_json
 from defeat_cli.jobs import bad_step, resuming
 from defeat_cli.jobs.estimate import of_detecting, of_training
+from defeat_cli.jobs.summary import write_summary
 from defeat_cli.memory import told
 from defeat_cli.session import Session, assemble
 
@@ -83,10 +85,11 @@ def train(
         done = world.on_main(lambda: _look(run, recipe, reporter, resume, overwrite))
         if done is not None:
             return done
-        session = assemble_together(recipe, world)
+        prolonged = world.on_main(lambda: resume and run.exists and run.prolonged_by(recipe))
+        session = assemble_together(recipe, world, reporter)
         if not session.teacher_is_trained:
             teacher = train_teacher(recipe, folder, overwrite, quiet, changed_data, world)
-            session = assemble_together(recipe, world, teacher)
+            session = assemble_together(recipe, world, reporter, teacher)
         tell(session, reporter)
         tell_share(recipe, world, reporter)
         teacher_ap = score_teacher(session, reporter, known_teacher, world)
@@ -96,6 +99,8 @@ def train(
             training = begin(recipe, session.distiller, session.device, world)
             if resume:
                 resuming.take_up(run, training, session, reporter, changed_data=changed_data, world=world)
+            if prolonged:
+                training.stale = 0  # to go on was asked for
             _fit(session, run, training, reporter, teacher_ap, until, world)
             results = _finish(session, run, training, reporter, known_teacher, world)
             if recipe.run.compare_plain and session.teacher is not None:
@@ -104,6 +109,7 @@ def train(
                 )
                 results["plain"] = plain["student"]
             if world.is_main:
+                write_summary(run / SUMMARY, recipe.run.name or folder.name, results)
                 write_json(run / RESULTS, results)
                 (run / PREVIOUS).unlink(missing_ok=True)
             return world.on_all(results)
@@ -127,13 +133,13 @@ def _look(run: RunFolder, recipe: Recipe, reporter: Reporter, resume: bool, over
     return None
 
 
-def assemble_together(recipe: Recipe, world: World, teacher: str | None = None) -> Session:
+def assemble_together(recipe: Recipe, world: World, reporter: Reporter, teacher: str | None = None) -> Session:
     """A session on every process, with what processes that share its batches have to have.
 
     Raises:
         DefeatError: as `assemble`; or these processes cannot share the recipe's device or its batches.
     """
-    session = world.main_first(lambda: assemble(recipe, teacher=teacher))
+    session = world.main_first(lambda: assemble(recipe, teacher=teacher, doing=reporter.doing))
     world.check_device(session.device)
     pieces(recipe.data.batch_size, recipe.optimizer.accumulate, world.size)
     if recipe.student.sync_bn and world.size > 1:
@@ -173,13 +179,24 @@ def _finish(
     """Write what a finished run leaves, all but its results, which are returned."""
     results = {"student": world.on_main(lambda: _export(session, run, training, reporter)["metrics"])}
     results["training_seconds"] = round(training.seconds, 1)
+    if training.step < session.steps:
+        results["stopped_early_at_step"] = training.step
+    timed = {"student": training.evaluated}
     if session.unlabelled is not None:
         results["seen"] = world.on_all(seen(training, world))
         text = f"trained on {spoken_counts(results['seen'])} images, each time that one was seen"
         reporter.note(f"{reporter.title}: {text}")
     if session.teacher is not None and match_classes(session.validation_data.classes, session.teacher.classes):
-        results["teacher"] = world.on_main(known_teacher) or score(session, session.teacher, reporter, world=world)
+        results["teacher"] = world.on_main(known_teacher)
+        if results["teacher"] is None:
+            results["teacher"] = score(session, session.teacher, reporter, world=world)
+            timed["teacher"] = session.teacher
+    precision = sessions.AUTOCAST[session.recipe.run.precision]
     if world.is_main:
+        # One right after the other, so that whatever else the machine is doing slows both.
+        results["ms_per_image"] = {
+            who: milliseconds_per_image(detector, session.validation_data, precision) for who, detector in timed.items()
+        }
         draw_curves(run.metrics(), run / CURVES, list(session.distiller.terms))
     return results
 
@@ -272,6 +289,7 @@ def score_teacher(
     if known is not None:
         reporter.note(f"teacher: AP {percent(known['AP'])} on the validation images, as another run has found")
         return known["AP"]
+    reporter.doing(f"scoring the teacher on {images} validation images")
     teacher.to(session.device)
     few = torch.utils.data.Subset(data, [i * len(data) // images for i in range(images)])
     ap = score(session, teacher, reporter, subset=few, world=world)["AP"]
@@ -332,7 +350,6 @@ def batches_of(session: Session, world: World = ALONE) -> Loader:
         "workers": sessions.loader_processes(recipe.data.workers, world.local_size),
         "share": partial(StepOrder, accumulate=recipe.optimizer.accumulate, rank=world.rank, size=world.size),
         "seed": recipe.run.seed,
-        "pin_memory": session.device.type == "cuda",
     }
     if session.unlabelled is None:
         return training_loader(data, recipe.data.batch_size, **settings)
