@@ -246,8 +246,9 @@ class Run(Section):
     seed: Annotated[int, Field(ge=0)] = 0
     device: str = "auto"
     """`auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:N`."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Autocast dtype; bf16 and fp16 need CUDA. Distillation terms are always computed in fp32."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Autocast dtype; `auto` is bf16 on GPUs and CPUs that have instructions for it (CPUs: AVX512-BF16 or AMX), else
+    fp32. fp16 needs CUDA. Distillation terms, boxes and anchors are always computed in fp32."""
     evaluate_every: Count = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
     log_every: Count = 50

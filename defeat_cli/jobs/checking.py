@@ -42,6 +42,7 @@ def check(recipe: Recipe) -> Check:
     """
     reporter = Reporter("check")
     session = assemble(recipe)
+    recipe = session.recipe
     tell(session, reporter)
     student, teacher, data = session.student, session.teacher, session.training_data
     distiller = session.distiller.to(session.device)

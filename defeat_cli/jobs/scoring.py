@@ -17,8 +17,9 @@ from defeat_cli.engine.detection_errors import error_report
 from defeat_cli.engine.evaluation import evaluate
 from defeat_cli.engine.runs import write_json
 from defeat_cli.engine.voc_ap import voc_ap50
-from defeat_cli.errors import DataError
+from defeat_cli.errors import DataError, RunError
 from defeat_cli.jobs.asked import DETECTOR, Asked, ask, data_settings
+from defeat_cli.precision import choose_precision
 
 
 @dataclass(frozen=True)
@@ -100,11 +101,12 @@ def score(
 def _precision(asked: Asked, device: torch.device, reporter: Reporter) -> str:
     """As it was said, else as the run evaluated that the checkpoint comes from, where the device can."""
     if "run.precision" in asked.given:
-        return asked.recipe.run.precision
+        return choose_precision(asked.recipe.run.precision, device)
     run = (asked.weights.recipe or {}).get("run")
-    remembered = {name: value for name, value in run.items() if name == "precision"} if isinstance(run, dict) else {}
+    remembered = {"precision": run.get("precision", "fp32") if isinstance(run, dict) else "fp32"}
     trained = validate({"run": remembered}, f"{asked.weights.origin}: the recipe in it").run.precision
-    if trained == "fp32" or device.type == "cuda":
-        return trained
-    reporter.warn(f"its own run evaluated in {trained}, which needs a CUDA device; here it is fp32")
-    return "fp32"
+    try:
+        return choose_precision(trained, device)
+    except RunError:
+        reporter.warn(f"its own run evaluated in {trained}, which the {device.type} here does not have; here it is fp32")
+        return "fp32"

@@ -62,6 +62,7 @@ def train(
         raise RunError("--resume and --overwrite contradict each other; give one of them")
     if resume and not run.exists:
         raise RunError(f"{folder}: holds no run to resume; leave --resume out to start one")
+    recipe = sessions.settled(recipe, run.recipe if resume else None)
     run.check(recipe, resume=resume, overwrite=overwrite)
     if resume and run.prolonged_by(recipe):
         reporter.note(f"{folder}: goes on to {recipe.schedule.epochs} epochs, by the learning rates of that schedule")
@@ -112,6 +113,7 @@ def plain_recipe(recipe: Recipe) -> Recipe:
 def _sub_run(recipe: Recipe, folder: Path, overwrite: bool, quiet: bool, title: str) -> dict[str, Any]:
     """A run that another needs: begun, gone on with, or taken as it is where it is finished."""
     run = RunFolder(folder)
+    recipe = sessions.settled(recipe, run.recipe if run.exists else None)
     anew = overwrite and run.exists and not run.holds(recipe)
     return train(recipe, folder, resume=run.exists and not anew, overwrite=anew, quiet=quiet, title=title)
 
