@@ -18,6 +18,7 @@ from defeat_cli.data.formats.shapes import draw_shapes
 from defeat_cli.data.opening import open_split
 from defeat_cli.data.unlabelled import ImageFolder
 from defeat_cli.detectors.backbones import load_backbone_weights
+from defeat_cli.detectors.compiling import require_compiler
 from defeat_cli.detectors.contract import Detector
 from defeat_cli.detectors.loading import load_teacher
 from defeat_cli.detectors.zoo import build_detector
@@ -80,6 +81,8 @@ def assemble(recipe: Recipe, teacher: str | None = None, like: Session | None = 
     """
     recipe = settled(recipe)
     device = choose_device(recipe.run.device)
+    if recipe.run.compile:
+        require_compiler(device)
     notes: list[Note] = []
     if like is not None and (like.recipe.data, like.recipe.run.seed) == (recipe.data, recipe.run.seed):
         training_data, validation_data = like.training_data, like.validation_data

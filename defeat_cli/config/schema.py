@@ -249,6 +249,9 @@ class Run(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Autocast dtype; `auto` is bf16 on GPUs and CPUs that have instructions for it (CPUs: AVX512-BF16 or AMX), else
     fp32. fp16 needs CUDA. Distillation terms, boxes and anchors are always computed in fp32."""
+    compile: bool = False
+    """Compile backbones and necks by `torch.compile`, which takes a minute or more at the first steps and pays in long
+    trainings; scoring is not compiled."""
     evaluate_every: Count = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
     log_every: Count = 50

@@ -1,8 +1,8 @@
 """RoIAlign whose backward pass on a CPU is one gather in place of torchvision's scattered additions.
 
-Pooling is linear: a bin is the weighted sum of the few cells around its sampling points. So the gradient of a cell is the
-weighted sum of the gradients of the bins that it was part of, which `embedding_bag` computes a cell at a time with the
-channels side by side; torchvision's kernel adds channel by channel, all over the map.
+Pooling is linear: a bin is the weighted sum of the few cells around its sampling points. So the gradient of a cell is
+the weighted sum of the gradients of the bins that it was part of, which `embedding_bag` computes a cell at a time with
+the channels side by side; torchvision's kernel adds channel by channel, all over the map.
 """
 
 from __future__ import annotations
@@ -31,8 +31,7 @@ class RoIPool(MultiScaleRoIAlign):
     def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
         maps = [x[name] for name in self.featmap_names]
         wanted = torch.is_grad_enabled() and any(level.requires_grad for level in maps)
-        # With a sampling ratio of 0 each region has as many points as its size asks for. In half precision torchvision
-        # rounds each of the additions.
+        # With a sampling ratio of 0 a region has as many points as its size asks for, which is left to torchvision.
         if wanted and maps[0].device.type == "cpu" and self.sampling_ratio > 0 and maps[0].dtype.itemsize >= 4:
             return _Pooling.apply(self, boxes, image_shapes, *maps)
         return super().forward(x, boxes, image_shapes)

@@ -119,7 +119,9 @@ def evaluate(
     evaluator = CocoEvaluator(whole.coco, detector.classes)
     device = next(detector.parameters()).device
     loader = evaluation_loader(dataset, workers, pin_memory=device.type == "cuda")
-    with evaluating(detector), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+    # Not compiled: figures are those of the plain network that users take home, and no shape is compiled for one image.
+    eager = torch.compiler.set_stance("force_eager")
+    with eager, evaluating(detector), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
         for images, _, image_ids in loader:
             evaluator.process(image_ids, detector.detect([image.to(device, non_blocking=True) for image in images]))
             on_image(len(images))

@@ -108,5 +108,5 @@ def _precision(asked: Asked, device: torch.device, reporter: Reporter) -> str:
     try:
         return choose_precision(trained, device)
     except RunError:
-        reporter.warn(f"its own run evaluated in {trained}, which the {device.type} here does not have; here it is fp32")
+        reporter.warn(f"its own run evaluated in {trained}, which this {device.type} does not have; here it is fp32")
         return "fp32"
