@@ -23,7 +23,7 @@ def require_compiler(device: torch.device) -> None:
     try:
         torch.compile(lambda x: x.sin() + 1, backend=BACKEND)(torch.zeros(8, device=device))
     except Exception as error:  # whatever a missing compiler makes of itself
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        reason = " ".join([line for line in str(error).splitlines() if line.strip()][:2]) or type(error).__name__
         raise RunError(f"run.compile: torch cannot compile for {device.type} here ({reason}); use false") from error
 
 

@@ -15,9 +15,9 @@ from defeat_cli.console import Reporter, counting, errors_table, metrics_table
 from defeat_cli.detectors.loading import load_detector
 from defeat_cli.engine.detection_errors import error_report
 from defeat_cli.engine.evaluation import evaluate
-from defeat_cli.engine.runs import write_json
 from defeat_cli.engine.voc_ap import voc_ap50
 from defeat_cli.errors import DataError, RunError
+from defeat_cli.files import write_json
 from defeat_cli.jobs.asked import DETECTOR, Asked, ask, data_settings
 from defeat_cli.precision import choose_precision
 

@@ -79,8 +79,12 @@ def test_the_same_seed_gives_the_same_metrics_and_another_seed_others(distilled,
     assert metrics(tmp_path / "other") != metrics(folder)
 
 
-@pytest.mark.parametrize("stop_after", [1, 3, 5])
-def test_a_resumed_run_equals_an_uninterrupted_one(distilled, defeat, tiny, teacher, tmp_path, monkeypatch, stop_after):
+@pytest.mark.parametrize(
+    ("stop_after", "number", "code"), [(1, "SIGTERM", 143), (3, "SIGUSR1", 130), (5, "SIGHUP", 130)]
+)
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    distilled, defeat, tiny, teacher, tmp_path, monkeypatch, stop_after, number, code
+):
     folder, _ = distilled
     arguments = ["train", "-r", tiny, "-t", teacher, "-o", tmp_path / "run", "--set", "run.compare_plain=true"]
     make_step = training.train_step
@@ -88,11 +92,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one(distilled, defeat, tiny, teac
     def step_then_stop(state, *positional, **named):
         terms = make_step(state, *positional, **named)
         if state.step == stop_after:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), getattr(signal, number))
         return terms
 
     monkeypatch.setattr(training, "train_step", step_then_stop)
-    output = defeat(*arguments, code=130)
+    output = defeat(*arguments, code=code)
     assert "--resume" in output
     assert not (tmp_path / "run" / "results.json").exists()
     monkeypatch.undo()
@@ -104,7 +108,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(distilled, defeat, tiny, teac
 
 def test_a_run_that_died_resumes_from_its_last_checkpoint(distilled, defeat, tiny, teacher, tmp_path):
     folder, _ = distilled
-    arguments = ["train", "-r", tiny, "-t", teacher, "-o", tmp_path / "run", "--set", "run.checkpoint_every=2"]
+    arguments = ["train", "-r", tiny, "-t", teacher, "-o", tmp_path / "run", "--set", "run.save_every=2"]
     with dying_at(5):
         defeat(*arguments)
     defeat(*arguments, "--resume")
