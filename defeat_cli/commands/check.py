@@ -12,6 +12,7 @@ from defeat_cli.commands.options import (
     RecipeOption,
     SetOption,
     TeacherOption,
+    announce_loading,
     overrides,
     recipe_to_train,
 )
@@ -29,6 +30,7 @@ def check(
     """Tell what a run would do: detectors, how levels and classes pair up, active terms, memory, the teacher's AP."""
     said = overrides(set_, teacher__checkpoint=teacher, data__path=data, run__device=device)
     chosen = recipe_to_train(recipe, said, variant)
+    announce_loading(quiet=False)
     from defeat_cli.jobs import checking
 
     for table in checking.check(chosen).tables:

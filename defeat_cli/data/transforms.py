@@ -120,4 +120,6 @@ def _reason(error: Exception) -> str:
         return "is not there"
     if isinstance(error, UnidentifiedImageError):
         return "is not an image that can be read"
+    if isinstance(error, MemoryError):
+        return "cannot be read: there is not enough memory for it"
     return f"cannot be read: {error}"

@@ -19,6 +19,8 @@ from defeat_cli.engine.voc_ap import voc_ap50
 from defeat_cli.errors import DataError, RunError
 from defeat_cli.files import write_json
 from defeat_cli.jobs.asked import DETECTOR, Asked, ask, data_settings
+from defeat_cli.jobs.estimate import of_detecting
+from defeat_cli.memory import told
 from defeat_cli.precision import choose_precision
 
 
@@ -78,7 +80,7 @@ def score(
         reporter.note(note)
     loaded.tell(reporter)
     detections: list[dict[str, Any]] = []
-    with counting("evaluating", len(data), quiet) as advance:
+    with told(lambda: of_detecting(loaded.detector, device)), counting("evaluating", len(data), quiet) as advance:
         metrics = evaluate(
             loaded.detector.to(device),
             data,
