@@ -15,6 +15,7 @@ from torch.utils.data import Subset
 
 from defeat_cli.data.dataset import DetectionDataset
 from defeat_cli.data.loading import evaluation_loader
+from defeat_cli.detectors.compiling import uncompiled
 from defeat_cli.detectors.contract import evaluating
 from defeat_cli.distillation.pairing import match_classes
 from defeat_cli.engine import scorers
@@ -128,7 +129,7 @@ def evaluate(
     Args:
         dataset: images with their ground truth, or some of them.
         workers: loader processes.
-        autocast: dtype of CUDA autocast, None for full precision.
+        autocast: dtype of autocast, None for full precision.
         on_image: told the number of images done after each, by all processes together.
         keep_detections: a list that the detections are appended to, in COCO results format; on the main process.
         world: the processes that share the images out, each of which has to call this.
@@ -143,7 +144,7 @@ def evaluate(
     mode = evaluating(detector) if is_module else contextlib.nullcontext()
     mine = dataset if world.size == 1 else Subset(dataset, range(world.rank, len(dataset), world.size))
     loader = evaluation_loader(mine, workers, pin_memory=device.type == "cuda")
-    with mode, torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+    with uncompiled(), mode, torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
         for images, _, image_ids in loader:
             evaluator.process(image_ids, detector.detect([image.to(device, non_blocking=True) for image in images]))
             on_image(len(images) * world.size)

@@ -40,6 +40,7 @@ from defeat_cli.jobs import bad_step, resuming
 from defeat_cli.jobs.estimate import of_detecting, of_training
 from defeat_cli.jobs.summary import write_summary
 from defeat_cli.memory import told
+from defeat_cli.precision import AUTOCAST
 from defeat_cli.session import Session, assemble
 
 NEAR_ZERO_AP = 0.01
@@ -82,6 +83,8 @@ def train(
     if changed_data and not resume:
         raise RunError("--changed-data: is about a run that is resumed; add --resume")
     with stoppable(lambda: _standing(run)):
+        world.on_main(lambda: _enter(run, recipe, reporter, resume))
+        recipe = _settled(recipe, run if resume else None, world)
         done = world.on_main(lambda: _look(run, recipe, reporter, resume, overwrite))
         if done is not None:
             return done
@@ -115,14 +118,28 @@ def train(
             return world.on_all(results)
 
 
-def _look(run: RunFolder, recipe: Recipe, reporter: Reporter, resume: bool, overwrite: bool) -> dict[str, Any] | None:
-    """Find out whether a recipe can be run in a folder; its results where that has been done already."""
+def _enter(run: RunFolder, recipe: Recipe, reporter: Reporter, resume: bool) -> None:
+    """Make sure that a folder can be worked in, and that what it says of its own run can be read."""
     has_teacher_run = recipe.teacher.recipe is not None and RunFolder(run / "teacher").exists
     if resume and not run.exists and not has_teacher_run:
         raise RunError(f"{run.path}: holds no run to resume; leave --resume out to start one")
     refuse_locked(run.path)
     if resume and run.exists:
         resuming.mend(run, reporter)
+
+
+def _settled(recipe: Recipe, run: RunFolder | None, world: World) -> Recipe:
+    """A recipe with the precision that it is run with: that of a run which is gone on with, or the device's."""
+
+    def precision() -> str:
+        return sessions.settled(recipe, run.recipe if run is not None and run.exists else None).run.precision
+
+    settled = recipe.run.model_copy(update={"precision": world.on_main(precision)})
+    return recipe.model_copy(update={"run": settled})
+
+
+def _look(run: RunFolder, recipe: Recipe, reporter: Reporter, resume: bool, overwrite: bool) -> dict[str, Any] | None:
+    """Find out whether a recipe can be run in a folder; its results where that has been done already."""
     run.check(recipe, resume=resume, overwrite=overwrite)
     if resume and run.exists and run.prolonged_by(recipe):
         text = f"{run.path}: goes on to {recipe.schedule.epochs} epochs, by the learning rates of that schedule"
@@ -191,7 +208,7 @@ def _finish(
         if results["teacher"] is None:
             results["teacher"] = score(session, session.teacher, reporter, world=world)
             timed["teacher"] = session.teacher
-    precision = sessions.AUTOCAST[session.recipe.run.precision]
+    precision = AUTOCAST[session.recipe.run.precision]
     if world.is_main:
         # One right after the other, so that whatever else the machine is doing slows both.
         results["ms_per_image"] = {
@@ -225,6 +242,7 @@ def _sub_run(
 ) -> dict[str, Any]:
     """A run that another needs: begun, gone on with, or taken as it is where it is finished."""
     run = RunFolder(folder)
+    recipe = _settled(recipe, run, world)
     anew = world.on_main(lambda: overwrite and run.exists and not run.holds(recipe))
     resume = world.on_main(lambda: run.exists) and not anew
     return train(
@@ -334,7 +352,7 @@ def score(
             detector,
             chosen,
             workers=sessions.loader_processes(recipe.data.workers, world.local_size),
-            autocast=sessions.AUTOCAST[recipe.run.precision],
+            autocast=AUTOCAST[recipe.run.precision],
             on_image=advance,
             keep_detections=detections,
             world=world,
@@ -429,7 +447,7 @@ def _fit(
                 evaluate=evaluated,
                 save=save,
                 reporter=reporter,
-                autocast=sessions.AUTOCAST[recipe.run.precision],
+                autocast=AUTOCAST[recipe.run.precision],
                 until=until,
                 world=world,
             )
