@@ -10,10 +10,12 @@ from pathlib import Path
 
 import torch
 
+from defeat_cli.audit.rules import class_faults
 from defeat_cli.config import schema as recipes
 from defeat_cli.config.schema import Data, Recipe
 from defeat_cli.config.terms import TermSettings
-from defeat_cli.data.dataset import DetectionDataset, overlap
+from defeat_cli.data.dataset import DetectionDataset
+from defeat_cli.data.faults import Faults
 from defeat_cli.data.formats.shapes import draw_shapes
 from defeat_cli.data.opening import open_split
 from defeat_cli.data.unlabelled import ImageFolder
@@ -26,6 +28,7 @@ from defeat_cli.distillation.terms import TERMS, Term
 from defeat_cli.distillation.unlabelled import PseudoLabels
 from defeat_cli.errors import DataError, RecipeError, RunError, TermError
 from defeat_cli.starting import start_from
+from defeat_cli.verifying import Watch, faults_of, notes_on, unwatched, verify, verify_unlabelled
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -66,20 +69,24 @@ class Session:
         return self.recipe.schedule.epochs * math.ceil(batches / self.recipe.optimizer.accumulate)
 
 
-def assemble(recipe: Recipe, teacher: str | None = None, like: Session | None = None) -> Session:
+def assemble(
+    recipe: Recipe, teacher: str | None = None, like: Session | None = None, watch: Watch = unwatched
+) -> Session:
     """Data, student, teacher and terms of a recipe. Nothing is trained, and nothing written but drawn data.
 
     Args:
         teacher: checkpoint in place of the recipe's. Without one a teacher that the recipe is to train first
             (`teacher.recipe`) stands there untrained, so that what cannot work is found before it is trained.
         like: a session whose data and teacher serve again where the recipe names the same, as in a study.
+        watch: shows how far the reading of images is.
 
     Raises:
         DefeatError: something that the recipe names cannot be used. All that `train` refuses is refused here.
     """
     device = choose_device(recipe.run.device, recipe.run.precision)
     notes: list[Note] = []
-    if like is not None and (like.recipe.data, like.recipe.run.seed) == (recipe.data, recipe.run.seed):
+    same_data = like is not None and (like.recipe.data, like.recipe.run.seed) == (recipe.data, recipe.run.seed)
+    if same_data:
         training_data, validation_data = like.training_data, like.validation_data
     else:
         drawn = recipe.data.format == "shapes" and recipe.data.path and not Path(recipe.data.path).exists()
@@ -89,11 +96,8 @@ def assemble(recipe: Recipe, teacher: str | None = None, like: Session | None = 
             notes.append(Note(f"{recipe.data.path}: a new folder; the data set of shapes was drawn there"))
     for opened in (training_data, validation_data):
         opened.refuse_vanishing(recipe.data.short_side, recipe.data.long_side)
-    for text in [*training_data.notes, *(f"validation: {note}" for note in validation_data.notes)]:
-        notes.append(Note(text))
-    shared = overlap(training_data, validation_data)
-    if shared is not None:
-        notes.append(Note(shared, warning=True))
+    Faults().tell(class_faults(training_data, validation_data))
+    about_data = len(notes)
     student = build_student(recipe, training_data.classes)
     if recipe.student.weights is not None:
         lines = start_from(student, recipe.student.weights, recipe.student)
@@ -150,6 +154,14 @@ def assemble(recipe: Recipe, teacher: str | None = None, like: Session | None = 
             if not pseudo_labels.pairs:
                 text = "teacher and student share no class: unlabelled images have no boxes, as if all were background"
                 notes.append(Note(text, warning=True))
+    if not same_data:  # last, as it takes the longest
+        workers = loader_processes(recipe.data.workers)
+        training_data = verify(training_data, recipe.data, "training", workers, watch)
+        validation_data = verify(validation_data, recipe.data, "validation", workers, watch)
+        if unlabelled is not None:
+            unlabelled = verify_unlabelled(unlabelled, recipe.data, workers, watch)
+    told = notes_on(training_data, validation_data, recipe.data, student)
+    notes[about_data:about_data] = [Note(text, warning) for text, warning in told]
     distiller = Distiller(
         student,
         supervisor if terms else None,
@@ -222,6 +234,7 @@ def open_data(data: Data, split: str, *, train: bool, seed: int = 0) -> Detectio
         val_fraction=data.val_fraction,
         split_seed=data.split_seed,
         classes=data.classes,
+        faults=faults_of(data),
     )
 
 
@@ -235,7 +248,7 @@ def _open_unlabelled(
     if like is not None and like.unlabelled is not None and like.training_data is training_data:
         folder = like.unlabelled
     else:
-        folder = ImageFolder(Path(data.unlabelled), training_data.transforms, recipe.run.seed)
+        folder = ImageFolder(Path(data.unlabelled), training_data.transforms, recipe.run.seed, faults_of(data))
     folder.refuse_vanishing(data.short_side, data.long_side)
     beside = min(data.unlabelled_a_batch, len(folder))
     others = f" (other files there: {folder.left_out})" if folder.left_out else ""

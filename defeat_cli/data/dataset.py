@@ -54,6 +54,8 @@ class DetectionDataset(Dataset):
         classes: ordered by category id; label `i + 1` is `classes[i]`.
         sizes: (height, width) of each image.
         opening: notes on how the data was found, before those on what is in it.
+        left_out: images that are annotated and were left out, each with what is wrong with it.
+        digests: [N] int64 that tell images by their pixels; None where they were not all decoded.
 
     Raises:
         DataError: images that are not there, or boxes that are not what they should be.
@@ -76,6 +78,8 @@ class DetectionDataset(Dataset):
         self.layout = layout
         self.train = train
         self.opening: list[str] = []
+        self.left_out: list[Fault] = []
+        self.digests: np.ndarray | None = None
         self._take(present(annotations, self.images, faults))
         faults.tell(other_units(self.annotations))
 
@@ -100,12 +104,18 @@ class DetectionDataset(Dataset):
         """One line for each thing that a user should know about this data."""
         return [*self.opening, *self._notes]
 
+    @property
+    def boxes(self) -> tuple[np.ndarray, np.ndarray]:
+        """The boxes to learn from: [M, 4] xyxy in pixels of their images, and [M] the position of each one's image."""
+        return self._boxes, np.repeat(np.arange(len(self)), np.diff(self._first))
+
     def without(self, gone: Sequence[int]) -> DetectionDataset:
         """The same data without the images at these positions."""
         other = copy.copy(self)
         for name in ("coco", "_numbers"):
             vars(other).pop(name, None)
         other._take(self.annotations.without_images(gone))
+        other.digests = None
         return other
 
     def __getitem__(self, key: int | tuple[int, int]) -> Sample:
@@ -257,13 +267,22 @@ def refuse_vanishing(
         )
 
 
-def overlap(train: DetectionDataset, val: DetectionDataset) -> str | None:
-    """What validation images are among the training images, in words; None where there are none.
+def shared_images(train: DetectionDataset, val: DetectionDataset) -> list[int]:
+    """Positions of validation images that are training images too.
 
-    An image is the same where its file is, or where name, size, classes and boxes all are.
+    An image is the same where its file is, where name, size, classes and boxes all are, or where both data sets have
+    `digests` and those are.
     """
     files, contents = set(train._files()), {train._content(i) for i in range(len(train))} - {None}
-    shared = [val.file_name(i) for i, file in enumerate(val._files()) if file in files or val._content(i) in contents]
+    shared = {i for i, file in enumerate(val._files()) if file in files or val._content(i) in contents}
+    if train.digests is not None and val.digests is not None:
+        shared |= set(np.flatnonzero(np.isin(val.digests, train.digests)).tolist())
+    return sorted(shared)
+
+
+def overlap(train: DetectionDataset, val: DetectionDataset) -> str | None:
+    """What validation images are among the training images, in words; None where there are none."""
+    shared = [val.file_name(i) for i in shared_images(train, val)]
     if not shared:
         return None
     return (

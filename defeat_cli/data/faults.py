@@ -71,12 +71,17 @@ class Fault:
 class Faults:
     """Takes faults: remembers those of rules that are tolerated, and stops at others that are refused.
 
+    Args:
+        tolerated: rules, keys of `RULES`.
+        hint: what to add to messages about single images.
+
     Attributes:
         found: what was tolerated, in order.
     """
 
-    def __init__(self, tolerated: Iterable[str] = ()) -> None:
+    def __init__(self, tolerated: Iterable[str] = (), hint: str = "") -> None:
         self.tolerated = frozenset(tolerated)
+        self.hint = hint
         self.found: list[Fault] = []
 
     def tell(self, faults: Fault | Sequence[Fault], summary: str | None = None) -> None:
@@ -92,7 +97,7 @@ class Faults:
             if fault.rule in self.tolerated:
                 self.found.append(fault)
             elif RULES[fault.rule].refused:
-                raise DataError(summary or fault.text)
+                raise DataError((summary or fault.text) + (self.hint if fault.rule in IMAGE_RULES else ""))
 
     @property
     def counts(self) -> Counter[str]:

@@ -83,7 +83,7 @@ class Loader(DataLoader):
             collate_fn=collate,
             persistent_workers=workers > 0,
             prefetch_factor=PREFETCH if workers > 0 else None,
-            worker_init_fn=_leave_interrupts,
+            worker_init_fn=leave_interrupts,
             **settings,
         )
 
@@ -129,7 +129,7 @@ def collate(samples: list[Sample | DataError]) -> LoadedBatch | DataError:
     return list(images), list(targets), list(image_ids)
 
 
-def _leave_interrupts(_: int) -> None:
+def leave_interrupts(_: int) -> None:
     """Ctrl-C reaches every process of a terminal; it is the main one that saves and ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 

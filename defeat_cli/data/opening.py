@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from defeat_cli.data.dataset import DetectionDataset
-from defeat_cli.data.faults import Faults
+from defeat_cli.data.faults import IMAGE_RULES, Faults
 from defeat_cli.data.formats import FORMATS
 from defeat_cli.data.formats.splits import NAMES
 from defeat_cli.data.images import SUFFIXES
@@ -81,6 +81,7 @@ def open_split(
     dataset = DetectionDataset(content, folder, train, transforms, seed, layout=name, faults=faults)
     dataset.refuse_boxless(SPOKEN[split], faults)
     dataset.opening = notes
+    dataset.left_out = [fault for fault in faults.found if fault.rule in IMAGE_RULES]
     return dataset
 
 

@@ -116,7 +116,15 @@ class RunFolder:
             temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
 
 
-NOT_COMPARED = {"run.device", "run.name", "data.workers", "run.log_every", "run.checkpoint_every", "run.pull_every"}
+NOT_COMPARED = {
+    "run.device",
+    "run.name",
+    "data.workers",
+    "data.verify",
+    "run.log_every",
+    "run.checkpoint_every",
+    "run.pull_every",
+}
 """Recipe keys that may change when a run is resumed: they do not change what is computed."""
 
 

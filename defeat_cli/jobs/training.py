@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from defeat_cli import session as sessions
 from defeat_cli.checkpoints import native
 from defeat_cli.config import schema as recipes
 from defeat_cli.config.schema import Recipe, Teacher
-from defeat_cli.console import Reporter, percent, spoken_counts
+from defeat_cli.console import Reporter, counting, percent, spoken_counts
 from defeat_cli.data.loading import training_loader
 from defeat_cli.data.unlabelled import mixed_loader
 from defeat_cli.detectors.contract import Detector
@@ -68,9 +69,10 @@ def train(
     elif resume and run.finished:
         reporter.note(f"{folder}: is finished already; more epochs are possible: --set schedule.epochs=N")
         return run.results()
-    session = assemble(recipe)
+    watch = partial(counting, quiet=quiet)
+    session = assemble(recipe, watch=watch)
     if not session.teacher_is_trained:
-        session = assemble(recipe, teacher=train_teacher(recipe, folder, overwrite, quiet))
+        session = assemble(recipe, teacher=train_teacher(recipe, folder, overwrite, quiet), watch=watch)
     tell(session, reporter)
     teacher_ap = score_teacher(session, reporter)
     count_pseudo_labels(session, reporter)
