@@ -211,8 +211,11 @@ def loader_processes(workers: int) -> int:
     return min(workers, os.cpu_count() or 1)
 
 
-def open_data(data: Data, split: str, *, train: bool, seed: int = 0) -> DetectionDataset:
+def open_data(data: Data, split: str, *, train: bool, seed: int = 0, faults: Faults | None = None) -> DetectionDataset:
     """One split of the recipe's data; draws the embedded data set first where that is asked for.
+
+    Args:
+        faults: is told of what is wrong; None does as `data.on_bad_image` says.
 
     Raises:
         DataError: no data, or data that cannot be used.
@@ -234,7 +237,7 @@ def open_data(data: Data, split: str, *, train: bool, seed: int = 0) -> Detectio
         val_fraction=data.val_fraction,
         split_seed=data.split_seed,
         classes=data.classes,
-        faults=faults_of(data),
+        faults=faults or faults_of(data),
     )
 
 

@@ -64,10 +64,8 @@ def notes_on(train: DetectionDataset, val: DetectionDataset, data: Data, student
         said = [f"{split}: {in_words(facts(images, data.short_side[-1], data.long_side))}"]
         said += images.notes if images is train else [f"validation: {note}" for note in images.notes]
         notes += [(text, False) for text in said]
-        if images.left_out:
-            share = f"{len(images.left_out)} of {len(images.left_out) + len(images)} {split} images are left out"
-            reasons = listed([fault.text for fault in images.left_out], 3)
-            notes.append((f"{share} (data.on_bad_image: skip): {reasons}", True))
+        if left_out := note_on_left_out(images, split):
+            notes.append((left_out, True))
     if shared := overlap(train, val):
         notes.append((shared, True))
     if apart := [fault.text for fault in class_faults(train, val)]:
@@ -76,6 +74,14 @@ def notes_on(train: DetectionDataset, val: DetectionDataset, data: Data, student
     if fitting is not None and fitting.bad:
         notes.append((fitting.in_words(), True))
     return notes
+
+
+def note_on_left_out(images: DetectionDataset, split: str) -> str | None:
+    """How many images were left out, and why; None where none was."""
+    if not images.left_out:
+        return None
+    share = f"{len(images.left_out)} of {len(images.left_out) + len(images)} {split} images are left out"
+    return f"{share} (data.on_bad_image: skip): {listed([fault.text for fault in images.left_out], 3)}"
 
 
 def anchor_fit(student: Detector, train: DetectionDataset, data: Data) -> Fit | None:

@@ -55,8 +55,10 @@ class Fit:
         return self.mean < GOOD_FIT
 
     def in_words(self) -> str:
-        """What to do about a bad fit."""
+        """How good the fit is and, where it is bad, what to do about it."""
         iou = f"the best anchor of a box has an IoU of {self.mean:.2f} with it on average"
+        if not self.bad:
+            return iou
         said = f"the student's anchors fit the boxes badly: {iou}"
         if self.sizes is None:
             return f"{said}. No other sizes do much better; a larger data.short_side or student.anchor_ratios may"

@@ -48,7 +48,8 @@ def in_words(figures: dict[str, Any]) -> str:
     classes = listed([f"{name} {count}" for name, count in counts], MOST_CLASSES)
     size = figures["box_size"]
     pixels = f", {size['smallest']:.0f} to {size['largest']:.0f} pixels after resizing (median {size['median']:.0f})"
+    empty = f" ({figures['without_boxes']} without a box)" if figures["without_boxes"] else ""
     return (
-        f"{figures['images']} images {shown}; {figures['boxes']} boxes{pixels if size else ''}; "
+        f"{figures['images']} images {shown}{empty}; {figures['boxes']} boxes{pixels if size else ''}; "
         f"{len(counts)} classes: {classes}"
     )

@@ -25,6 +25,9 @@ SOURCE = (
 )
 """Settings of `data` that say where images and boxes are, and so belong together."""
 
+READING = ("data.workers", "data.verify", "data.on_bad_image")
+"""Settings of how images are read."""
+
 DETECTOR = (*(f"student.{name}" for name in (*STRUCTURE, *INFERENCE)), *(f"data.{side}" for side in SIZES))
 
 
@@ -74,16 +77,18 @@ def ask(
 def _data(given: Mapping[str, Given], named: Recipe, weights: Weights, checkpoint: str) -> tuple[Data, list[str]]:
     """The data section in force. A folder on the command line is read as it is, and never drawn."""
     remembered = (weights.recipe or {}).get("data") or {}  # checked as a mapping when it was read
-    own = {name: remembered[name] for name in (*SOURCE, "workers") if remembered.get(name) is not None}
+    own = {name: remembered[name] for name in (*SOURCE, "workers", "on_bad_image") if remembered.get(name) is not None}
     sections = {name.split(".")[1] for name in given if name.startswith("data.")}
-    spoken = {name: getattr(named.data, name) for name in (*SOURCE, "workers") if name in sections}
+    spoken = {
+        name: getattr(named.data, name) for name in (*SOURCE, "workers", "verify", "on_bad_image") if name in sections
+    }
     notes = []
     if isinstance(own.get("path"), str):
         own["path"] = _found(own["path"], weights, checkpoint)
     if "path" in spoken and not _same(spoken["path"], own.get("path")):
         names = [name for name in own if name.endswith(("annotations", "images")) and name not in spoken]
         notes += [f"data.{name} {own[name]!r} belongs to the checkpoint's own data and is not used" for name in names]
-        own = {"workers": own["workers"]} if "workers" in own else {}
+        own = {name: own[name] for name in ("workers",) if name in own}
     source = {**own, **spoken}
     on_command_line = {name for name, (_, where) in given.items() if where == COMMAND_LINE}
     if "data.path" in on_command_line and "data.format" not in on_command_line and source.get("format") == "shapes":

@@ -50,6 +50,7 @@ def check(recipe: Recipe) -> Check:
         "detectors": {name: _describe(d, images) for name, d in detectors.items() if d is not None},
         "terms": terms,
         "pull": pull,
+        "notes": [{"text": note.text, "warning": note.warning} for note in session.notes],
         "memory_gib": round(_memory(distiller, images, targets, recipe, a_batch) / 2**30, 2),
     }
     fitting = anchor_fit(student, data, recipe.data)
