@@ -27,6 +27,8 @@ SOURCE = (
 
 READING = ("data.workers", "data.verify", "data.on_bad_image")
 """Settings of how images are read."""
+KEPT = (*SOURCE, "workers", "on_bad_image")
+"""Settings of `data` that a checkpoint's own recipe has for whoever says nothing else."""
 
 DETECTOR = (*(f"student.{name}" for name in (*STRUCTURE, *INFERENCE)), *(f"data.{side}" for side in SIZES))
 
@@ -77,18 +79,16 @@ def ask(
 def _data(given: Mapping[str, Given], named: Recipe, weights: Weights, checkpoint: str) -> tuple[Data, list[str]]:
     """The data section in force. A folder on the command line is read as it is, and never drawn."""
     remembered = (weights.recipe or {}).get("data") or {}  # checked as a mapping when it was read
-    own = {name: remembered[name] for name in (*SOURCE, "workers", "on_bad_image") if remembered.get(name) is not None}
+    own = {name: remembered[name] for name in KEPT if remembered.get(name) is not None}
     sections = {name.split(".")[1] for name in given if name.startswith("data.")}
-    spoken = {
-        name: getattr(named.data, name) for name in (*SOURCE, "workers", "verify", "on_bad_image") if name in sections
-    }
+    spoken = {name: getattr(named.data, name) for name in KEPT if name in sections}
     notes = []
     if isinstance(own.get("path"), str):
         own["path"] = _found(own["path"], weights, checkpoint)
     if "path" in spoken and not _same(spoken["path"], own.get("path")):
         names = [name for name in own if name.endswith(("annotations", "images")) and name not in spoken]
         notes += [f"data.{name} {own[name]!r} belongs to the checkpoint's own data and is not used" for name in names]
-        own = {name: own[name] for name in ("workers",) if name in own}
+        own = {"workers": own["workers"]} if "workers" in own else {}
     source = {**own, **spoken}
     on_command_line = {name for name, (_, where) in given.items() if where == COMMAND_LINE}
     if "data.path" in on_command_line and "data.format" not in on_command_line and source.get("format") == "shapes":
