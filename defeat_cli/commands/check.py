@@ -68,7 +68,7 @@ def _audit(said: dict[str, Any], json_file: Path | None, sheet: Path | None) -> 
     show(found.class_table())
     for title, places in found.problems():
         console.print(f"[bold]{escape(title)}[/]")
-        console.print(Padding(Text("\n".join(places)), (0, 0, 0, 4)))
+        console.print(Padding(Text("\n".join(places)), (0, 0, 0, 4), expand=False))
     console.print("no problems found" if found.values["clean"] else f"problems found: {found.total}")
     if sheet is not None:
         console.print(f"{sheet}: {tiles} images" if tiles else f"{sheet}: not written, there is nothing to draw")

@@ -311,11 +311,13 @@ class _CocoReader:
         """Annotation ids are not used, so that repeated ones do no harm here; elsewhere they do."""
         if "duplicate annotation id" not in self.faults.tolerated:
             return
-        first: dict[Any, int] = {}
+        seen: set[Id] = set()
         for row, identity in enumerate(self.ids):
-            if isinstance(identity, Id) and first.setdefault(identity, row) != row:
-                text = f"{self._named(row)}: id {identity!r} is there before, at {self._named(first[identity])}"
+            if isinstance(identity, Id) and identity in seen:
+                text = f"{self._named(row)}: an earlier annotation has this id too"
                 self.faults.tell(Fault("duplicate annotation id", text))
+            elif isinstance(identity, Id):
+                seen.add(identity)
 
 
 def _image(row: dict) -> tuple[Id, str, tuple[int, int] | None]:

@@ -14,7 +14,8 @@ from defeat_cli.files import replacing
 
 RECIPE, METRICS, LAST, BEST = "recipe.yaml", "metrics.jsonl", "last.pt", "best.pt"
 STUDENT, LOADER, RESULTS, CURVES = "student.pth", "load_student.py", "results.json", "curves.png"
-RUN_FILES = (RECIPE, METRICS, LAST, BEST, STUDENT, LOADER, RESULTS, CURVES)
+DATA = "data.json"
+RUN_FILES = (DATA, RECIPE, METRICS, LAST, BEST, STUDENT, LOADER, RESULTS, CURVES)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -64,7 +64,7 @@ class Looked:
         folder = f"{self.values['path']}{os.sep}"
         for problem in self.values["problems"]:
             fate = "stops a training" if problem["stops_training"] else "suspicious"
-            title = f"{problem['split']}: {problem['count']} {problem['what']} ({fate})"
+            title = f"{problem['what']}: {problem['count']} in {problem['split']} ({fate})"
             places = [text.removeprefix(folder) for text in problem["examples"][:EXAMPLES]]
             rest = problem["count"] - len(places)
             yield title, [*places, *([f"and {rest} more"] if rest else [])]

@@ -20,6 +20,7 @@ from defeat_cli.detectors.contract import Detector
 from defeat_cli.distillation.pairing import match_classes
 from defeat_cli.engine.checkpoint import Training, begin
 from defeat_cli.engine.curves import draw_curves
+from defeat_cli.engine.data_record import data_record, keep, refuse_other_data
 from defeat_cli.engine.detection_errors import error_report
 from defeat_cli.engine.evaluation import evaluate
 from defeat_cli.engine.loop import fit
@@ -74,10 +75,14 @@ def train(
     if not session.teacher_is_trained:
         session = assemble(recipe, teacher=train_teacher(recipe, folder, overwrite, quiet), watch=watch)
     tell(session, reporter)
+    record = data_record(session.training_data, session.validation_data, session.unlabelled)
+    if resume:
+        refuse_other_data(run, record)
     teacher_ap = score_teacher(session, reporter)
     count_pseudo_labels(session, reporter)
 
     run.open(recipe, resume=resume, overwrite=overwrite)
+    keep(run, record)
     training = begin(recipe, session.distiller, session.device)
     if resume and (run / LAST).is_file():
         training.load_state_dict(native.load(run / LAST)["training"])
@@ -88,6 +93,9 @@ def train(
     native.write_atomically(run / STUDENT, native.exported(best, str(run / BEST)))
     write_loader(run / STUDENT, recipe.student, best["classes"], recipe.data.short_side[-1], recipe.data.long_side)
     results: dict[str, Any] = {"student": best["metrics"], "training_seconds": round(training.seconds, 1)}
+    left_out = {split: found for split in ("training", "validation") if (found := record[split]["left_out"])}
+    if left_out:
+        results["left_out"] = left_out
     if session.unlabelled is not None:
         reporter.note(f"{title}: trained on {spoken_counts(training.seen)} images, each time that one was seen")
         results["seen"] = training.seen
