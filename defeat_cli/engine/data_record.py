@@ -1,4 +1,4 @@
-"""What data a run was trained on, kept in its folder: a resumed run must not go on with other data unnoticed."""
+"""What data a run is trained on, kept in its last checkpoint, so that none goes on with other data unnoticed."""
 
 from __future__ import annotations
 
@@ -12,13 +12,20 @@ import numpy as np
 
 from defeat_cli.data.dataset import DetectionDataset
 from defeat_cli.data.unlabelled import ImageFolder
-from defeat_cli.engine.runs import DATA, LAST, RunFolder, write_json
 from defeat_cli.errors import RunError
 
+Record = dict[str, dict[str, Any]]
 
-def data_record(
-    train: DetectionDataset, val: DetectionDataset, unlabelled: ImageFolder | None = None
-) -> dict[str, dict[str, Any]]:
+NAMES = {
+    "images": "number of images",
+    "boxes": "number of boxes",
+    "left_out": "images left out by data.on_bad_image",
+    "annotated": "names, sizes, classes or boxes",
+}
+"""Parts of a record without which a resumed run would be another run, in words."""
+
+
+def data_record(train: DetectionDataset, val: DetectionDataset, unlabelled: ImageFolder | None = None) -> Record:
     """What tells data from other data, by split.
 
     Returns:
@@ -27,53 +34,38 @@ def data_record(
     """
     record = {"training": _of(train), "validation": _of(val)}
     if unlabelled is not None:
-        record["unlabelled"] = {
-            "images": len(unlabelled), "annotated": _digest(unlabelled.names, unlabelled.sizes)
-        }  # fmt: skip
+        annotated = _digest(unlabelled.names, unlabelled.sizes)
+        record["unlabelled"] = {"images": len(unlabelled), "annotated": annotated, "pixels": None}
     return record
 
 
-def refuse_other_data(run: RunFolder, record: Mapping[str, Mapping[str, Any]]) -> None:
+def refuse_other_data(before: Mapping[str, Mapping[str, Any]], record: Record, origin: str) -> list[str]:
     """Refuse to go on with a run whose data was another.
 
+    Args:
+        before: the record of the run; of one that has none it is empty, and nothing is refused.
+        origin: what messages call the run.
+
+    Returns:
+        Warnings: images that are others under the same names, as when a broken one was replaced.
+
     Raises:
-        RunError: says what differs. Not where nothing is saved yet to go on from, nor for runs without a record.
+        RunError: images, boxes or classes are others; says which.
     """
-    if not (run / DATA).is_file() or not (run / LAST).is_file():
-        return
-    before = json.loads((run / DATA).read_text(encoding="utf-8"))
-    differing = []
-    for split in record:
-        there, here = before.get(split, {}), record[split]
+    differing, warnings = [], []
+    for split in before.keys() & record.keys():
+        there, here = before[split], record[split]
         for name, what in NAMES.items():
             old, new = there.get(name), here.get(name)
-            if old != new and (name != "pixels" or None not in (old, new)):
+            if old != new:
                 shown = f": {old} then, {new} now" if isinstance(new, int) else ""
                 differing.append(f"{split}: other {what}{shown}")
+        if there["pixels"] != here["pixels"] and None not in (there["pixels"], here["pixels"]):
+            warnings.append(f"{origin}: some {split} images have other pixels than when the run was saved")
     if differing:
-        remedy = (
-            f"bring the data back, start again with --overwrite, or delete {run / DATA} to go on with other data all "
-            "the same"
-        )
-        raise RunError(
-            "\n  ".join([f"{run.path}: the data is not what the run was begun with:", *differing, f"So {remedy}"])
-        )
-
-
-NAMES = {
-    "images": "number of images",
-    "boxes": "number of boxes",
-    "left_out": "images left out by data.on_bad_image",
-    "annotated": "names, sizes, classes or boxes",
-    "pixels": "pixels of the images",
-}
-"""Parts of a record, in words."""
-
-
-def keep(run: RunFolder, record: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write the record into a run's folder, but not over one that says more: it is of the same data."""
-    if not (run / DATA).is_file() or record["training"]["pixels"] is not None:
-        write_json(run / DATA, record)
+        text = f"{origin}: the data is not what the run was begun with; bring it back, or start again with --overwrite:"
+        raise RunError("\n  ".join([text, *sorted(differing)]))
+    return sorted(warnings)
 
 
 def _of(data: DetectionDataset) -> dict[str, Any]:

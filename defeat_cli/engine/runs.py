@@ -14,8 +14,7 @@ from defeat_cli.files import replacing
 
 RECIPE, METRICS, LAST, BEST = "recipe.yaml", "metrics.jsonl", "last.pt", "best.pt"
 STUDENT, LOADER, RESULTS, CURVES = "student.pth", "load_student.py", "results.json", "curves.png"
-DATA = "data.json"
-RUN_FILES = (DATA, RECIPE, METRICS, LAST, BEST, STUDENT, LOADER, RESULTS, CURVES)
+RUN_FILES = (RECIPE, METRICS, LAST, BEST, STUDENT, LOADER, RESULTS, CURVES)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -20,7 +20,7 @@ from defeat_cli.detectors.contract import Detector
 from defeat_cli.distillation.pairing import match_classes
 from defeat_cli.engine.checkpoint import Training, begin
 from defeat_cli.engine.curves import draw_curves
-from defeat_cli.engine.data_record import data_record, keep, refuse_other_data
+from defeat_cli.engine.data_record import Record, data_record, refuse_other_data
 from defeat_cli.engine.detection_errors import error_report
 from defeat_cli.engine.evaluation import evaluate
 from defeat_cli.engine.loop import fit
@@ -76,18 +76,18 @@ def train(
         session = assemble(recipe, teacher=train_teacher(recipe, folder, overwrite, quiet), watch=watch)
     tell(session, reporter)
     record = data_record(session.training_data, session.validation_data, session.unlabelled)
-    if resume:
-        refuse_other_data(run, record)
+    if resume and (run / LAST).is_file():
+        for warning in refuse_other_data(native.load(run / LAST).get("data", {}), record, str(folder)):
+            reporter.warn(warning)
     teacher_ap = score_teacher(session, reporter)
     count_pseudo_labels(session, reporter)
 
     run.open(recipe, resume=resume, overwrite=overwrite)
-    keep(run, record)
     training = begin(recipe, session.distiller, session.device)
     if resume and (run / LAST).is_file():
         training.load_state_dict(native.load(run / LAST)["training"])
     run.forget_after(training.step)
-    _fit(session, run, training, reporter, teacher_ap, until)
+    _fit(session, run, training, reporter, teacher_ap, until, record)
 
     best = native.load(run / BEST)
     native.write_atomically(run / STUDENT, native.exported(best, str(run / BEST)))
@@ -214,6 +214,7 @@ def _fit(
     reporter: Reporter,
     teacher_ap: float | None,
     until: int | None,
+    record: Record,
 ) -> None:
     """Train to the last epoch or `until`, saving checkpoints in our own format."""
     recipe, data = session.recipe, session.training_data
@@ -237,7 +238,7 @@ def _fit(
             "metrics": metrics,
         }
         if name == LAST:  # nobody goes on from best.pt, which would be three times as large
-            content["training"] = training.state_dict()
+            content |= {"training": training.state_dict(), "data": record}
         native.save(run / name, content)
 
     warned = False
