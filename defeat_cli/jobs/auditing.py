@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from defeat_cli import session
 from defeat_cli.audit.auditing import Audit, as_values, audit
 from defeat_cli.audit.sheet import draw_sheet
 from defeat_cli.audit.summary import facts, in_words
+from defeat_cli.config.architecture import DETECTOR_FAMILIES
 from defeat_cli.config.given import understood
 from defeat_cli.config.idle import idle_in_data, refuse_idle
 from defeat_cli.config.schema import Recipe
@@ -37,6 +38,7 @@ EFFECTIVE = (
 EXAMPLES, LISTED = 5, 1000
 """Places of each problem that are printed, and that `--json` has."""
 MOST_CLASSES = 40
+SMALL = {"backbone": "regnet", "widths": [8, 8, 16, 16], "norm": "batch", "fpn_channels": 64, "head_channels": 16}
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,10 @@ def _anchors(recipe: Recipe, result: Audit) -> dict[str, Any] | None:
     if not len(data.boxes[0]):
         return None
     short_side, long_side = recipe.data.short_side, recipe.data.long_side
-    student = build_detector(recipe.student, data.classes, short_side=short_side, long_side=long_side)
+    architecture = recipe.student
+    if architecture.detector in DETECTOR_FAMILIES:  # anchors are the same on any backbone, and this one costs nothing
+        architecture = replace(architecture, **SMALL)
+    student = build_detector(architecture, data.classes, short_side=short_side, long_side=long_side)
     fitting = anchor_fit(student, data, recipe.data)
     if fitting is None:
         return None
