@@ -28,7 +28,7 @@ from defeat_cli.distillation.terms import TERMS, Term
 from defeat_cli.distillation.unlabelled import PseudoLabels
 from defeat_cli.errors import DataError, RecipeError, RunError, TermError
 from defeat_cli.starting import start_from
-from defeat_cli.verifying import Watch, faults_of, notes_on, unwatched, verify, verify_unlabelled
+from defeat_cli.verifying import Watch, faults_of, notes_on, notes_on_unlabelled, unwatched, verify, verify_unlabelled
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -117,8 +117,10 @@ def assemble(
             raise RecipeError(
                 "data.unlabelled: there is no teacher to learn from on these images; give one by --teacher"
             )
-        unlabelled, remarks = _open_unlabelled(recipe, training_data, validation_data, like)
-        notes += remarks
+        if recipe.distillation.terms:
+            unlabelled = _open_unlabelled(recipe, training_data, like)
+        else:
+            notes.append(Note("data.unlabelled: no term of distillation is on, so these images are not used"))
     supervisor, terms, pseudo_labels = None, {}, None
     if has_teacher and (recipe.distillation.terms or recipe.student.inherit):
         if like is not None and like.teacher is not None and like.recipe.teacher == recipe.teacher and teacher is None:
@@ -154,13 +156,15 @@ def assemble(
             if not pseudo_labels.pairs:
                 text = "teacher and student share no class: unlabelled images have no boxes, as if all were background"
                 notes.append(Note(text, warning=True))
+    workers = loader_processes(recipe.data.workers)
     if not same_data:  # last, as it takes the longest
-        workers = loader_processes(recipe.data.workers)
         training_data = verify(training_data, recipe.data, "training", workers, watch)
         validation_data = verify(validation_data, recipe.data, "validation", workers, watch)
-        if unlabelled is not None:
-            unlabelled = verify_unlabelled(unlabelled, recipe.data, workers, watch)
     told = notes_on(training_data, validation_data, recipe.data, student)
+    if unlabelled is not None:
+        if like is None or unlabelled is not like.unlabelled:
+            unlabelled = verify_unlabelled(unlabelled, recipe.data, workers, watch)
+        told += notes_on_unlabelled(unlabelled, recipe.data, training_data, validation_data)
     notes[about_data:about_data] = [Note(text, warning) for text, warning in told]
     distiller = Distiller(
         student,
@@ -241,28 +245,15 @@ def open_data(data: Data, split: str, *, train: bool, seed: int = 0, faults: Fau
     )
 
 
-def _open_unlabelled(
-    recipe: Recipe, training_data: DetectionDataset, validation_data: DetectionDataset, like: Session | None
-) -> tuple[ImageFolder | None, list[Note]]:
-    """The images without annotations, if anything is distilled, and what a user should know of them."""
+def _open_unlabelled(recipe: Recipe, training_data: DetectionDataset, like: Session | None) -> ImageFolder:
+    """The images without annotations."""
     data = recipe.data
-    if not recipe.distillation.terms:
-        return None, [Note("data.unlabelled: no term of distillation is on, so these images are not used")]
     if like is not None and like.unlabelled is not None and like.training_data is training_data:
         folder = like.unlabelled
     else:
         folder = ImageFolder(Path(data.unlabelled), training_data.transforms, recipe.run.seed, faults_of(data))
     folder.refuse_vanishing(data.short_side, data.long_side)
-    beside = min(data.unlabelled_a_batch, len(folder))
-    others = f" (other files there: {folder.left_out})" if folder.left_out else ""
-    notes = [
-        Note(f"unlabelled: {len(folder)} images{others}, {beside} beside each batch of {data.batch_size} labelled")
-    ]
-    for kind, annotated in (("training", training_data), ("validation", validation_data)):
-        if shared := folder.shared_with(annotated):
-            text = f"data.unlabelled: {shared} of its {len(folder)} images are {kind} images too"
-            notes.append(Note(text, warning=True))
-    return folder, notes
+    return folder
 
 
 def build_student(recipe: Recipe, classes: list[str]) -> Detector:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 from defeat_cli.audit.anchors import Fit, Level, fit, input_boxes
@@ -10,7 +10,7 @@ from defeat_cli.audit.rules import class_faults
 from defeat_cli.audit.summary import facts, in_words
 from defeat_cli.config.schema import Data
 from defeat_cli.data.dataset import DetectionDataset, overlap
-from defeat_cli.data.faults import IMAGE_RULES, Faults
+from defeat_cli.data.faults import IMAGE_RULES, Fault, Faults
 from defeat_cli.data.known import cache_folder
 from defeat_cli.data.unlabelled import ImageFolder
 from defeat_cli.data.verification import Verifier, verified, verified_folder
@@ -64,7 +64,7 @@ def notes_on(train: DetectionDataset, val: DetectionDataset, data: Data, student
         said = [f"{split}: {in_words(facts(images, data.short_side[-1], data.long_side))}"]
         said += images.notes if images is train else [f"validation: {note}" for note in images.notes]
         notes += [(text, False) for text in said]
-        if left_out := note_on_left_out(images, split):
+        if left_out := note_on_left_out(images.left_out, len(images), split):
             notes.append((left_out, True))
     if shared := overlap(train, val):
         notes.append((shared, True))
@@ -76,12 +76,28 @@ def notes_on(train: DetectionDataset, val: DetectionDataset, data: Data, student
     return notes
 
 
-def note_on_left_out(images: DetectionDataset, split: str) -> str | None:
-    """How many images were left out, and why; None where none was."""
-    if not images.left_out:
+def notes_on_unlabelled(
+    folder: ImageFolder, data: Data, train: DetectionDataset, val: DetectionDataset
+) -> list[tuple[str, bool]]:
+    """What a user should know of the images without annotations, as `notes_on` gives it."""
+    beside = min(data.unlabelled_a_batch, len(folder))
+    others = f" (other files there: {folder.others})" if folder.others else ""
+    said = f"unlabelled: {len(folder)} images{others}, {beside} beside each batch of {data.batch_size} labelled"
+    notes = [(said, False)]
+    if left_out := note_on_left_out(folder.left_out, len(folder), "unlabelled"):
+        notes.append((left_out, True))
+    for split, annotated in (("training", train), ("validation", val)):
+        if shared := folder.shared_with(annotated):
+            notes.append((f"data.unlabelled: {shared} of its {len(folder)} images are {split} images too", True))
+    return notes
+
+
+def note_on_left_out(left_out: Sequence[Fault], kept: int, split: str) -> str | None:
+    """How many images were left out of how many, and why; None where none was."""
+    if not left_out:
         return None
-    share = f"{len(images.left_out)} of {len(images.left_out) + len(images)} {split} images are left out"
-    return f"{share} (data.on_bad_image: skip): {listed([fault.text for fault in images.left_out], 3)}"
+    share = f"{len(left_out)} of {len(left_out) + kept} {split} images are left out"
+    return f"{share} (data.on_bad_image: skip): {listed([fault.text for fault in left_out], 3)}"
 
 
 def anchor_fit(student: Detector, train: DetectionDataset, data: Data) -> Fit | None:

@@ -32,7 +32,8 @@ class ImageFolder(Dataset):
     Attributes:
         names: paths relative to the folder.
         sizes: (height, width) of each image.
-        left_out: how many other files the folder holds; hidden ones do not count.
+        others: how many other files the folder holds; hidden ones do not count.
+        left_out: images that cannot be read and were left out, each with what is wrong with it.
 
     Raises:
         DataError: no such folder, no image in it, or images that cannot be read, by their headers.
@@ -48,7 +49,7 @@ class ImageFolder(Dataset):
             raise DataError(f"data.unlabelled: {folder}: no such folder")
         files = FileIndex(self.folder, lambda name: not name.startswith(".")).paths
         self.names = [name for name in files if is_image(name)]
-        self.left_out = len(files) - len(self.names)
+        self.others = len(files) - len(self.names)
         if not self.names:
             suffixes = ", ".join(sorted(SUFFIXES))
             raise DataError(f"data.unlabelled: {folder}: no images in this folder; files ending in {suffixes} count")
@@ -93,19 +94,14 @@ class ImageFolder(Dataset):
                 broken.append(Fault(error.rule, str(error), self.folder / name))
         shown = listed([fault.text for fault in broken], 3)
         faults.tell(broken, f"data.unlabelled: {shown}. Mend them, or move them elsewhere")
+        self.left_out = broken
         return list(sizes), list(sizes.values())
 
     def without(self, gone: Collection[int]) -> ImageFolder:
-        """The same images without those at some positions.
-
-        Raises:
-            DataError: none is left.
-        """
+        """The same images without those at some positions."""
         other = copy.copy(self)
         other.names = [name for i, name in enumerate(self.names) if i not in gone]
         other.sizes = [size for i, size in enumerate(self.sizes) if i not in gone]
-        if not other.names:
-            raise DataError(f"data.unlabelled: {self.folder}: none of its images can be read")
         return other
 
 

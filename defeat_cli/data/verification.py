@@ -18,6 +18,7 @@ from defeat_cli.data.known import KnownImages, Stamp
 from defeat_cli.data.loading import leave_interrupts
 from defeat_cli.data.transforms import check_header, read_image
 from defeat_cli.data.unlabelled import ImageFolder
+from defeat_cli.errors import DataError
 
 AT_ONCE = 16
 """Images that a process reads between two messages."""
@@ -123,8 +124,12 @@ def verified_folder(folder: ImageFolder, faults: Faults, verifier: Verifier) -> 
     """As `verified`, of images without annotations."""
     images = Images(folder.folder, folder.names, folder.sizes)
     broken, _ = verifier.read(images)
-    _tell(broken, images, f"data.unlabelled: {folder.folder}", faults)
-    return folder.without(broken) if broken else folder
+    found = _tell(broken, images, f"data.unlabelled: {folder.folder}", faults)
+    good = folder.without(broken)
+    good.left_out = [*folder.left_out, *found]
+    if not len(good):
+        raise DataError(f"data.unlabelled: {folder.folder}: none of its images can be read")
+    return good
 
 
 def _tell(broken: dict[int, ImageError], images: Images, origin: str, faults: Faults) -> list[Fault]:

@@ -80,7 +80,7 @@ def score(
     data.refuse_vanishing(resize.min_size, resize.max_size)
     for note in [*asked.notes, *data.notes]:
         reporter.note(note)
-    if told := note_on_left_out(data, spoken):
+    if told := note_on_left_out(data.left_out, len(data), spoken):
         reporter.warn(told)
     loaded.tell(reporter)
     detections: list[dict[str, Any]] = []
