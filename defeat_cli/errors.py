@@ -28,5 +28,12 @@ class RunError(DefeatError):
     """A run or study folder, or a device, that cannot be used as asked."""
 
 
-class Interrupted(Exception):  # noqa: N818 - nothing went wrong
-    """The user, or the system, asked a run to stop. The message says how to go on."""
+class Interrupted(BaseException):
+    """The user, or the system, asked a run to stop. The message says how to go on.
+
+    code: exit status of the process.
+    """
+
+    def __init__(self, message: str, code: int = 130) -> None:
+        super().__init__(message)
+        self.code = code

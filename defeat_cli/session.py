@@ -122,6 +122,9 @@ def assemble(
         else:
             notes.append(Note("data.unlabelled: no term of distillation is on, so these images are not used"))
     supervisor, terms, pseudo_labels = None, {}, None
+    if has_teacher and not recipe.distillation.terms:
+        use = "inherits from it alone" if recipe.student.inherit else "is trained without its teacher"
+        notes.append(Note(f"no term of distillation is on: the student {use}"))
     if has_teacher and (recipe.distillation.terms or recipe.student.inherit):
         if like is not None and like.teacher is not None and like.recipe.teacher == recipe.teacher and teacher is None:
             supervisor = like.teacher

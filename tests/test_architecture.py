@@ -11,7 +11,7 @@ PACKAGE = Path(defeat_cli.__file__).parent
 
 ALLOWED = {
     "errors": set(),
-    "files": set(),
+    "files": {"errors"},
     "text": set(),
     "console": set(),
     "config": {"config", "errors", "files"},

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import subprocess
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from defeat_cli.engine.stopping import stop_requested
-from defeat_cli.errors import Interrupted, RunError
+from defeat_cli.errors import RunError
 
-try:
-    import fcntl
-except ImportError:  # not on Windows; studies are not guarded against each other there
-    fcntl = None  # type: ignore[assignment]
-
-LOG, LOCK = "log.txt", ".lock"
+LOG = "log.txt"
 POLL_SECONDS = 0.5
 
 
@@ -49,26 +43,6 @@ def _visible_gpus() -> list[str]:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
     return named[:count] if named else [str(i) for i in range(count)]
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[int | None]:
-    """Hold the folder for this process and its workers; yields what they must inherit.
-
-    The lock goes with the last of them: while a worker whose parent was killed is still saving, nobody else gets in.
-
-    Raises:
-        RunError: another process holds it.
-    """
-    if fcntl is None:
-        yield None
-        return
-    with (folder / LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RunError(f"{folder}: another process is working on this study; wait for it, or stop it") from None
-        yield file.fileno()
 
 
 class _Worker:
@@ -118,13 +92,13 @@ def run_in_processes(
 
     Args:
         slots: the environments of processes side by side.
-        lock: what `locked` gave.
+        lock: what `locking.locked` gave.
         started: told of a run's folder.
         ended: told of a run's folder, and why the run failed, None where it did not.
         polled: called every half second.
 
     Raises:
-        Interrupted: asked to stop by SIGINT or SIGTERM; the workers have saved and ended. A second one kills them.
+        Interrupted: asked to stop by a signal; the workers have saved and ended. A second one kills them.
     """
     waiting = deque(commands.items())
     free = list(range(len(slots)))[::-1]
@@ -151,4 +125,4 @@ def run_in_processes(
                 worker.process.kill()
                 worker.process.wait()
         if stop():
-            raise Interrupted("the study is stopped; the same command goes on with it")
+            raise stop.interrupted("the study is stopped; the same command goes on with it")

@@ -68,6 +68,10 @@ class StudyProgress:
         self.bars.update(self.whole, completed=sum(self.taken.values()))
         self.bars.update(self.whole, status=f", {self.ended}/{self.runs} runs{self._rest()}")
 
+    def warn(self, text: str) -> None:
+        """One line that deserves attention."""
+        self.bars.console.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True)
+
     def _rest(self) -> str:
         """`, 1:02:03 to go`, once there is something to judge by."""
         seconds = next(task for task in self.bars.tasks if task.id == self.whole).time_remaining

@@ -27,8 +27,7 @@ from defeat_cli.ablation.rows import (
 from defeat_cli.ablation.statistics import Measured
 from defeat_cli.config.variants import Variant
 from defeat_cli.console import console, new_table, show
-from defeat_cli.engine.runs import write_json
-from defeat_cli.files import replacing
+from defeat_cli.files import replacing, write_json
 from defeat_cli.text import listed
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from defeat_cli.ablation.choice import BASELINE
 from defeat_cli.ablation.halving import Standing
 from defeat_cli.ablation.picture import draw_study
-from defeat_cli.ablation.processes import LOG, environments, locked, run_in_processes
+from defeat_cli.ablation.processes import LOG, environments, run_in_processes
 from defeat_cli.ablation.progress import StudyProgress
 from defeat_cli.ablation.report import Report
 from defeat_cli.ablation.rows import Outcome, check_sort, read_outcome, summarize
@@ -18,9 +18,14 @@ from defeat_cli.ablation.study import PlannedRun, Study
 from defeat_cli.ablation.sweep_picture import draw_sweeps
 from defeat_cli.config.schema import Recipe
 from defeat_cli.console import Reporter, percent
+from defeat_cli.engine.locking import locked, refuse_locked
 from defeat_cli.engine.runs import RunFolder
 from defeat_cli.errors import DefeatError, TermError
+from defeat_cli.files import require_place_for_file, require_place_for_folder
 from defeat_cli.text import listed
+
+FILES = ("study.csv", "study.json", "study.md", "study.png", "sweeps.png")
+"""The report."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +81,12 @@ def run_study(
     check_sort(sort)
     slots = environments(study.recipe.run.device, jobs)
     reporter = Reporter("study", quiet)
+    require_place_for_folder(study.folder)
+    for name in FILES:
+        require_place_for_file(study.folder / name)
+    refuse_locked(study.folder)
     steps = _check(study, calls, reporter)
     study = replace(study, variants={name: study.variants[name] for name in steps})
-    study.folder.mkdir(parents=True, exist_ok=True)
     with locked(study.folder) as lock:
         study.save()
         # Resolved, for the path becomes part of the runs' recipes, which a later call must find unchanged.
@@ -166,7 +174,10 @@ def _train(
         else:
             failures[task.run.name] = failure
             progress.finished(task.run.name, f"failed, see {folder / LOG}")
-        write_report(study, sort)
+        try:
+            write_report(study, sort)
+        except OSError as error:  # a full disk ends no run; at the end the report is written again
+            progress.warn(f"the report could not be written: {error}")
 
     run_in_processes(
         {folder: calls.command(folder, task.epoch) for folder, task in by_folder.items()},

@@ -10,10 +10,12 @@ whatever its recipe says.
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -30,25 +32,81 @@ KEYS = ("recipe", "classes", "student", "metrics")
 """Of every checkpoint. `terms`, and in last.pt `training`, may come with them."""
 
 
-def save(path: Path, content: dict[str, Any]) -> None:
+def save(path: Path, content: dict[str, Any], keep: Path | None = None) -> None:
     """Write a checkpoint of our own; a reader never sees half a file.
 
     Args:
         content: the keys of `KEYS`, and `training` where it can be gone on with, made of tensors, numbers, strings,
             lists and dicts only.
+        keep: the name that the checkpoint in its place gets; None lets it go.
+
+    Raises:
+        OSError: as `write_atomically`.
     """
     missing = [key for key in KEYS if key not in content]
     if missing:
         raise KeyError(f"checkpoint content lacks {', '.join(missing)}")
     folder = os.path.relpath(Path.cwd(), path.parent)
-    write_atomically(path, {"format": FORMAT, "version": VERSION, "folder": folder, **content})
+    write_atomically(path, {"format": FORMAT, "version": VERSION, "folder": folder, **content}, keep)
 
 
-def write_atomically(path: Path, content: Any) -> None:
-    """`torch.save` to a temporary name beside `path`, then rename; parent folders are made."""
+def write_atomically(path: Path, content: Any, keep: Path | None = None) -> None:
+    """`torch.save` to a temporary name beside `path`, then rename; parent folders are made.
+
+    The file is on the disk before it takes the place of another. It carries a checksum (CRC-32) of each of its parts,
+    which `reading.read` compares.
+
+    Raises:
+        OSError: the system refuses; where the disk is full the message says how much is needed.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        torch.save(content, temporary)
+    try:
+        with replacing(path, keep) as temporary, temporary.open("wb") as file:
+            _save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if error.errno in DISK_FULL:
+            free = shutil.disk_usage(path.parent).free
+            reason = f"{reason}: {mib(size_of(content))} are needed, {mib(free)} are free"
+        raise OSError(error.errno, reason, str(path)) from None
+
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def _save(content: Any, file: BinaryIO) -> None:
+    """`torch.save`, where what the system refuses arrives as such: torch wraps it in an error of its own."""
+    try:
+        torch.save(content, file)
+    except RuntimeError as error:
+        refused = error.__context__
+        raise (refused if isinstance(refused, OSError) else error) from None
+
+
+def size_of(content: Any) -> int:
+    """Bytes of the tensors in nested content, which are nearly all of a checkpoint; what they share counts once."""
+    storages: dict[int, int] = {}
+
+    def look(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            storage = value.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(value, Mapping):
+            for inner in value.values():
+                look(inner)
+        elif isinstance(value, list | tuple):
+            for inner in value:
+                look(inner)
+
+    look(content)
+    return sum(storages.values())
+
+
+def mib(size: int) -> str:
+    """Bytes as people read them: `12.3 MiB`."""
+    return f"{size / 2**20:.1f} MiB"
 
 
 def matches(content: Any) -> bool:

@@ -126,8 +126,10 @@ def _read_zip(path: Path) -> Any:
                 return resolved(Unpickler(program, lambda key: archive.read(f"{root}data/{key}")).load())
 
             return _guarded(path, parse)
-    except zipfile.BadZipFile as error:
-        raise CheckpointError(f"{path}: a damaged PyTorch checkpoint: {error}") from None
+    except CheckpointError:
+        raise
+    except Exception as error:  # damage makes zipfile raise whatever its bytes say: encrypted, of another compression …
+        raise CheckpointError(f"{path}: a damaged PyTorch checkpoint: {error}") from error
 
 
 def _read_legacy(path: Path) -> Any:

@@ -15,16 +15,12 @@ from defeat_cli.commands import eval as evaluation
 from defeat_cli.console import console, errors
 from defeat_cli.errors import DefeatError, Interrupted
 
-REFUSED_BY_THE_SYSTEM = {
-    errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.EMFILE,
-    errno.ENAMETOOLONG, errno.ENOENT, errno.EEXIST,
-}  # fmt: skip
-"""Disk full, no permission, a folder where a file should be, and the like: nothing that a traceback explains better."""
-
 
 class CleanErrors(TyperGroup):
-    """Prints bad input and what the system refuses as one message with exit code 2; programming errors keep their
-    traceback."""
+    """Prints bad input, and what the system refuses (a full disk, no permission), as one message with exit code 2.
+
+    Programming errors keep their traceback.
+    """
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -33,13 +29,16 @@ class CleanErrors(TyperGroup):
             errors.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
             raise typer.Exit(2) from None
         except OSError as error:
-            if error.errno not in REFUSED_BY_THE_SYSTEM:
+            if error.errno == errno.EPIPE:  # whoever read our output has enough
                 raise
             place = f"{error.filename}: " if error.filename else ""
-            errors.print(f"[bold red]error:[/] {escape(f'{place}{error.strerror}')}", soft_wrap=True)
+            errors.print(f"[bold red]error:[/] {escape(f'{place}{error.strerror or error}')}", soft_wrap=True)
             raise typer.Exit(2) from None
         except Interrupted as stop:
             errors.print(f"[yellow]stopped:[/] {escape(str(stop))}", soft_wrap=True)
+            raise typer.Exit(stop.code) from None
+        except KeyboardInterrupt:
+            errors.print("[yellow]stopped[/] at once", soft_wrap=True)
             raise typer.Exit(130) from None
 
 

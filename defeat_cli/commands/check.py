@@ -21,6 +21,7 @@ from defeat_cli.commands.options import (
 )
 from defeat_cli.console import console, show
 from defeat_cli.errors import DefeatError
+from defeat_cli.files import write_json
 
 
 def check(
@@ -85,7 +86,5 @@ def _refuse(options: dict[str, Any]) -> None:
 
 def _write(values: dict[str, Any], file: Path | None) -> None:
     if file is not None:
-        from defeat_cli.engine.runs import write_json
-
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, values)

@@ -10,6 +10,7 @@ import typer
 from defeat_cli.commands.options import DataOption, DeviceOption, QuietOption, SetOption, overrides
 from defeat_cli.console import show
 from defeat_cli.errors import DefeatError
+from defeat_cli.files import require_place_for_file
 
 
 def evaluate(
@@ -33,6 +34,9 @@ def evaluate(
 
     if json_file is not None and json_file == save_detections:
         raise DefeatError(f"--json and --save-detections: {json_file} cannot hold both; name two files")
+    for path in (json_file, save_detections):
+        if path is not None:
+            require_place_for_file(path)
     changes = overrides(set_, data__path=data, run__device=device)
     report = scoring.score(checkpoint, recipe, changes, split=split, error_types=error_types, quiet=quiet)
     report.write(json_file, save_detections)

@@ -37,6 +37,9 @@ def train(
     output: OutputOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")] = False,
     overwrite: OverwriteOption = False,
+    changed_data: Annotated[
+        bool, typer.Option("--changed-data", help="With --resume: go on though the data is not what it was.")
+    ] = False,
     device: DeviceOption = None,
     seed: Annotated[int | None, typer.Option(help="Fixes everything random.")] = None,
     plain: Annotated[
@@ -65,7 +68,7 @@ def train(
     folder = output or Path("runs") / chosen.run.name
     from defeat_cli.jobs import training
 
-    results = training.train(chosen, folder, resume=resume, overwrite=overwrite, quiet=quiet)
+    results = training.train(chosen, folder, resume=resume, overwrite=overwrite, changed_data=changed_data, quiet=quiet)
     show(results_table(results))
     console.print(
         f"written to {folder}/: student.pth (for torchvision), best.pt, results.json, curves.png", soft_wrap=True

@@ -19,7 +19,7 @@ from typing_extensions import is_typeddict
 
 from defeat_cli.config.architecture import STRICT, Architecture, SomeSettings
 from defeat_cli.config.terms import DEFAULT_TERMS, SETTINGS, TermSettings
-from defeat_cli.config.types import Count, Fraction, NonNegative, Positive
+from defeat_cli.config.types import Count, Fraction, Interval, NonNegative, Positive, Seed
 from defeat_cli.config.yaml import read_yaml
 from defeat_cli.errors import RecipeError
 from defeat_cli.files import replacing
@@ -67,7 +67,7 @@ class Shapes(Section):
     val_images: Count = 200
     size: Annotated[int, Field(ge=32)] = 128
     """Side of the square images, pixels."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
 
 
 class Data(Section):
@@ -88,7 +88,7 @@ class Data(Section):
     test_images: str | None = None
     val_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Share of the training images that is set apart for validation, by image; null takes the layout's own split."""
-    split_seed: Annotated[int, Field(ge=0)] = 0
+    split_seed: Seed = 0
     """Decides which images these are. Not `run.seed`: runs of all seeds share one split."""
     classes: Annotated[list[str], Field(min_length=1)] | None = None
     """Classes to keep; null keeps all."""
@@ -255,7 +255,7 @@ class Schedule(Section):
 class Run(Section):
     name: str | None = None
     """Folder under `runs/`; null takes the recipe's name. `--output` overrides it."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     device: str = "auto"
     """`auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:N`."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -266,8 +266,8 @@ class Run(Section):
     """Steps between lines in metrics.jsonl."""
     pull_every: Annotated[int, Field(ge=0)] = 100
     """Steps between measurements of the terms' pulls, which cost about half a step; 0 measures none."""
-    checkpoint_every: Count = 1000
-    """Steps between saves of last.pt; it is saved after each epoch too."""
+    save_every: Interval = 1000
+    """Steps between saves of last.pt, or the time, e.g. `30m` or `2h`; it is saved after each epoch too."""
     compare_plain: bool = False
     """Also train the same student without a teacher, and report it beside the distilled one."""
     teacher_check_images: Annotated[int, Field(ge=0)] = 50
@@ -365,6 +365,8 @@ def _problem(details: dict[str, Any], within: tuple[str, ...] = ()) -> str:
     """One mistake in the user's dotted names; `within` is where the mistake's own location begins."""
     location = [*within, *(str(part) for part in details["loc"])]
     dotted = ".".join(location)
+    if dotted in RENAMED:
+        return f"{dotted}: is {RENAMED[dotted]} now"
     if details["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         keys = _fields(_section_at(location[:-1]))
         return f"{dotted}: unknown key{nearest(location[-1], keys)}"
@@ -376,6 +378,10 @@ def _problem(details: dict[str, Any], within: tuple[str, ...] = ()) -> str:
     if details["type"] == "literal_error" and isinstance(value, str):
         message += nearest(value, re.findall(r"'([^']*)'", message))
     return f"{dotted or 'recipe'}: {message}{shown}"
+
+
+RENAMED = {"run.checkpoint_every": "run.save_every"}
+"""Keys of older recipes that are called otherwise now."""
 
 
 def _fields(section: type | None) -> dict[str, Any]:

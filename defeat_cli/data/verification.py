@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from defeat_cli.data.dataset import DetectionDataset
 from defeat_cli.data.faults import Fault, Faults, ImageError
 from defeat_cli.data.known import KnownImages, Stamp
-from defeat_cli.data.loading import leave_interrupts
+from defeat_cli.data.loading import leave_signals
 from defeat_cli.data.transforms import check_header, read_image
 from defeat_cli.data.unlabelled import ImageFolder
 from defeat_cli.errors import DataError
@@ -94,7 +94,7 @@ class Verifier(NamedTuple):
             batch_size=AT_ONCE,
             num_workers=min(self.workers, len(indices) // AT_ONCE),
             collate_fn=list,
-            worker_init_fn=leave_interrupts,
+            worker_init_fn=leave_signals,
             generator=torch.Generator(),
         )
 

@@ -14,9 +14,10 @@ from defeat_cli.detectors.contract import Detector
 from defeat_cli.engine.checkpoint import Training
 from defeat_cli.engine.monitor import Clock, Proportion, add, averages
 from defeat_cli.engine.optimization import lr_factor
-from defeat_cli.engine.runs import BEST, LAST, RunFolder
+from defeat_cli.engine.runs import RunFolder
+from defeat_cli.engine.saving import Saver
 from defeat_cli.engine.step import TrainingBatch, train_step
-from defeat_cli.engine.stopping import stop_requested
+from defeat_cli.engine.stopping import stop_requested, stoppable
 from defeat_cli.errors import Interrupted
 
 
@@ -42,7 +43,8 @@ def fit(
         until: epoch after whose evaluation to stop, where that is not the last.
 
     Raises:
-        Interrupted: asked to stop by SIGINT or SIGTERM, or at `until`; the state is saved.
+        Interrupted: asked to stop by a signal, or at `until`; the state is saved.
+        Exception: whatever a step, the data or the system raise; the state after the last whole step is saved.
     """
     epochs, accumulate = recipe.schedule.epochs, recipe.optimizer.accumulate
     steps_per_epoch = math.ceil(loader.batch_sampler.batches_per_epoch / accumulate)
@@ -50,8 +52,8 @@ def fit(
     schedule, terms = recipe.schedule.model_dump(), recipe.distillation.terms
     clock, proportion = Clock(training), Proportion(reporter)
     reporter.begin(training.step, steps, epochs)
-    metrics: dict[str, Any] = {}
-    with stop_requested() as stop:
+    saver = Saver(training, run, recipe.run.save_every, save, reporter)
+    with stop_requested() as stop, saver.ending(stop):
         for epoch in range(training.epochs, epochs):
             training.distiller.train()
             loader.batch_sampler.set_epoch(epoch, start=(training.step - epoch * steps_per_epoch) * accumulate)
@@ -62,43 +64,45 @@ def fit(
                     for name, settings in terms.items()
                 }
                 due = bool(recipe.run.pull_every) and training.step % recipe.run.pull_every == 0
-                losses = train_step(
-                    training,
-                    batches,
-                    seed=recipe.run.seed,
-                    lr=lr,
-                    strength=strength,
-                    clip_norm=recipe.optimizer.clip_norm,
-                    autocast=autocast,
-                    measure=due or training.distiller.balancing(training.step, recipe.distillation.warmup_steps),
-                )
-                add(training, losses)
-                clock.tick(sum(len(images) for images, _, _ in batches))
-                _count(training, batches, distilled=any(factor is not None for factor in strength.values()))
+                with saver.step():
+                    losses = train_step(
+                        training,
+                        batches,
+                        seed=recipe.run.seed,
+                        lr=lr,
+                        strength=strength,
+                        clip_norm=recipe.optimizer.clip_norm,
+                        autocast=autocast,
+                        measure=due or training.distiller.balancing(training.step, recipe.distillation.warmup_steps),
+                    )
+                    add(training, losses)
+                    clock.tick(sum(len(images) for images, _, _ in batches))
+                    _count(training, batches, distilled=any(factor is not None for factor in strength.values()))
                 if training.step % recipe.run.log_every == 0:
                     entry = {"kind": "train", "step": training.step, "epoch": epoch + 1, "lr": lr, "strength": strength}
                     entry |= averages(training) | clock.speed()
                     if recipe.data.unlabelled is not None:
                         entry["seen"] = dict(training.seen)
-                    run.log(entry)
+                    saver.log(entry)
                     reporter.logged(entry)
                     proportion.look(entry["pull"])
                 reporter.stepped(training.step)
                 if stop():
-                    save(training, LAST, metrics)
-                    raise Interrupted(f"{run.path}: step {training.step} is saved; --resume goes on from there")
-                if training.step % recipe.run.checkpoint_every == 0:
-                    save(training, LAST, metrics)
+                    saver.last()
+                    raise stop.interrupted(saver.standing)
+                if saver.due:
+                    saver.last()
+            if (epoch + 1) % recipe.run.evaluate_every == 0 or epoch + 1 in (until, epochs):
+                if saver.saved_step != training.step:
+                    saver.last()  # an evaluation can take long; one that is stopped is begun anew
+                with clock.paused(), stoppable(lambda: saver.standing):
+                    saver.metrics = evaluate(training.evaluated)
+                saver.log({"kind": "eval", "step": training.step, "epoch": epoch + 1, **saver.metrics})
+                reporter.evaluated(epoch + 1, saver.metrics)
+                if saver.metrics["AP"] > training.best_ap and saver.best():
+                    training.best_ap = saver.metrics["AP"]
             training.epochs = epoch + 1
-            if training.epochs % recipe.run.evaluate_every == 0 or training.epochs in (until, epochs):
-                with clock.paused():
-                    metrics = evaluate(training.evaluated)
-                run.log({"kind": "eval", "step": training.step, "epoch": epoch + 1, **metrics})
-                reporter.evaluated(epoch + 1, metrics)
-                if metrics["AP"] > training.best_ap:
-                    training.best_ap = metrics["AP"]
-                    save(training, BEST, metrics)
-            save(training, LAST, metrics)
+            saver.last()
             if training.epochs == until and until < epochs:
                 raise Interrupted(f"{run.path}: epoch {until} of {epochs} is saved; --resume goes on from there")
 

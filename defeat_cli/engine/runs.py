@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,17 +12,13 @@ from typing import Any
 from defeat_cli.config import schema as recipes
 from defeat_cli.config.schema import Recipe
 from defeat_cli.errors import RunError
-from defeat_cli.files import replacing
+from defeat_cli.files import replacing, require_place_for_file, require_place_for_folder, temporary_of
 
 RECIPE, METRICS, LAST, BEST = "recipe.yaml", "metrics.jsonl", "last.pt", "best.pt"
+PREVIOUS = "previous.pt"
+"""What last.pt was before it was saved anew, while the run is unfinished."""
 STUDENT, LOADER, RESULTS, CURVES = "student.pth", "load_student.py", "results.json", "curves.png"
-RUN_FILES = (RECIPE, METRICS, LAST, BEST, STUDENT, LOADER, RESULTS, CURVES)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON whole."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+RUN_FILES = (RECIPE, METRICS, LAST, PREVIOUS, BEST, STUDENT, LOADER, RESULTS, CURVES)
 
 
 class RunFolder:
@@ -28,6 +26,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._unwritten: list[dict[str, Any]] = []
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -35,22 +34,29 @@ class RunFolder:
     @property
     def exists(self) -> bool:
         """Whether a run was begun here."""
-        return (self / RECIPE).is_file()
+        return any((self / name).is_file() for name in (RECIPE, LAST, PREVIOUS))
 
     @property
     def finished(self) -> bool:
-        """Whether a run was completed here."""
-        return (self / RESULTS).is_file() and (self / STUDENT).is_file()
+        """Whether a run was completed here. Results that cannot be read are none."""
+        try:
+            self.results()
+        except RunError:
+            return False
+        return (self / STUDENT).is_file()
 
     def check(self, recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> None:
         """Find out, writing nothing, whether a run of `recipe` can be made here.
 
         Raises:
-            RunError: the folder holds a run and neither `resume` nor `overwrite` says what to do with it; or it is to
-                be resumed with a recipe that differs from its own.
+            RunError: nothing can be written here; or the folder holds a run and neither `resume` nor `overwrite` says
+                what to do with it; or it is to be resumed with a recipe that differs from its own.
         """
         if self.path.exists() and not self.path.is_dir():
             raise RunError(f"{self.path}: is a file; --output must name a folder")
+        require_place_for_folder(self.path)
+        for name in RUN_FILES:
+            require_place_for_file(self / name)
         if not self.exists or overwrite:
             return
         if not resume:
@@ -65,6 +71,8 @@ class RunFolder:
     def open(self, recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> None:
         """Make the folder ready for a run of `recipe`; a new run starts without the files of an old one."""
         self.check(recipe, resume=resume, overwrite=overwrite)
+        for name in RUN_FILES:
+            temporary_of(self / name).unlink(missing_ok=True)
         if self.exists and resume:
             if self.prolonged_by(recipe):
                 for name in (RESULTS, STUDENT):  # of the shorter run: this one is not finished
@@ -93,38 +101,96 @@ class RunFolder:
         ]
 
     def results(self) -> dict[str, Any]:
-        """The content of results.json."""
-        return json.loads((self / RESULTS).read_text(encoding="utf-8"))
+        """The content of results.json.
 
-    def log(self, entry: dict[str, Any]) -> None:
-        """Append one line to metrics.jsonl."""
-        with (self / METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+        Raises:
+            RunError: it is missing or damaged.
+        """
+        try:
+            content = json.loads((self / RESULTS).read_bytes())
+        except (OSError, ValueError) as error:
+            raise RunError(f"{self / RESULTS}: cannot be read: {error}") from None
+        if not isinstance(content, dict) or not isinstance(content.get("student", {}), dict):
+            raise RunError(f"{self / RESULTS}: damaged: it holds no figures")
+        return content
+
+    def log(self, *entries: dict[str, Any]) -> None:
+        """Append lines to metrics.jsonl, and before them those that could not be written earlier.
+
+        Raises:
+            OSError: the system refuses; the file is as it was, and the lines wait for the next call.
+        """
+        self._unwritten += entries
+        if not self._unwritten:
+            return
+        content = "".join(json.dumps(entry) + "\n" for entry in self._unwritten).encode()
+        with (self / METRICS).open("ab", buffering=0) as file:
+            size = file.tell()
+            written = 0
+            try:
+                while written < len(content):
+                    written += file.write(content[written:])
+            except OSError as error:
+                file.truncate(size)
+                raise OSError(error.errno, error.strerror, str(self / METRICS)) from None
+        self._unwritten = []
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl."""
-        if not (self / METRICS).is_file():
-            return []
-        # What follows the last newline is a line that a crash cut short.
-        lines = (self / METRICS).read_text(encoding="utf-8").split("\n")[:-1]
-        return [json.loads(line) for line in lines if line]
+        """The lines of metrics.jsonl.
 
-    def forget_after(self, step: int) -> None:
-        """Drop the metrics of steps after `step`, which a resumed run will take again."""
-        kept = [entry for entry in self.metrics() if entry["step"] <= step]
+        Raises:
+            RunError: one of them is damaged.
+        """
+        lines = self._lines()
+        for number, line in enumerate(lines, start=1):
+            if line is None:
+                raise RunError(f"{self / METRICS}:{number}: damaged, not what was written; delete the line")
+        return lines
+
+    def log_seal(self) -> dict[str, Any]:
+        """What tells whether metrics.jsonl is, up to here, what it is now: `bytes` and their `sha256`."""
+        content = (self / METRICS).read_bytes() if (self / METRICS).is_file() else b""
+        return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+    def rewind(self, seal: dict[str, Any]) -> bool:
+        """Cut metrics.jsonl back to where it was sealed; False, and nothing is done, where it is not what it was."""
+        content = (self / METRICS).read_bytes() if (self / METRICS).is_file() else b""
+        content = content[: seal["bytes"]]
+        if len(content) < seal["bytes"] or hashlib.sha256(content).hexdigest() != seal["sha256"]:
+            return False
+        with replacing(self / METRICS) as temporary:
+            temporary.write_bytes(content)
+        return True
+
+    def forget_after(self, step: int, epochs: float = math.inf) -> None:
+        """Drop the metrics of what a run that goes on from `step`, with `epochs` evaluated, will do again.
+
+        Damaged lines go too.
+        """
+        kept = [line for line in self._lines() if line is not None and line["step"] <= step]
+        kept = [line for line in kept if line.get("kind") != "eval" or line["epoch"] <= epochs]
         with replacing(self / METRICS) as temporary:
             temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
 
+    def _lines(self) -> list[dict[str, Any] | None]:
+        """Each line of metrics.jsonl; None in place of one that is damaged."""
+        if not (self / METRICS).is_file():
+            return []
+        # What follows the last newline is a line that a crash cut short.
+        return [_entry(line) for line in (self / METRICS).read_bytes().split(b"\n")[:-1] if line]
+
+
+def _entry(line: bytes) -> dict[str, Any] | None:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) and isinstance(entry.get("step"), int) else None
+
 
 NOT_COMPARED = {
-    "run.device",
-    "run.name",
-    "data.workers",
-    "data.verify",
-    "run.log_every",
-    "run.checkpoint_every",
-    "run.pull_every",
-}
+    "run.device", "run.name", "data.workers", "data.verify", "run.log_every", "run.save_every", "run.pull_every"
+}  # fmt: skip
 """Recipe keys that may change when a run is resumed: they do not change what is computed."""
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,12 +17,15 @@ from defeat_cli.config.schema import nearest
 from defeat_cli.detectors.contract import Batch, Detector, level_names
 from defeat_cli.distillation.distiller import Distiller
 from defeat_cli.errors import CheckpointError, DataError, DefeatError
-from defeat_cli.files import replacing
+from defeat_cli.files import replacing, write_json
 from defeat_cli.gradients import pictures
 from defeat_cli.gradients.images import Objects, Source, detected, device_of, distinct_names, require_classes, view_of
 from defeat_cli.gradients.maps import PARTS, REDUCTIONS, detection_maps, loss_maps, neck_features, term_loss
 from defeat_cli.gradients.numbers import cells_of_boxes, concise, map_numbers, own_area, summarize
 from defeat_cli.gradients.pictures import Panel, Row, View
+
+SUMMARIES = CONTACT_SHEET, FIGURES = "contact_sheet.png", "gradients.json"
+"""What is written once all images are done."""
 
 UNITS = {"l2": "L2 norm of the gradient over channels", "mean-abs": "mean absolute gradient over channels"}
 EVERY_LEVEL, OWN_LEVEL = "each box on every level", "each box on its own level, as in the distillation mask"
@@ -225,9 +227,8 @@ def run_gradient_maps(
         f"from left to right: image, {', '.join(report.images[0][first.name])}; sum over levels, each image on a "
         "colour scale of its own; ×: mean inside boxes over mean outside"
     )
-    pictures.draw_contact_sheet(*zip(*seen, strict=True), output / "contact_sheet.png", first.title, note)
-    with replacing(output / "gradients.json") as temporary:
-        temporary.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
+    pictures.draw_contact_sheet(*zip(*seen, strict=True), output / CONTACT_SHEET, first.title, note)
+    write_json(output / FIGURES, report.to_dict())
     return report
 
 

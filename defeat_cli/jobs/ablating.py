@@ -10,6 +10,7 @@ from defeat_cli.ablation.running import Calls, run_study
 from defeat_cli.ablation.study import Study
 from defeat_cli.config.schema import Recipe
 from defeat_cli.console import counting
+from defeat_cli.engine.stopping import stoppable
 from defeat_cli.jobs import training
 from defeat_cli.session import Session, assemble
 
@@ -27,7 +28,8 @@ def ablate(study: Study, *, jobs: int | None = None, sort: str = "AP", quiet: bo
         trained_here = recipe.teacher.checkpoint is None and recipe.teacher.recipe is not None
         return training.train_teacher(recipe, folder, quiet=quiet) if trained_here else None
 
-    return run_study(study, Calls(check, obtain_teacher, command), jobs=jobs, sort=sort, quiet=quiet)
+    with stoppable(lambda: "the study is stopped; the same command goes on with it"):
+        return run_study(study, Calls(check, obtain_teacher, command), jobs=jobs, sort=sort, quiet=quiet)
 
 
 def command(folder: Path, epoch: int) -> list[str]:

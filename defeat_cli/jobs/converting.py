@@ -16,7 +16,7 @@ from defeat_cli.console import Reporter
 from defeat_cli.detectors.loading import load_detector
 from defeat_cli.errors import CheckpointError
 from defeat_cli.export.loader import loader_name, write_loader
-from defeat_cli.files import replacing
+from defeat_cli.files import replacing, require_place_for_file
 from defeat_cli.jobs.asked import DETECTOR
 from defeat_cli.text import listed
 
@@ -49,6 +49,7 @@ def convert(
     for path in (target, recipe, loader):
         if path.exists() and not overwrite:
             raise CheckpointError(f"{path}: is there already; add --overwrite, or name another file")
+        require_place_for_file(path)
     effective = (*DETECTOR, *(f"student.{name}" for name in TRAINING))
     _, given = understood(recipe_name, changes or {}, "convert", effective)
     loaded = load_detector(source, given, ignored=())

@@ -23,7 +23,7 @@ from defeat_cli.errors import DefeatError
 from defeat_cli.export.graph import FORMATS, INPUTS, OUTPUTS, SUFFIXES, Graph, Input
 from defeat_cli.export.parity import BOX_TOLERANCE, SCORE_TOLERANCE, Comparison, Detections, compare
 from defeat_cli.export.runtime import OnnxDetector, as_input
-from defeat_cli.files import replacing
+from defeat_cli.files import replacing, require_place_for_file
 from defeat_cli.gradients.images import find_images, images_of
 from defeat_cli.jobs.opening import open_detector
 
@@ -146,6 +146,7 @@ def _refuse(target: Path, form: str, kind: str, overwrite: bool) -> None:
         raise DefeatError(f"{target}: a file of {form} ends in {' or '.join(SUFFIXES[form])}; rename it{hint}")
     if target.exists() and not overwrite:
         raise DefeatError(f"{target}: is there already; add --overwrite, or name another file")
+    require_place_for_file(target)
 
 
 def _runner(content: bytes, form: str, target: Path, kind: Input) -> Run:

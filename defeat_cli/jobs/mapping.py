@@ -21,10 +21,11 @@ from defeat_cli.data.dataset import DetectionDataset
 from defeat_cli.detectors.loading import load_detector, load_teacher
 from defeat_cli.distillation.distiller import Distiller
 from defeat_cli.errors import DataError, DefeatError, RecipeError
+from defeat_cli.files import require_place_for_file, require_place_for_folder
 from defeat_cli.gradients.images import Source, find_images, images_of
 from defeat_cli.gradients.mask_pictures import draw_masks
 from defeat_cli.gradients.panels import panel_terms
-from defeat_cli.gradients.report import GradientReport, Settings, run_gradient_maps
+from defeat_cli.gradients.report import SUMMARIES, GradientReport, Settings, run_gradient_maps
 from defeat_cli.jobs.asked import DETECTOR, Asked, ask, data_settings
 
 
@@ -58,6 +59,9 @@ def visualize(
     Raises:
         DefeatError: images, checkpoints or options that cannot be used.
     """
+    require_place_for_folder(output)
+    for name in SUMMARIES:
+        require_place_for_file(output / name)
     if teacher is None and (settings.distils or teacher_boxes):
         raise DefeatError("--distillation and --teacher-boxes need a teacher: add --teacher CHECKPOINT")
     asked = ask(
@@ -175,6 +179,7 @@ def show_masks(recipe: Recipe, images: Sequence[str], output: Path) -> list[Path
     Raises:
         DefeatError: images, data or teacher that cannot be used, or an image that nothing knows boxes of.
     """
+    require_place_for_folder(output)
     device = session.choose_device(recipe.run.device)
     truth: Annotations | None = None
     if recipe.data.path is not None:

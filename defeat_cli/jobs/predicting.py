@@ -13,11 +13,10 @@ from rich.table import Table
 from torch import Tensor
 
 from defeat_cli.console import Reporter, counting, new_table
-from defeat_cli.engine.runs import write_json
 from defeat_cli.errors import DataError, RunError
 from defeat_cli.export.detections import Found, coco_content, crops, yolo_text
 from defeat_cli.export.pictures import draw, side_by_side
-from defeat_cli.files import replacing
+from defeat_cli.files import replacing, require_place_for_file, require_place_for_folder, write_json
 from defeat_cli.gradients.images import Source, distinct_names, find_images
 from defeat_cli.jobs.opening import Opened, open_finder
 
@@ -76,6 +75,13 @@ def predict(
     """
     sources = find_images(inputs)
     _refuse(output, sources, overwrite)
+    require_place_for_folder(output)
+    for folder, wanted in ((LABELS, yolo), (CROPS, crop)):
+        if wanted:
+            require_place_for_folder(output / folder)
+    files = [f"{name}.jpg" for name in distinct_names(sources)]
+    for name in [*files, *([COCO] if coco else []), *([CLASSES] if yolo else [])]:
+        require_place_for_file(output / name)
     opened = open_finder(checkpoint, recipe_name, changes or {})
     if opened.named and "data.path" in (changes or {}):
         raise DataError(

@@ -17,9 +17,9 @@ from defeat_cli.data.opening import SPOKEN
 from defeat_cli.detectors.loading import load_detector
 from defeat_cli.engine.detection_errors import error_report
 from defeat_cli.engine.evaluation import evaluate
-from defeat_cli.engine.runs import write_json
 from defeat_cli.engine.voc_ap import voc_ap50
 from defeat_cli.errors import DataError
+from defeat_cli.files import write_json
 from defeat_cli.jobs.asked import DETECTOR, READING, Asked, ask, data_settings
 from defeat_cli.verifying import note_on_left_out, verify
 

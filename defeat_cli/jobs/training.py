@@ -20,13 +20,16 @@ from defeat_cli.detectors.contract import Detector
 from defeat_cli.distillation.pairing import match_classes
 from defeat_cli.engine.checkpoint import Training, begin
 from defeat_cli.engine.curves import draw_curves
-from defeat_cli.engine.data_record import Record, data_record, refuse_other_data
 from defeat_cli.engine.detection_errors import error_report
 from defeat_cli.engine.evaluation import evaluate
+from defeat_cli.engine.locking import locked, refuse_locked
 from defeat_cli.engine.loop import fit
-from defeat_cli.engine.runs import BEST, CURVES, LAST, RESULTS, STUDENT, RunFolder, write_json
+from defeat_cli.engine.runs import BEST, CURVES, LAST, PREVIOUS, RESULTS, STUDENT, RunFolder
+from defeat_cli.engine.stopping import stoppable
 from defeat_cli.errors import RunError
 from defeat_cli.export.loader import write_loader
+from defeat_cli.files import write_json
+from defeat_cli.jobs import resuming
 from defeat_cli.session import Session, assemble
 
 NEAR_ZERO_AP = 0.01
@@ -38,6 +41,7 @@ def train(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    changed_data: bool = False,
     quiet: bool = False,
     title: str = "student",
     until: int | None = None,
@@ -48,6 +52,7 @@ def train(
     Everything that can be wrong with the input is found before anything is written or trained.
 
     Args:
+        changed_data: resume on data that is not what it was.
         until: epoch after whose evaluation the run stops, saved; None goes on to the last.
         known_teacher: gives the teacher's figures on the validation images where somebody has them already.
 
@@ -62,52 +67,82 @@ def train(
     run = RunFolder(folder)
     if resume and overwrite:
         raise RunError("--resume and --overwrite contradict each other; give one of them")
-    if resume and not run.exists:
+    if changed_data and not resume:
+        raise RunError("--changed-data: is about a run that is resumed; add --resume")
+    has_teacher_run = recipe.teacher.recipe is not None and RunFolder(folder / "teacher").exists
+    if resume and not run.exists and not has_teacher_run:
         raise RunError(f"{folder}: holds no run to resume; leave --resume out to start one")
-    run.check(recipe, resume=resume, overwrite=overwrite)
-    if resume and run.prolonged_by(recipe):
-        reporter.note(f"{folder}: goes on to {recipe.schedule.epochs} epochs, by the learning rates of that schedule")
-    elif resume and run.finished:
-        reporter.note(f"{folder}: is finished already; more epochs are possible: --set schedule.epochs=N")
-        return run.results()
-    watch = partial(counting, quiet=quiet)
-    session = assemble(recipe, watch=watch)
-    if not session.teacher_is_trained:
-        session = assemble(recipe, teacher=train_teacher(recipe, folder, overwrite, quiet), watch=watch)
-    tell(session, reporter)
-    record = data_record(session.training_data, session.validation_data, session.unlabelled)
-    if resume and (run / LAST).is_file():
-        for warning in refuse_other_data(native.load(run / LAST).get("data", {}), record, str(folder)):
-            reporter.warn(warning)
-    teacher_ap = score_teacher(session, reporter)
-    count_pseudo_labels(session, reporter)
+    with stoppable(lambda: _standing(run)):
+        refuse_locked(folder)
+        if resume and run.exists:
+            resuming.mend(run, reporter)
+        run.check(recipe, resume=resume, overwrite=overwrite)
+        if resume and run.exists and run.prolonged_by(recipe):
+            text = f"{folder}: goes on to {recipe.schedule.epochs} epochs, by the learning rates of that schedule"
+            reporter.note(text)
+        elif resume and run.finished:
+            reporter.note(f"{folder}: is finished already; more epochs are possible: --set schedule.epochs=N")
+            return run.results()
+        watch = partial(counting, quiet=quiet)
+        session = assemble(recipe, watch=watch)
+        if not session.teacher_is_trained:
+            trained = train_teacher(recipe, folder, overwrite, quiet, changed_data)
+            session = assemble(recipe, teacher=trained, watch=watch)
+        tell(session, reporter)
+        teacher_ap = score_teacher(session, reporter)
+        count_pseudo_labels(session, reporter)
+        with locked(folder):
+            run.open(recipe, resume=resume, overwrite=overwrite)
+            training = begin(recipe, session.distiller, session.device)
+            if resume:
+                resuming.take_up(run, training, session, reporter, changed_data=changed_data)
+            _fit(session, run, training, reporter, teacher_ap, until)
+            results = _finish(session, run, training, reporter, known_teacher)
+            if recipe.run.compare_plain and session.teacher is not None:
+                plain = _sub_run(plain_recipe(recipe), run / "plain", overwrite, quiet, "plain student", changed_data)
+                results["plain"] = plain["student"]
+            write_json(run / RESULTS, results)
+            (run / PREVIOUS).unlink(missing_ok=True)
+            return results
 
-    run.open(recipe, resume=resume, overwrite=overwrite)
-    training = begin(recipe, session.distiller, session.device)
-    if resume and (run / LAST).is_file():
-        training.load_state_dict(native.load(run / LAST)["training"])
-    run.forget_after(training.step)
-    _fit(session, run, training, reporter, teacher_ap, until, record)
 
-    best = native.load(run / BEST)
+def _standing(run: RunFolder) -> str:
+    """What is said where a run is stopped while no step is under way."""
+    return f"{run.path}: {'all steps so far are saved; --resume goes on' if run.exists else 'nothing was trained yet'}"
+
+
+def _finish(
+    session: Session,
+    run: RunFolder,
+    training: Training,
+    reporter: Reporter,
+    known_teacher: Callable[[], dict[str, Any] | None],
+) -> dict[str, Any]:
+    """Write what a finished run leaves, all but its results, which are returned."""
+    recipe = session.recipe
+    run.log()  # lines that could not be written before
+    best = resuming.best_or_last(run, reporter)
     native.write_atomically(run / STUDENT, native.exported(best, str(run / BEST)))
     write_loader(run / STUDENT, recipe.student, best["classes"], recipe.data.short_side[-1], recipe.data.long_side)
     results: dict[str, Any] = {"student": best["metrics"], "training_seconds": round(training.seconds, 1)}
-    left_out = {split: found for split in ("training", "validation") if (found := record[split]["left_out"])}
-    if left_out:
+    if left_out := images_left_out(session):
         results["left_out"] = left_out
     if session.unlabelled is not None:
-        reporter.note(f"{title}: trained on {spoken_counts(training.seen)} images, each time that one was seen")
+        text = f"trained on {spoken_counts(training.seen)} images, each time that one was seen"
+        reporter.note(f"{reporter.title}: {text}")
         results["seen"] = training.seen
     if session.teacher is not None and match_classes(session.validation_data.classes, session.teacher.classes):
         results["teacher"] = known_teacher() or score(session, session.teacher, reporter)
     draw_curves(run.metrics(), run / CURVES, list(session.distiller.terms))
-    if recipe.run.compare_plain and session.teacher is not None:
-        results["plain"] = _sub_run(plain_recipe(recipe), folder / "plain", overwrite, quiet, "plain student")[
-            "student"
-        ]
-    write_json(run / RESULTS, results)
     return results
+
+
+def images_left_out(session: Session) -> dict[str, list[str]]:
+    """The files that `data.on_bad_image: skip` left out, of the splits that have any."""
+    splits = {"training": session.training_data, "validation": session.validation_data}
+    if session.unlabelled is not None:
+        splits["unlabelled"] = session.unlabelled
+    return {name: [str(fault.image) for fault in data.left_out] for name, data in splits.items() if data.left_out}
 
 
 def plain_recipe(recipe: Recipe) -> Recipe:
@@ -119,14 +154,27 @@ def plain_recipe(recipe: Recipe) -> Recipe:
     return recipes.validate(content, "the plain student's recipe")
 
 
-def _sub_run(recipe: Recipe, folder: Path, overwrite: bool, quiet: bool, title: str) -> dict[str, Any]:
+def _sub_run(
+    recipe: Recipe, folder: Path, overwrite: bool, quiet: bool, title: str, changed_data: bool
+) -> dict[str, Any]:
     """A run that another needs: begun, gone on with, or taken as it is where it is finished."""
     run = RunFolder(folder)
     anew = overwrite and run.exists and not run.holds(recipe)
-    return train(recipe, folder, resume=run.exists and not anew, overwrite=anew, quiet=quiet, title=title)
+    resume = run.exists and not anew
+    return train(
+        recipe,
+        folder,
+        resume=resume,
+        overwrite=anew,
+        changed_data=changed_data and resume,
+        quiet=quiet,
+        title=title,
+    )
 
 
-def train_teacher(recipe: Recipe, folder: Path, overwrite: bool = False, quiet: bool = False) -> str:
+def train_teacher(
+    recipe: Recipe, folder: Path, overwrite: bool = False, quiet: bool = False, changed_data: bool = False
+) -> str:
     """Train the teacher that `teacher.recipe` names, in `folder/teacher`, where it is not there yet.
 
     Returns:
@@ -138,7 +186,7 @@ def train_teacher(recipe: Recipe, folder: Path, overwrite: bool = False, quiet: 
     Reporter("teacher", quiet).note(
         f"no --teacher: training one by the recipe {recipe.teacher.recipe}, in {folder / 'teacher'}"
     )
-    _sub_run(sessions.teacher_recipe(recipe), folder / "teacher", overwrite, quiet, "teacher")
+    _sub_run(sessions.teacher_recipe(recipe), folder / "teacher", overwrite, quiet, "teacher", changed_data)
     return str(folder / "teacher" / BEST)
 
 
@@ -214,7 +262,6 @@ def _fit(
     reporter: Reporter,
     teacher_ap: float | None,
     until: int | None,
-    record: Record,
 ) -> None:
     """Train to the last epoch or `until`, saving checkpoints in our own format."""
     recipe, data = session.recipe, session.training_data
@@ -229,6 +276,8 @@ def _fit(
         beside = recipe.data.unlabelled_a_batch
         loader = mixed_loader(data, session.unlabelled, recipe.data.batch_size, beside, **settings)
 
+    begun_on = resuming.fingerprints(session)
+
     def save(training: Training, name: str, metrics: dict[str, Any]) -> None:
         content = {
             "recipe": recipe.model_dump(),
@@ -237,9 +286,17 @@ def _fit(
             "terms": training.distiller.terms.state_dict(),
             "metrics": metrics,
         }
-        if name == LAST:  # nobody goes on from best.pt, which would be three times as large
-            content |= {"training": training.state_dict(), "data": record}
-        native.save(run / name, content)
+        if name != LAST:  # nobody goes on from best.pt, which would be three times as large
+            native.save(run / name, content)
+            return
+        content |= {"training": training.state_dict(), "data": begun_on, "log": run.log_seal()}
+        try:
+            native.save(run / LAST, content, keep=run / PREVIOUS)
+        except OSError:
+            if not (run / PREVIOUS).exists() or not (run / LAST).exists():
+                raise
+            (run / PREVIOUS).unlink()  # the room that it takes may be what is missing
+            native.save(run / LAST, content, keep=run / PREVIOUS)
 
     warned = False
 

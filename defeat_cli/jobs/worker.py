@@ -17,6 +17,7 @@ from typing import Any
 from defeat_cli.config import schema as recipes
 from defeat_cli.config.schema import Recipe
 from defeat_cli.engine.runs import RECIPE, RunFolder
+from defeat_cli.engine.stopping import stop_requested
 from defeat_cli.errors import Interrupted
 from defeat_cli.jobs import training
 
@@ -27,8 +28,11 @@ def main(folder: Path, epoch: int) -> int:
     """Exit status: 0 trained up to the epoch, STOPPED saved and stopped before. Errors leave as tracebacks."""
     threading.Thread(target=_stop_when_alone, daemon=True).start()
     recipe = recipes.load(str(folder / RECIPE))
+    teacher = partial(known_teacher, recipe, folder)
     try:
-        training.train(recipe, folder, resume=True, until=epoch, known_teacher=partial(known_teacher, recipe, folder))
+        # A batch system asks every process to stop, and then the study asks us again: that is one request.
+        with stop_requested(patient=True):
+            training.train(recipe, folder, resume=True, until=epoch, known_teacher=teacher)
     except Interrupted as stop:
         print(stop, flush=True)
         reached = any(entry["kind"] == "eval" and entry["epoch"] >= epoch for entry in RunFolder(folder).metrics())

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import time
 
 import pytest
 
 from defeat_cli.ablation import processes
-from defeat_cli.ablation.processes import environments, locked, run_in_processes
+from defeat_cli.ablation.processes import environments, run_in_processes
 from defeat_cli.errors import Interrupted, RunError
 
 WORKER = """
@@ -97,25 +96,6 @@ def test_workers_end_with_an_error_of_ours(tmp_path):
         work(folders(tmp_path, "slow"), polled=fail_when_ready)
     assert time.monotonic() - begun < 30
     assert not (tmp_path / "slow" / "saved").exists()
-
-
-def test_a_folder_is_worked_on_once_at_a_time(tmp_path):
-    with locked(tmp_path), pytest.raises(RunError, match="another process is working"), locked(tmp_path):
-        pass
-    with locked(tmp_path):
-        pass
-
-
-def test_a_worker_that_outlives_its_parent_keeps_the_lock(tmp_path):
-    with locked(tmp_path) as lock:
-        worker = subprocess.Popen(
-            [sys.executable, "-c", "input()"], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, pass_fds=(lock,)
-        )
-    with pytest.raises(RunError, match="another process is working"), locked(tmp_path):
-        pass
-    worker.communicate(b"\n", timeout=30)
-    with locked(tmp_path):
-        pass
 
 
 @pytest.mark.parametrize(

@@ -63,8 +63,10 @@ def test_the_plain_student_starts_the_same_and_has_no_distillation(distilled, ti
     # During the first step the distillation terms have weight 0, and the teacher draws no random number before the
     # student has: the detection losses of both are the same.
     first = ["--set", "run.log_every=1", "--set", "schedule.epochs=1"]
-    defeat("train", "-r", tiny, "-o", tmp_path / "plain", *first)
-    defeat("train", "-r", tiny, "-o", tmp_path / "distilled", "-t", folder / "best.pt", *first)
+    taught = ["-t", folder / "best.pt", *first]
+    output = defeat("train", "-r", tiny, "-o", tmp_path / "plain", "--variant", "none", *taught)
+    assert "no term of distillation is on: the student is trained without its teacher" in output
+    defeat("train", "-r", tiny, "-o", tmp_path / "distilled", *taught)
     one, other = (metrics(tmp_path / name)[0]["weighted"] for name in ("plain", "distilled"))
     assert {name: other[name] for name in TERMS} == one
 
@@ -77,8 +79,12 @@ def test_the_same_seed_gives_the_same_metrics_and_another_seed_others(distilled,
     assert metrics(tmp_path / "other") != metrics(folder)
 
 
-@pytest.mark.parametrize("stop_after", [1, 3, 5])
-def test_a_resumed_run_equals_an_uninterrupted_one(distilled, defeat, tiny, teacher, tmp_path, monkeypatch, stop_after):
+@pytest.mark.parametrize(
+    ("stop_after", "number", "code"), [(1, "SIGTERM", 143), (3, "SIGUSR1", 130), (5, "SIGHUP", 130)]
+)
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    distilled, defeat, tiny, teacher, tmp_path, monkeypatch, stop_after, number, code
+):
     folder, _ = distilled
     arguments = ["train", "-r", tiny, "-t", teacher, "-o", tmp_path / "run", "--set", "run.compare_plain=true"]
     make_step = training.train_step
@@ -86,11 +92,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one(distilled, defeat, tiny, teac
     def step_then_stop(state, *positional, **named):
         terms = make_step(state, *positional, **named)
         if state.step == stop_after:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), getattr(signal, number))
         return terms
 
     monkeypatch.setattr(training, "train_step", step_then_stop)
-    output = defeat(*arguments, code=130)
+    output = defeat(*arguments, code=code)
     assert "--resume" in output
     assert not (tmp_path / "run" / "results.json").exists()
     monkeypatch.undo()
@@ -102,7 +108,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(distilled, defeat, tiny, teac
 
 def test_a_run_that_died_resumes_from_its_last_checkpoint(distilled, defeat, tiny, teacher, tmp_path):
     folder, _ = distilled
-    arguments = ["train", "-r", tiny, "-t", teacher, "-o", tmp_path / "run", "--set", "run.checkpoint_every=2"]
+    arguments = ["train", "-r", tiny, "-t", teacher, "-o", tmp_path / "run", "--set", "run.save_every=2"]
     with dying_at(5):
         defeat(*arguments)
     defeat(*arguments, "--resume")

@@ -216,7 +216,7 @@ def folder(tmp_path_factory, shapes):
 def test_a_run_counts_its_images_and_resumes_bit_for_bit(defeat, tiny, teacher, folder, tmp_path):
     options = setting(
         data__unlabelled=folder, data__unlabelled_batch=3, data__unlabelled_threshold=0.01, run__log_every=1,
-        run__checkpoint_every=1, run__evaluate_every=2, data__batch_size=5, optimizer__accumulate=2,
+        run__save_every=1, run__evaluate_every=2, data__batch_size=5, optimizer__accumulate=2,
         distillation__balance=0.5, distillation__mgd="{}",
     )  # fmt: skip
     arguments = ["-r", tiny, "-t", teacher, *options]

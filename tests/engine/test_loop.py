@@ -1,15 +1,12 @@
-"""Schedules against hand-computed values; randomness of a step; asking to stop."""
+"""Schedules against hand-computed values; randomness of a step."""
 
 import math
-import os
-import signal
 
 import pytest
 import torch
 
 from defeat_cli.engine.optimization import lr_factor
 from defeat_cli.engine.step import seed_step
-from defeat_cli.engine.stopping import stop_requested
 
 
 def test_steps_schedule_with_warm_up():
@@ -44,15 +41,3 @@ def test_a_steps_randomness_depends_on_seed_step_and_part_alone():
     assert torch.equal(draw(1, 2, 0), draw(1, 2, 0))
     for other in [(2, 2, 0), (1, 3, 0), (1, 2, 1)]:
         assert not torch.equal(draw(1, 2, 0), draw(*other))
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_request_to_stop_is_remembered_and_a_second_stops_at_once(number):
-    before = signal.getsignal(number)
-    with stop_requested() as stop:
-        assert not stop()
-        os.kill(os.getpid(), number)
-        assert stop()
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), number)
-    assert signal.getsignal(number) is before

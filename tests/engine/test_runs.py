@@ -3,9 +3,9 @@
 import pytest
 
 from defeat_cli.config import schema as recipes
-from defeat_cli.engine.runs import METRICS, RECIPE, RESULTS, STUDENT, RunFolder, write_json
+from defeat_cli.engine.runs import METRICS, RECIPE, RESULTS, STUDENT, RunFolder
 from defeat_cli.errors import RunError
-from defeat_cli.files import replacing
+from defeat_cli.files import replacing, write_json
 
 
 @pytest.fixture
@@ -86,8 +86,11 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
 def test_a_run_that_is_given_more_epochs_is_not_finished(tmp_path, recipe):
     run = RunFolder(tmp_path)
     run.open(recipe)
-    for name in ("results.json", "student.pth", "best.pt"):
+    for name in ("student.pth", "best.pt"):
         (run / name).touch()
+    (run / RESULTS).write_text('{"student": {"AP"')
+    assert not run.finished  # half a file
+    write_json(run / RESULTS, {"student": {"AP": 0.5}})
     assert run.finished
     recipe.schedule.epochs += 1
     run.open(recipe, resume=True)

@@ -19,7 +19,7 @@ def only(*terms):
 def resumed(defeat, arguments, folder):
     """The lines about steps of a run that resumes exactly after it died in its fifth step of six."""
     arguments += setting(schedule__epochs=1, data__batch_size=2, run__teacher_check_images=0)
-    arguments += setting(run__log_every=1, run__checkpoint_every=2)
+    arguments += setting(run__log_every=1, run__save_every=2)
     return assert_resumes_bit_for_bit(defeat, arguments, folder, step=4).steps
 
 
