@@ -10,9 +10,12 @@ from rich import box
 from rich.console import Console, Group
 from rich.live import Live
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+
+from defeat_cli.tables import Sheet
+from defeat_cli.text import spoken_duration
 
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
@@ -31,7 +34,7 @@ class Reporter:
         self.quiet = quiet
         self.live = console.is_terminal and not quiet
         self.epochs = self.steps = 0
-        self.losses = self.last_ap = self.speed = ""
+        self.status = ""
         self.progress: Progress | None = None
 
     def note(self, text: str) -> None:
@@ -39,56 +42,70 @@ class Reporter:
         if not self.quiet:
             console.print(escape(text), soft_wrap=True)
 
+    def doing(self, text: str) -> None:
+        """What is being done now and may take a while, e.g. `reading my_data`."""
+        self.note(f"{text} …")
+
     def warn(self, text: str) -> None:
         """One line that deserves attention."""
         console.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True)
 
-    def begin(self, step: int, steps: int, epochs: int) -> None:
-        """Training starts, or goes on, at `step` of `steps`."""
+    def begin(self, step: int, steps: int, epochs: int, rate: str) -> None:
+        """Training starts, or goes on, at `step` of `steps`; rate: its learning rate in words."""
         self.steps, self.epochs = steps, epochs
+        begun = f", from step {step:,}" if step else ""
+        self.note(f"{self.title}: {epochs} epochs, {steps:,} steps{begun}, {rate}")
         if self.live:
+            # The bar takes what the others leave, and all terms stand below, on as many lines as they need.
             self.progress = Progress(
                 TextColumn("[bold]{task.description}"),
-                BarColumn(),
+                BarColumn(bar_width=None),
                 MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[status]}"),
+                TimeRemainingColumn(compact=True),
+                TextColumn("left{task.fields[status]}"),
+                expand=True,
             )
             self.task = self.progress.add_task(self.title, total=steps, completed=step, status="")
-            self.terms = Text(no_wrap=True, overflow="ellipsis", style="dim")
+            self.terms = Text(overflow="fold", style="dim")
             self.display = Live(Group(self.progress, self.terms), console=console, transient=True)
             self.display.start()
-        elif not self.quiet:
-            console.print(f"{self.title}: {epochs} epochs, {steps} steps" + (f", from step {step}" if step else ""))
+
+    def paced(self, seconds: float, steps: int) -> None:
+        """A step takes so many seconds, and so many steps are to come."""
+        each = f"{seconds:.2f} s" if seconds >= 0.1 else f"{1000 * seconds:.0f} ms"
+        self.note(
+            f"{self.title}: about {spoken_duration(seconds * steps)} to go, at {each} a step; evaluations add to it"
+        )
 
     def stepped(self, step: int) -> None:
         """A step is done."""
         if self.progress:
             epoch = min(self.epochs, 1 + (step - 1) * self.epochs // max(1, self.steps))
-            status = "  ".join(part for part in (self.last_ap, self.speed) if part)
-            self.progress.update(
-                self.task, completed=step, description=f"{self.title} epoch {epoch}/{self.epochs}", status=status
-            )
+            description = f"{self.title} epoch {epoch}/{self.epochs}"
+            self.progress.update(self.task, completed=step, description=description, status=self.status)
 
     def logged(self, entry: dict[str, Any]) -> None:
         """A training line went into metrics.jsonl."""
-        self.losses = " ".join(f"{short_name(name)} {value:.3f}" for name, value in entry["weighted"].items())
+        losses = " ".join(f"{short_name(name)} {value:.3f}" for name, value in entry["weighted"].items())
+        losses = f"loss {entry['loss']:.3f}: {losses}"
         seen = f" ({spoken_counts(entry['seen'])} images)" if "seen" in entry else ""
-        self.speed = f"{entry['images_per_second']:.1f} img/s"
+        speed = f"{entry['images_per_second']:.1f} img/s"
         if self.progress:
-            self.terms.plain = f"loss {entry['loss']:.3f}: {self.losses}{seen}"
-        if not self.live and not self.quiet:
-            console.print(
-                f"{self.title} epoch {entry['epoch']}/{self.epochs} step {entry['step']}/{self.steps}{seen} "
-                f"{self.speed} loss {entry['loss']:.3f}: {self.losses}",
-                soft_wrap=True,
-            )
+            self.status = f", {speed}"
+            self.terms.plain = f"{losses}{seen}"
+        elif not self.quiet:
+            place = f"epoch {entry['epoch']}/{self.epochs} step {entry['step']}/{self.steps}"
+            console.print(f"{self.title} {place}{seen} {speed} {losses}", soft_wrap=True)
 
-    def evaluated(self, epoch: int, metrics: dict[str, Any]) -> None:
-        """An epoch was evaluated."""
-        self.last_ap = f"AP {percent(metrics['AP'])}"
+    def left_out(self, step: int, reason: str) -> None:
+        """A step changed nothing, because its `loss` or `gradient` was not finite, or by an `overflow`."""
+        if reason != "overflow":
+            self.warn(f"step {step} is left out: its {reason} is not finite")
+        elif not self.quiet:
+            console.print(f"step {step} is left out: its gradients overflowed, and the loss scale is lowered")
+
+    def evaluated(self, epoch: float, metrics: dict[str, Any]) -> None:
+        """A student was evaluated; the epoch is a fraction in the midst of one."""
         if not self.quiet:
             console.print(
                 f"{self.title} epoch {epoch}/{self.epochs}: [bold]AP {percent(metrics['AP'])}[/] "
@@ -162,30 +179,41 @@ def new_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]] =
     return table
 
 
-def show(table: Table) -> None:
+def show(table: Table | Sheet) -> None:
     """Print a table below its title, which rich would fold to the table's width."""
+    if isinstance(table, Sheet):
+        table = new_table(table.title, table.header, table.cells)
     if table.title:
         console.print(f"[bold]{escape(str(table.title))}[/]", soft_wrap=True)
         table.title = None
     console.print(table, "")
 
 
-def results_table(results: dict[str, Any]) -> Table:
-    """Teacher, plain and distilled student side by side, with Δ AP to the others."""
-    names = {"teacher": "teacher", "plain": "student, plain", "student": "student, distilled"}
+def results_sheet(results: dict[str, Any]) -> Sheet:
+    """Teacher, plain and distilled student side by side, with Δ AP to the others, and the time that each takes."""
+    names = {"teacher": "teacher", "plain": "plain", "student": "distilled"}
     found = {key: results[key] for key in names if results.get(key)}
     if "teacher" not in found:
         names["student"] = "student"
     figures = [name for name in results["student"] if name.startswith("AP")]
     others = [key for key in ("teacher", "plain") if key in found]
+    taken = results.get("ms_per_image", {})
     rows = []
     for key, metrics in found.items():
-        row = [names[key], *(percent(metrics[name]) for name in figures)]
+        row = [names[key], *(percent(metrics.get(name, -1)) for name in figures)]
         for other in others:
             compared = key not in ("teacher", other)
             row.append(f"{100 * (metrics['AP'] - found[other]['AP']):+.1f}" if compared else "")
+        if taken:
+            row.append(_three_digits(taken[key]) if key in taken else "-")
         rows.append(row)
-    return new_table("COCO mAP on the validation images", ["", *figures, *(f"Δ {other}" for other in others)], rows)
+    title = "COCO mAP on the validation images" + ("; ms: milliseconds an image" if taken else "")
+    return Sheet(title, ["", *figures, *(f"Δ {other}" for other in others), *(["ms"] if taken else [])], rows)
+
+
+def _three_digits(number: float) -> str:
+    """`0.123`, `12.3`, `1234`."""
+    return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def metrics_table(metrics: dict[str, Any], title: str, per_class: bool = False) -> Table:

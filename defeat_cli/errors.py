@@ -28,6 +28,10 @@ class RunError(DefeatError):
     """A run or study folder, or a device, that cannot be used as asked."""
 
 
+class OutOfMemoryError(RunError):
+    """What was asked for does not fit the memory. The message says what would."""
+
+
 class Interrupted(BaseException):
     """The user, or the system, asked a run to stop. The message says how to go on.
 

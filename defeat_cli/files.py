@@ -21,6 +21,9 @@ def replacing(path: Path, keep: Path | None = None) -> Iterator[Path]:
 
     Args:
         keep: the name that the file in its place gets; None lets it go.
+
+    Raises:
+        OSError: the system refuses; names the file.
     """
     temporary = temporary_of(path)
     try:
@@ -28,6 +31,10 @@ def replacing(path: Path, keep: Path | None = None) -> Iterator[Path]:
         if keep is not None and path.exists():
             os.replace(path, keep)
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -51,7 +58,7 @@ def require_place_for_file(path: Path) -> None:
     """
     if path.is_dir():
         raise RunError(f"{path}: is a folder; name a file to write to")
-    require_place_for_folder(path.parent)
+    _require_place(path.parent, path)
 
 
 def require_place_for_folder(folder: Path) -> None:
@@ -60,10 +67,12 @@ def require_place_for_folder(folder: Path) -> None:
     Raises:
         RunError: it, or what it is to be made in, is a file or cannot be written to.
     """
+    _require_place(folder, folder)
+
+
+def _require_place(folder: Path, named: Path) -> None:
     place = next((place for place in (folder, *folder.parents) if os.path.lexists(place)), Path())
     if not place.is_dir():
-        raise RunError(f"{folder}: {place} is no folder, so nothing can be written there; name another place")
+        raise RunError(f"{named}: {place} is no folder, so nothing can be written there; name another place")
     if not os.access(place, os.W_OK | os.X_OK):
-        raise RunError(
-            f"{folder}: {place} cannot be written to: no permission, or a read-only disk; name another place"
-        )
+        raise RunError(f"{named}: {place} cannot be written to: no permission, or a read-only disk; name another place")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import torch
 
 from defeat_cli.audit.rules import class_faults
 from defeat_cli.config import schema as recipes
+from defeat_cli.config.architecture import backbone_name, family
 from defeat_cli.config.schema import Data, Recipe
 from defeat_cli.config.terms import TermSettings
 from defeat_cli.data.dataset import DetectionDataset
@@ -49,6 +50,7 @@ class Session:
     unlabelled: images without annotations that the terms see too; None where there are none, or no terms.
     teacher_is_trained: False while the recipe's own teacher is still to be trained; `teacher` then has random weights.
     notes: what a user should know before the run, in order.
+    checkpoint: the teacher's, where it has one.
     """
 
     recipe: Recipe
@@ -61,6 +63,14 @@ class Session:
     unlabelled: ImageFolder | None = None
     teacher_is_trained: bool = True
     notes: list[Note] = field(default_factory=list)
+    checkpoint: str | None = None
+
+    def files_of(self, ids: Sequence, targets: Sequence) -> list[Path]:
+        """The image files of a training batch."""
+        return [
+            self.unlabelled.folder / name if target is None else self.training_data.file_of(name)
+            for name, target in zip(ids, targets, strict=True)
+        ]
 
     @property
     def steps(self) -> int:
@@ -70,7 +80,11 @@ class Session:
 
 
 def assemble(
-    recipe: Recipe, teacher: str | None = None, like: Session | None = None, watch: Watch = unwatched
+    recipe: Recipe,
+    teacher: str | None = None,
+    like: Session | None = None,
+    doing: Callable[[str], None] = lambda text: None,
+    watch: Watch = unwatched,
 ) -> Session:
     """Data, student, teacher and terms of a recipe. Nothing is trained, and nothing written but drawn data.
 
@@ -78,6 +92,7 @@ def assemble(
         teacher: checkpoint in place of the recipe's. Without one a teacher that the recipe is to train first
             (`teacher.recipe`) stands there untrained, so that what cannot work is found before it is trained.
         like: a session whose data and teacher serve again where the recipe names the same, as in a study.
+        doing: told of each thing that may take a while, before it is begun.
         watch: shows how far the reading of images is.
 
     Raises:
@@ -89,6 +104,7 @@ def assemble(
     if same_data:
         training_data, validation_data = like.training_data, like.validation_data
     else:
+        doing(f"reading {recipe.data.path or 'the data'}")
         drawn = recipe.data.format == "shapes" and recipe.data.path and not Path(recipe.data.path).exists()
         training_data = open_data(recipe.data, "train", train=True, seed=recipe.run.seed)
         validation_data = open_data(recipe.data, "val", train=False)
@@ -98,6 +114,7 @@ def assemble(
         opened.refuse_vanishing(recipe.data.short_side, recipe.data.long_side)
     Faults().tell(class_faults(training_data, validation_data))
     about_data = len(notes)
+    doing(f"building the student, a {family(recipe.student)} on {backbone_name(recipe.student)}")
     student = build_student(recipe, training_data.classes)
     if recipe.student.weights is not None:
         lines = start_from(student, recipe.student.weights, recipe.student)
@@ -121,25 +138,76 @@ def assemble(
             unlabelled = _open_unlabelled(recipe, training_data, like)
         else:
             notes.append(Note("data.unlabelled: no term of distillation is on, so these images are not used"))
+    if checkpoint is not None:
+        doing(f"reading the teacher {checkpoint}")
+    distiller, remarks = build_distiller(recipe, student, checkpoint, like, unlabelled=unlabelled is not None)
+    notes += remarks
+    workers = loader_processes(recipe.data.workers)
+    if not same_data:  # last, as it takes the longest
+        doing("reading every image")
+        training_data = verify(training_data, recipe.data, "training", workers, watch)
+        validation_data = verify(validation_data, recipe.data, "validation", workers, watch)
+    told = notes_on(training_data, validation_data, recipe.data, student)
+    if unlabelled is not None:
+        if like is None or unlabelled is not like.unlabelled:
+            unlabelled = verify_unlabelled(unlabelled, recipe.data, workers, watch)
+        told += notes_on_unlabelled(unlabelled, recipe.data, training_data, validation_data)
+    notes[about_data:about_data] = [Note(text, warning) for text, warning in told]
+    return Session(
+        recipe,
+        device,
+        training_data,
+        validation_data,
+        student,
+        distiller.teacher,
+        distiller,
+        unlabelled,
+        checkpoint is not None or not has_teacher,
+        notes,
+        checkpoint,
+    )
+
+
+def build_distiller(
+    recipe: Recipe,
+    student: Detector,
+    checkpoint: str | None,
+    like: Session | None = None,
+    *,
+    unlabelled: bool = False,
+) -> tuple[Distiller, list[Note]]:
+    """The student with the teacher and terms that its recipe asks for, and what a user should know of them.
+
+    Args:
+        checkpoint: the teacher's. Without one, the teacher of `teacher.recipe` stands there untrained.
+        like: as of `assemble`.
+        unlabelled: whether there are unlabelled images.
+
+    Raises:
+        DefeatError: the teacher cannot be read, or the pair cannot have what the recipe asks for.
+    """
+    notes: list[Note] = []
+    has_teacher = checkpoint is not None or recipe.teacher.recipe is not None
     supervisor, terms, pseudo_labels = None, {}, None
     if has_teacher and not recipe.distillation.terms:
         use = "inherits from it alone" if recipe.student.inherit else "is trained without its teacher"
         notes.append(Note(f"no term of distillation is on: the student {use}"))
     if has_teacher and (recipe.distillation.terms or recipe.student.inherit):
-        if like is not None and like.teacher is not None and like.recipe.teacher == recipe.teacher and teacher is None:
+        as_said = checkpoint == recipe.teacher.checkpoint
+        if as_said and like is not None and like.teacher is not None and like.recipe.teacher == recipe.teacher:
             supervisor = like.teacher
         elif checkpoint is not None:
             loaded = load_teacher(
                 checkpoint,
                 recipe.teacher.architecture,
-                classes=training_data.classes,
+                classes=student.classes,
                 sizes=(recipe.data.short_side[-1], recipe.data.long_side),
             )
             supervisor = loaded.detector
             notes += [Note(f"teacher: {text}") for text in loaded.notes]
             notes += [Note(f"teacher: {text}", warning=True) for text in loaded.assumptions]
         else:
-            supervisor = build_student(teacher_recipe(recipe), training_data.classes)
+            supervisor = build_student(teacher_recipe(recipe), student.classes)
         if recipe.teacher.size == "student":
             notes += _shown_at_size_of(student, supervisor)
         notes += inherit(recipe.student.inherit, student, supervisor)
@@ -152,23 +220,13 @@ def assemble(
                 own_size=recipe.teacher.size == "own",
             )
             notes += remarks
-        if unlabelled is not None:
+        if unlabelled:
             pseudo_labels = PseudoLabels(
                 student, supervisor, recipe.data.unlabelled_threshold, recipe.distillation.class_map
             )
             if not pseudo_labels.pairs:
                 text = "teacher and student share no class: unlabelled images have no boxes, as if all were background"
                 notes.append(Note(text, warning=True))
-    workers = loader_processes(recipe.data.workers)
-    if not same_data:  # last, as it takes the longest
-        training_data = verify(training_data, recipe.data, "training", workers, watch)
-        validation_data = verify(validation_data, recipe.data, "validation", workers, watch)
-    told = notes_on(training_data, validation_data, recipe.data, student)
-    if unlabelled is not None:
-        if like is None or unlabelled is not like.unlabelled:
-            unlabelled = verify_unlabelled(unlabelled, recipe.data, workers, watch)
-        told += notes_on_unlabelled(unlabelled, recipe.data, training_data, validation_data)
-    notes[about_data:about_data] = [Note(text, warning) for text, warning in told]
     distiller = Distiller(
         student,
         supervisor if terms else None,
@@ -177,18 +235,7 @@ def assemble(
         balance=recipe.distillation.balance,
         pseudo_labels=pseudo_labels,
     )
-    return Session(
-        recipe,
-        device,
-        training_data,
-        validation_data,
-        student,
-        distiller.teacher,
-        distiller,
-        unlabelled,
-        checkpoint is not None or not has_teacher,
-        notes,
-    )
+    return distiller, notes
 
 
 def choose_device(name: str, precision: str = "fp32") -> torch.device:

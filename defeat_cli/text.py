@@ -10,3 +10,11 @@ def listed(names: Iterable[object], most: int = 8) -> str:
     names = [str(name) for name in names]
     more = len(names) - most
     return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
+
+
+def spoken_duration(seconds: float) -> str:
+    """`40 s`, `12 min`, `3 h 10 min`."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"

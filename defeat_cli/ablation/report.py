@@ -26,8 +26,9 @@ from defeat_cli.ablation.rows import (
 )
 from defeat_cli.ablation.statistics import Measured
 from defeat_cli.config.variants import Variant
-from defeat_cli.console import console, new_table, show
+from defeat_cli.console import console, show
 from defeat_cli.files import replacing, write_json
+from defeat_cli.tables import Sheet
 from defeat_cli.text import listed
 
 
@@ -58,7 +59,7 @@ class Report:
     def show(self) -> None:
         """Print the tables and how to read them."""
         for sheet in self.sheets():
-            show(new_table(sheet.title, sheet.header, sheet.cells))
+            show(sheet)
         console.print(escape(self.legend()), soft_wrap=True)
 
     def legend(self) -> str:
@@ -135,19 +136,6 @@ class Report:
             parts.append("![AP over the values of each sweep](sweeps.png)")
         parts.append("\n".join(f"- `{row.variant}`: {self.variants[row.variant].summary}" for row in self.main_rows))
         return "\n\n".join(parts) + "\n"
-
-
-@dataclass(frozen=True)
-class Sheet:
-    """One table as text."""
-
-    title: str
-    header: Sequence[str]
-    cells: list[list[str]]
-
-    def markdown(self) -> str:
-        lines = [self.header, ["---"] + ["---:"] * (len(self.header) - 1), *self.cells]
-        return "\n".join("| " + " | ".join(cell.strip().replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def _main_sheet(rows: Sequence[Row]) -> Sheet:

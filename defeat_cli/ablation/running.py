@@ -59,6 +59,9 @@ class Task:
 
     def done(self, outcome: Outcome) -> bool:
         """Whether the run is there."""
+        stopped_early = outcome.results is not None and "stopped_early_at_step" in outcome.results
+        if stopped_early and not RunFolder(self.run.folder).prolonged_by(self.run.recipe):
+            return True
         return self.epoch in outcome.curve and (outcome.results is not None or not self.whole)
 
 

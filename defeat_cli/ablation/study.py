@@ -103,7 +103,12 @@ class Study:
                 sizes[variant.sweep] = sizes.get(variant.sweep, 0) + 1
         if any("schedule.epochs" in sweep for sweep in sizes):
             raise RunError("--budget: a sweep over schedule.epochs cannot be halved by epochs; leave --budget out")
-        epochs, every = self.recipe.schedule.epochs, self.recipe.run.evaluate_every
+        if sizes and self.recipe.run.patience is not None:
+            raise RunError("--budget and run.patience both stop runs early; leave one out")
+        # Where evaluations are counted in steps, the epoch that a run stops at is evaluated all the same.
+        epochs, every = self.recipe.schedule.epochs, 1
+        if self.recipe.run.evaluate_steps is None:
+            every = self.recipe.run.evaluate_every
         return {sweep: stops(size, epochs, self.budget, every) for sweep, size in sizes.items()}
 
     def standing(self, outcomes: Sequence[Outcome], failed: frozenset[str] = frozenset()) -> Standing:

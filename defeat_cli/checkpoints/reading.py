@@ -101,9 +101,9 @@ def _read_by_torch(path: Path) -> Any:
 
 def _read_zip(path: Path) -> Any:
     """torch.save since 1.6: a zip of `NAME/data.pkl` and `NAME/data/KEY`, one storage each."""
-    if not zipfile.is_zipfile(path):
-        raise CheckpointError(f"{path}: {CUT_SHORT}")
     try:
+        if not zipfile.is_zipfile(path):
+            raise CheckpointError(f"{path}: {CUT_SHORT}")
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
             pickles = [name for name in names if name == "data.pkl" or re.fullmatch(r"[^/]+/data\.pkl", name)]
@@ -171,6 +171,8 @@ def _guarded(path: Path, parse: Callable[[], Any]) -> Any:
     except Exception as error:
         if isinstance(error, EOFError | struct.error) or "truncated" in str(error):
             raise CheckpointError(f"{path}: {CUT_SHORT}") from error
+        if isinstance(error, MemoryError):
+            raise CheckpointError(f"{path}: there is not enough memory to read it, unless it is damaged") from error
         raise CheckpointError(f"{path}: a damaged or hostile checkpoint: {type(error).__name__}: {error}") from error
 
 

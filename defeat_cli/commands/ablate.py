@@ -17,6 +17,7 @@ from defeat_cli.commands.options import (
     SetOption,
     TeacherOption,
     VariantsOption,
+    announce_loading,
     options_said,
     overrides,
     recipe_to_train,
@@ -71,14 +72,19 @@ def ablate(
     if report_only:
         show_report(output, sort)
         return
+    announce_loading(quiet)
     from defeat_cli.ablation.study import OWN_KEYS, plan
 
     said = overrides(set_, teacher__checkpoint=teacher, data__path=data, run__device=device)
-    chosen = recipe_to_train(recipe, said)
+
+    def folder_of(name: str) -> Path:
+        return output or Path("runs") / f"ablate-{name}"
+
+    chosen = recipe_to_train(recipe, said, folder=None if show_masks else folder_of, quiet=quiet)
     for key, owner in OWN_KEYS.items():
         if key in said:
             raise DefeatError(f"--set {key}: without effect in a study; give {owner}")
-    folder = output or Path("runs") / f"ablate-{chosen.run.name}"
+    folder = folder_of(chosen.run.name)
     if show_masks:
         from defeat_cli.jobs.mapping import show_masks as draw
 

@@ -10,10 +10,12 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from defeat_cli import __version__
-from defeat_cli.commands import ablate, check, convert, export, gradmap, predict, train
+from defeat_cli.commands import ablate, bench, check, convert, export, gradmap, init, predict, train
 from defeat_cli.commands import eval as evaluation
+from defeat_cli.commands.next_steps import next_steps
 from defeat_cli.console import console, errors
 from defeat_cli.errors import DefeatError, Interrupted
+from defeat_cli.memory import shortage
 
 
 class CleanErrors(TyperGroup):
@@ -25,26 +27,34 @@ class CleanErrors(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except DefeatError as error:
-            errors.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
-            raise typer.Exit(2) from None
-        except OSError as error:
-            if error.errno == errno.EPIPE:  # whoever read our output has enough
-                raise
-            place = f"{error.filename}: " if error.filename else ""
-            errors.print(f"[bold red]error:[/] {escape(f'{place}{error.strerror or error}')}", soft_wrap=True)
-            raise typer.Exit(2) from None
         except Interrupted as stop:
             errors.print(f"[yellow]stopped:[/] {escape(str(stop))}", soft_wrap=True)
             raise typer.Exit(stop.code) from None
         except KeyboardInterrupt:
             errors.print("[yellow]stopped[/] at once", soft_wrap=True)
             raise typer.Exit(130) from None
+        except Exception as error:
+            message = _explained(error)
+            if message is None:
+                raise
+            errors.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
+            raise typer.Exit(2) from None
+
+
+def _explained(error: Exception) -> str | None:
+    """The one message of an error that is no programming error; None where it is one."""
+    if isinstance(error, DefeatError):
+        return str(error)
+    if (reason := shortage(error)) is not None:
+        return f"out of memory: {reason}"
+    if isinstance(error, OSError) and error.errno != errno.EPIPE:  # then, whoever read our output has enough
+        return f"{error.filename}: {error.strerror or error}" if error.filename else str(error.strerror or error)
+    return None
 
 
 app = typer.Typer(
     cls=CleanErrors,
-    no_args_is_help=True,
+    invoke_without_command=True,
     pretty_exceptions_enable=False,
 )
 
@@ -57,19 +67,24 @@ def _print_version(asked: bool) -> None:
 
 @app.callback()
 def defeat(
+    ctx: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
     ] = False,
 ) -> None:
     """Distil a large object detector into a small one (DeFeat, CVPR 2021)."""
+    if ctx.invoked_subcommand is None:
+        console.print(f"Distil a large object detector into a small one:\n{next_steps()}", markup=False, soft_wrap=True)
 
 
 app.command("train")(train.train)
+app.command("init")(init.init)
 app.command("eval")(evaluation.evaluate)
 app.command("ablate")(ablate.ablate)
 app.command("gradmap", help="The same as visualize-gradients.")(gradmap.visualize_gradients)
 app.command("visualize-gradients")(gradmap.visualize_gradients)
 app.command("check")(check.check)
+app.command("bench")(bench.bench)
 app.command("convert")(convert.convert)
 app.command("predict")(predict.predict)
 app.command("export")(export.export)

@@ -16,6 +16,7 @@ from defeat_cli.commands.options import (
     RecipeOption,
     SetOption,
     TeacherOption,
+    announce_loading,
     overrides,
     recipe_to_train,
 )
@@ -38,17 +39,18 @@ def check(
 ) -> None:
     """Tell what a run would do: data, detectors, how levels and classes pair up, terms, memory, the teacher's AP.
 
-    With --data and no --recipe: go through a data set for all that is wrong with it. Exit code 0 where nothing is, 1
-    where something is, 2 where it cannot be read at all.
+    With --data and neither --recipe nor --teacher: go through a data set for all that is wrong with it. Exit code 0
+    where nothing is, 1 where something is, 2 where it cannot be read at all.
     """
     said = overrides(set_, teacher__checkpoint=teacher, data__path=data, run__device=device)
-    if recipe is None and data is not None:
-        _refuse({"--teacher": teacher, "--variant": variant, "--device": device})
+    if recipe is None and data is not None and "teacher.checkpoint" not in said:
+        _refuse({"--variant": variant, "--device": device})
         _audit(said, json_file, sheet)
         return
     if sheet is not None:
-        raise DefeatError("--sheet: draws what is wrong with a data set; give --data without --recipe")
+        raise DefeatError("--sheet: draws what is wrong with a data set; give --data without --recipe and --teacher")
     chosen = recipe_to_train(recipe, said, variant)
+    announce_loading(quiet=False)
     from defeat_cli.jobs import checking
 
     found = checking.check(chosen)
@@ -81,7 +83,7 @@ def _refuse(options: dict[str, Any]) -> None:
     """Options that are about a run, where there is none."""
     given = [name for name, value in options.items() if value is not None]
     if given:
-        raise DefeatError(f"{', '.join(given)}: about a run, not about data alone; add --recipe")
+        raise DefeatError(f"{', '.join(given)}: about a run, not about data alone; add --recipe or --teacher")
 
 
 def _write(values: dict[str, Any], file: Path | None) -> None:

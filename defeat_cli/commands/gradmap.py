@@ -26,7 +26,7 @@ def visualize_gradients(
     ctx: typer.Context,
     images: Annotated[list[str] | None, typer.Argument(help="Image files, folders or globs; none: the data's.")] = None,
     checkpoint: Annotated[
-        str | None, typer.Option("--checkpoint", "-c", help="The detector: any format that `eval` takes.")
+        str | None, typer.Option("--checkpoint", "-c", help="The detector; none: the newest run's.")
     ] = None,
     teacher: Annotated[str | None, typer.Option("--teacher", "-t", help="Put this detector's maps beside.")] = None,
     data: DataOption = None,
@@ -53,9 +53,12 @@ def visualize_gradients(
     quiet: QuietOption = False,
 ) -> None:
     """Show where the detection loss pulls on the neck features, inside objects and outside."""
-    if checkpoint is None:
-        raise DefeatError("no detector: give one with --checkpoint")
     refuse_idle(options_said(ctx))
+    if checkpoint is None:
+        from defeat_cli.engine.runs import newest_checkpoint
+
+        checkpoint = str(newest_checkpoint(Path("runs")) or "shipped:quickstart_teacher.pt")
+        console.print(f"no --checkpoint: {checkpoint} is taken", soft_wrap=True, markup=False)
     from defeat_cli.gradients.report import Settings
     from defeat_cli.jobs.mapping import visualize
 

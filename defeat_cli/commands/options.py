@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,15 +15,13 @@ if TYPE_CHECKING:
     from defeat_cli.config.schema import Recipe
 
 RecipeOption = Annotated[
-    str | None, typer.Option("--recipe", "-r", help="A recipe file, or the name of a shipped recipe.")
+    str | None, typer.Option("--recipe", "-r", help="A recipe file, or the name of a shipped one.")
 ]
 TeacherOption = Annotated[
     str | None,
     typer.Option("--teacher", "-t", help="Teacher checkpoint, or torchvision:NAME. Without one: plain training."),
 ]
-DataOption = Annotated[
-    str | None, typer.Option("--data", "-d", help="Data folder: COCO's layout, train.json/val.json/images, or VOC's.")
-]
+DataOption = Annotated[str | None, typer.Option("--data", "-d", help="Data folder; its layout is recognised.")]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="Change a recipe key: optimizer.lr=0.01. Repeatable.")
 ]
@@ -51,13 +51,21 @@ def options_said(ctx: typer.Context) -> dict[str, str]:
 
 
 def recipe_to_train(
-    recipe: str | None, said: dict[str, Any], variant: str | None = None, variants: Path | None = None
+    recipe: str | None,
+    said: dict[str, Any],
+    variant: str | None = None,
+    variants: Path | None = None,
+    *,
+    folder: Callable[[str], Path] | None = None,
+    quiet: bool = False,
 ) -> Recipe:
-    """The recipe of a training, with a variant of it where one is named.
+    """The recipe of a training, with a variant of it where one is named. Without a recipe one is chosen.
 
     Args:
         said: dotted overrides of the command line, which come last.
         variants: file with variants beside the shipped ones.
+        folder: recipe's name, empty while none is chosen -> where a run may have been begun that is to go on, which it
+            does by the recipe that it has.
 
     Raises:
         DefeatError: no such recipe or variant, or something was said that has no effect.
@@ -67,15 +75,37 @@ def recipe_to_train(
     from defeat_cli.config.schema import load, merged
     from defeat_cli.config.variants import find_variant, read_variants
 
-    if recipe is None:
-        raise DefeatError(
-            "no recipe: give --recipe quickstart, or a file (defeat train --list-recipes shows the shipped)"
-        )
     own = find_variant(variant, read_variants(variants)).overrides if variant else {}
-    chosen = load(recipe, {**own, **said})
+    changes = {**own, **said}
+    recipe = recipe or _begun(folder, "")
+    if recipe is not None:
+        chosen = load(recipe, changes)
+    else:
+        from defeat_cli.console import Reporter
+
+        announce_loading(quiet)
+        from defeat_cli.jobs.choosing import choose_recipe
+
+        chosen = choose_recipe(changes, Reporter("recipe", quiet))
+        begun = _begun(folder, chosen.run.name)
+        chosen = load(begun, changes) if begun is not None else chosen
     if variant and chosen.distillation.terms and not (chosen.teacher.checkpoint or chosen.teacher.recipe):
         raise DefeatError(f"--variant {variant}: there is no teacher to distil from; add --teacher")
     # Null is what one says to undo a recipe's setting.
     spoken = {name: value for name, value in said.items() if value is not None}
     refuse_idle(given_settings(merged({}, spoken), COMMAND_LINE), idle_in_training(chosen))
     return chosen
+
+
+def announce_loading(quiet: bool) -> None:
+    """Say that PyTorch is being loaded, where it is yet to be: that alone may take half a minute."""
+    from defeat_cli.console import Reporter
+
+    if "torch" not in sys.modules:
+        Reporter("", quiet).doing("loading PyTorch")
+
+
+def _begun(folder: Callable[[str], Path] | None, name: str) -> str | None:
+    """The recipe of what was begun in a run's folder."""
+    path = folder(name) / "recipe.yaml" if folder is not None else None
+    return str(path) if path is not None and path.is_file() else None

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from defeat_cli.commands.next_steps import next_steps
 from defeat_cli.commands.options import (
     DataOption,
     DeviceOption,
@@ -18,14 +19,17 @@ from defeat_cli.commands.options import (
     SetOption,
     TeacherOption,
     VariantsOption,
+    announce_loading,
+    options_said,
     overrides,
     recipe_to_train,
 )
-from defeat_cli.console import console, results_table, show
+from defeat_cli.console import console, results_sheet, show
 from defeat_cli.errors import DefeatError
 
 
 def train(
+    ctx: typer.Context,
     recipe: RecipeOption = None,
     teacher: TeacherOption = None,
     data: DataOption = None,
@@ -47,11 +51,20 @@ def train(
     ] = None,
     set_: SetOption = None,
     quiet: QuietOption = False,
+    replay: Annotated[
+        Path | None,
+        typer.Option(
+            help="Make the step of a bad_step.pt again, alone. With --device and --teacher; nothing is written."
+        ),
+    ] = None,
     list_recipes: Annotated[bool, typer.Option("--list-recipes", help="Show the shipped recipes.")] = False,
 ) -> None:
     """Distil a student from a teacher (or, without one, train a detector)."""
     if list_recipes:
         show_recipes()
+        return
+    if replay is not None:
+        show_replay(replay, device, teacher, options_said(ctx))
         return
     if variants and not variant:
         raise DefeatError("--variants: names no variant to train; add --variant NAME, or use defeat ablate")
@@ -64,15 +77,39 @@ def train(
         run__seed=seed,
         run__compare_plain=plain,
     )
-    chosen = recipe_to_train(recipe, said, variant, variants)
-    folder = output or Path("runs") / chosen.run.name
+    if not (recipe or said or output):
+        raise DefeatError(f"nothing to train. What to do next:\n{next_steps()}")
+
+    def folder_of(name: str) -> Path:
+        return output or Path("runs") / name
+
+    chosen = recipe_to_train(recipe, said, variant, variants, folder=folder_of if resume else None, quiet=quiet)
+    folder = folder_of(chosen.run.name)
+    announce_loading(quiet)
     from defeat_cli.jobs import training
 
     results = training.train(chosen, folder, resume=resume, overwrite=overwrite, changed_data=changed_data, quiet=quiet)
-    show(results_table(results))
-    console.print(
-        f"written to {folder}/: student.pth (for torchvision), best.pt, results.json, curves.png", soft_wrap=True
-    )
+    show(results_sheet(results))
+    files = "student.pth (for torchvision), best.pt, results.json and results.md, curves.png"
+    console.print(f"written to {folder}/: {files}", soft_wrap=True)
+
+
+def show_replay(file: Path, device: str | None, teacher: str | None, said: dict[str, str]) -> None:
+    """Print a step that is made again.
+
+    Raises:
+        DefeatError: an option is given that has no effect on it.
+    """
+    if idle := [option for name, option in said.items() if name not in ("replay", "device", "teacher")]:
+        raise DefeatError(f"--replay takes all else from {file}; leave out {', '.join(idle)}")
+    from defeat_cli.jobs.replaying import replay
+
+    again = replay(file, device, teacher)
+    for line in again.lines:
+        console.print(escape(line), soft_wrap=True)
+    for table in again.tables():
+        show(table)
+    console.print("the same values as in the run" if again.same else "[yellow]not the values of the run[/]")
 
 
 def show_recipes() -> None:

@@ -205,6 +205,19 @@ def own_sizes(detector: str) -> dict[str, int]:
     return {"short_side": short_side, "long_side": long_side}
 
 
+def family(architecture: Architecture) -> str:
+    """The family of a detector, those of torchvision's builders included."""
+    name = architecture.detector.replace("fasterrcnn", "faster_rcnn")
+    return next(family for family in DETECTOR_FAMILIES if name.startswith(family))
+
+
+def backbone_name(architecture: Architecture) -> str:
+    """The backbone of a detector, those of torchvision's builders included."""
+    if architecture.detector not in TORCHVISION_BUILDERS:
+        return architecture.backbone
+    return "resnet50" if "resnet50" in architecture.detector else "mobilenet_v3_large"
+
+
 def structure(architecture: Architecture) -> dict[str, Any]:
     """The settings of `STRUCTURE`, the same for detectors whose weights have the same names and shapes."""
     detector = architecture.detector
@@ -215,9 +228,8 @@ def structure(architecture: Architecture) -> dict[str, Any]:
         if detector != "faster_rcnn":
             del parts["head_channels"]
         return parts
-    family = next((family for family, builder in PLAIN_BUILDERS.items() if builder == detector), None)
-    if family is not None:
-        return structure(Architecture(detector=family))
+    if detector in PLAIN_BUILDERS.values():
+        return structure(Architecture(detector=family(architecture)))
     # The same detector, run on smaller images.
     return {"detector": detector.replace("_320", "")}
 
@@ -226,10 +238,7 @@ def without_effect(architecture: Architecture) -> set[str]:
     """Settings of `INFERENCE` that a detector does not have, by dotted name."""
     detector, name = architecture.detector, architecture.backbone
     built = detector in TORCHVISION_BUILDERS
-    family = next(
-        family for family in DETECTOR_FAMILIES if detector.replace("fasterrcnn", "faster_rcnn").startswith(family)
-    )
-    missing = set(NOT_IN_FAMILY[family])
+    missing = set(NOT_IN_FAMILY[family(architecture)])
     if built:
         missing |= set(INFERENCE) - set(OPEN_IN_BUILDERS)
         name = detector

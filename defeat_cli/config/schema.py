@@ -19,7 +19,7 @@ from typing_extensions import is_typeddict
 
 from defeat_cli.config.architecture import STRICT, Architecture, SomeSettings
 from defeat_cli.config.terms import DEFAULT_TERMS, SETTINGS, TermSettings
-from defeat_cli.config.types import Count, Fraction, Interval, NonNegative, Positive, Seed
+from defeat_cli.config.types import Count, EpochsOrSteps, Fraction, Interval, NonNegative, Positive, Seed
 from defeat_cli.config.yaml import read_yaml
 from defeat_cli.errors import RecipeError
 from defeat_cli.files import replacing
@@ -235,6 +235,8 @@ class Optimizer(Section):
     """Weight decay of normalisation parameters and biases; null takes `weight_decay`."""
     clip_norm: Positive | None = 35.0
     """Gradients are scaled down to this norm; null leaves them."""
+    skip_nonfinite: Annotated[int, Field(ge=0)] = 0
+    """Steps in a row that may be left out because a loss or gradient is not finite; the next one ends the run."""
     accumulate: Count = 1
     """Batches whose gradients are summed into one step."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
@@ -260,8 +262,10 @@ class Run(Section):
     """`auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:N`."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Autocast dtype; bf16 and fp16 need CUDA. Distillation terms are always computed in fp32."""
-    evaluate_every: Count = 1
-    """Epochs between evaluations; the last epoch is always evaluated."""
+    evaluate_every: EpochsOrSteps = 1
+    """Epochs between evaluations, or steps: `500 steps`. The last epoch is always evaluated."""
+    patience: Count | None = None
+    """Evaluations in a row without a better AP after which the run stops early; null trains to the last epoch."""
     log_every: Count = 50
     """Steps between lines in metrics.jsonl."""
     pull_every: Annotated[int, Field(ge=0)] = 100
@@ -272,6 +276,12 @@ class Run(Section):
     """Also train the same student without a teacher, and report it beside the distilled one."""
     teacher_check_images: Annotated[int, Field(ge=0)] = 50
     """Validation images on which the teacher is scored before distilling; 0 skips it."""
+
+    @property
+    def evaluate_steps(self) -> int | None:
+        """Steps between evaluations; None where they are counted in epochs."""
+        every = self.evaluate_every
+        return int(every.split()[0]) if isinstance(every, str) else None
 
 
 class Recipe(Section):

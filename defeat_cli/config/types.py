@@ -27,3 +27,14 @@ def _interval(value: Any) -> int | str:
 
 Interval = Annotated[int | str, BeforeValidator(_interval)]
 """Steps, or a time: seconds, minutes, hours or days."""
+
+
+def _epochs_or_steps(value: Any) -> int | str:
+    is_count = isinstance(value, int) and not isinstance(value, bool) and value > 0
+    if is_count or (isinstance(value, str) and re.fullmatch(r"[1-9]\d* steps?", value)):
+        return value
+    raise ValueError("should be a number of epochs, e.g. 2, or of steps, e.g. 500 steps")
+
+
+EpochsOrSteps = Annotated[int | str, BeforeValidator(_epochs_or_steps)]
+"""So many epochs, or `500 steps`."""

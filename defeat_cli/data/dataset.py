@@ -144,6 +144,10 @@ class DetectionDataset(Dataset):
         """The image's file, relative to the image folder."""
         return self.annotations.file_names[index]
 
+    def file_of(self, image_id: int) -> Path:
+        """The file of a sample's image."""
+        return self.images / self.file_name(self._numbers.index(image_id))
+
     @cached_property
     def _numbers(self) -> list[int]:
         """Image ids as small numbers in the order of the ids: pycocotools makes floats of large ones."""

@@ -139,6 +139,8 @@ def _image_error(path: Path, error: Exception) -> ImageError:
             return ImageError.of("empty", f"{path}: is an empty file, of zero bytes")
     if isinstance(error, UnidentifiedImageError):
         return ImageError.of("unreadable", f"{path}: is not an image that can be read")
+    if isinstance(error, MemoryError):
+        return ImageError.of("unreadable", f"{path}: cannot be read: there is not enough memory for it")
     short = isinstance(error, OSError) and "truncated" in str(error).lower()
     return ImageError.of("truncated" if short else "unreadable", f"{path}: cannot be read: {error}")
 

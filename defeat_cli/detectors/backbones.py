@@ -13,10 +13,12 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 import torch
 import torchvision
 from torch import Tensor, nn
+from torchvision.models import WeightsEnum
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.regnet import BlockParams, RegNet
 from torchvision.models.resnet import Bottleneck, ResNet
@@ -25,7 +27,7 @@ from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelP6P7
 
 from defeat_cli.checkpoints.reading import described, read
 from defeat_cli.checkpoints.weights import is_state_dict, load_strict
-from defeat_cli.config.architecture import TORCHVISION_BUILDERS, Architecture
+from defeat_cli.config.architecture import Architecture, backbone_name
 from defeat_cli.detectors.conventions import PlainP6P7
 from defeat_cli.errors import CheckpointError
 
@@ -177,25 +179,39 @@ def load_backbone_weights(model: nn.Module, weights: str, architecture: Architec
     load_strict(model.backbone.body, state_dict, origin)
 
 
-def backbone_name(architecture: Architecture) -> str:
-    """The backbone of an architecture, those of torchvision's builders included."""
-    if architecture.detector not in TORCHVISION_BUILDERS:
-        return architecture.backbone
-    return "resnet50" if "resnet50" in architecture.detector else "mobilenet_v3_large"
-
-
 def _download(name: str) -> dict:
-    if name in ("regnet", "resnext101_32x4d"):
+    weights = _imagenet(name)
+    if weights is None:
         raise CheckpointError(f"backbone_weights: torchvision has no ImageNet weights for {name}; give a file, or null")
     try:
-        return torchvision.models.get_model_weights(name)["IMAGENET1K_V1"].get_state_dict(
-            progress=False, check_hash=True
-        )
+        return weights.get_state_dict(progress=False, check_hash=True)
     except OSError as error:
         raise CheckpointError(
             f"backbone_weights: the ImageNet weights of {name} could not be downloaded ({error}); "
             "without a network give a file"
         ) from None
+
+
+def can_have_imagenet(name: str) -> bool:
+    """Whether torchvision's ImageNet weights of a backbone were downloaded before, or can be now (asked for 5 s)."""
+    weights = _imagenet(name)
+    if weights is None:
+        return False
+    if (Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rpartition("/")[2]).is_file():
+        return True
+    try:
+        with urlopen(Request(weights.url, method="HEAD"), timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+def _imagenet(name: str) -> WeightsEnum | None:
+    """torchvision's first set for a backbone; None where it has none."""
+    if name in ("regnet", "resnext101_32x4d"):
+        return None
+    weights = torchvision.models.get_model_weights(name).__members__
+    return weights.get("IMAGENET1K_V1")
 
 
 def _without_prefix(key: str) -> str:

@@ -7,11 +7,11 @@ float in [0, 1] where cells count in part. Nothing here loops over boxes or wait
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torchvision.ops import box_iou
 
 Shape = tuple[int, int]
 
@@ -20,6 +20,9 @@ BACKBONE_MASK_STRIDE = 4
 
 MAX_ELEMENTS = 1 << 23
 """Boxes times cells, or boxes times anchors, that are held at once; more are worked through in chunks of boxes."""
+
+IN_CACHE = 1 << 18
+"""The same for boxes times anchors on a CPU, where what stays in its cache is several times as fast."""
 
 
 @torch.no_grad()
@@ -42,11 +45,7 @@ def box_masks(
         [N, h, w] bool for each level.
     """
     padded = _padded(boxes)
-    levels = _levels(padded, len(shapes), finest_scale)
-    return [
-        _union(padded, shape, stride, levels == level)
-        for level, (shape, stride) in enumerate(zip(shapes, strides, strict=True))
-    ]
+    return _unions(padded, shapes, strides, _levels(padded, len(shapes), finest_scale))
 
 
 @torch.no_grad()
@@ -105,11 +104,13 @@ def fine_grained_masks(
     padded = _padded(boxes)
     every_anchor = torch.cat(list(anchors))
     fits = torch.zeros(len(padded), len(every_anchor), dtype=torch.bool, device=padded.device)
-    step = max(1, MAX_ELEMENTS // fits.numel())
-    for some in padded.split(step, dim=1):
-        overlaps = box_iou(some.flatten(0, 1), every_anchor).unflatten(0, some.shape[:2])
-        best = overlaps.amax(dim=2, keepdim=True)
-        fits |= (overlaps > ratio * best).any(dim=1)
+    at_once = IN_CACHE if padded.device.type == "cpu" else MAX_ELEMENTS
+    few = max(1, at_once // len(every_anchor))
+    overlaps = _Overlaps(every_anchor, padded.dtype)
+    for images, fit in zip(padded.split(few), fits.split(few), strict=True):
+        for some in images.split(max(1, few // len(images)), dim=1):
+            found = overlaps(some)
+            fit |= (found > ratio * found.amax(dim=2, keepdim=True)).any(dim=1)
     by_level = fits.split([len(of_level) for of_level in anchors], dim=1)
     return [fit.unflatten(1, (*shape, -1)).any(dim=-1) for fit, shape in zip(by_level, shapes, strict=True)]
 
@@ -132,7 +133,8 @@ def backbone_masks(boxes: Sequence[Tensor], shapes: Sequence[Shape], strides: Se
         [N, h, w] bool for each stage.
     """
     height, width = (cells * strides[0] // BACKBONE_MASK_STRIDE for cells in shapes[0])
-    finest = _union(_padded(boxes), (height, width), BACKBONE_MASK_STRIDE)
+    padded = _padded(boxes)
+    (finest,) = _unions(padded, [(height, width)], [BACKBONE_MASK_STRIDE], torch.zeros_like(padded[..., 0]))
     masks = []
     for h, w in shapes:
         rows = torch.arange(h, device=finest.device) * height // h
@@ -233,25 +235,91 @@ def _levels(boxes: Tensor, count: int, finest_scale: float) -> Tensor:
     return torch.floor(torch.log2(side / finest_scale + 1e-6)).clamp(0, count - 1)
 
 
+class _Overlaps:
+    """IoU of boxes with anchors, as torchvision's `box_iou` rounds it: [N, M, 4] -> [N, M, K].
+
+    It takes one coordinate after another, each in one piece of memory, and writes to memory that it has had before:
+    fresh memory takes a CPU longer than the arithmetic. So each call overwrites what the last one gave.
+    """
+
+    def __init__(self, anchors: Tensor, dtype: torch.dtype) -> None:
+        self.left, self.top, self.right, self.bottom = anchors.T.contiguous()
+        self.areas = (self.right - self.left) * (self.bottom - self.top)
+        self.memory = anchors.new_empty(0, dtype=torch.promote_types(anchors.dtype, dtype))
+
+    def __call__(self, boxes: Tensor) -> Tensor:
+        shape = (*boxes.shape[:2], len(self.left))
+        if self.memory.shape[1:] != shape:
+            self.memory = self.memory.new_empty(3, *shape)
+        width, height, spare = self.memory
+        x1, y1, x2, y2 = (side[..., None] for side in boxes.unbind(-1))
+        torch.minimum(x2, self.right, out=width).sub_(torch.maximum(x1, self.left, out=spare)).clamp_(min=0)
+        torch.minimum(y2, self.bottom, out=height).sub_(torch.maximum(y1, self.top, out=spare)).clamp_(min=0)
+        shared = width.mul_(height)
+        union = torch.add((x2 - x1) * (y2 - y1), self.areas, out=spare).sub_(shared)
+        return shared.div_(union)
+
+
 def _spans(low: Tensor, high: Tensor, stride: int, cells: int) -> Tensor:
     """Cells of one axis between two edges in pixels: [N, M] each -> [N, M, cells] bool."""
+    first, end = _ends(low, high, stride)
+    return _between(first, end, cells)
+
+
+def _ends(low: Tensor, high: Tensor, stride: int | Tensor) -> tuple[Tensor, Tensor]:
+    """First cell and the one behind the last, on a map that begins with cell 0 and has no end: in the dtype of the
+    edges. An extent that ends before the map has an end of 0."""
     first = torch.floor(low / stride).clamp(min=0)
     end = torch.floor(high / stride)
-    on_map = end >= 0
-    end = torch.maximum(end, first + 1)
-    cell = torch.arange(cells, device=low.device)
-    return (cell >= first[..., None]) & (cell < end[..., None]) & on_map[..., None]
+    return first, torch.maximum(end, first + 1).where(end >= 0, 0)
 
 
-def _union(boxes: Tensor, shape: Shape, stride: int, chosen: Tensor | None = None) -> Tensor:
-    """Cells inside any of the chosen boxes: [N, M, 4], [N, M] bool -> [N, h, w] bool."""
+def _between(first: Tensor, end: Tensor, cells: int) -> Tensor:
+    """[N, M] each -> [N, M, cells] bool, True from `first` up to `end`, which is left out."""
+    cell = torch.arange(cells, device=first.device, dtype=first.dtype)
+    return (cell >= first[..., None]).logical_and_(cell < end[..., None])
+
+
+def _unions(boxes: Tensor, shapes: Sequence[Shape], strides: Sequence[int], levels: Tensor) -> list[Tensor]:
+    """Cells inside any box, each box on its level: [N, M, 4], [N, M] -> [N, h, w] bool for each level.
+
+    The rows of all levels stand in one line, and so do the columns, so that a box is compared with cells once.
+    """
+    index = levels.long()
+    stride = _filled(strides, boxes)[index]
     x1, y1, x2, y2 = boxes.unbind(-1)
-    rows = _spans(y1, y2, stride, shape[0])
-    columns = _spans(x1, x2, stride, shape[1])
-    if chosen is not None:
-        rows = rows & chosen[..., None]
-    # Rows times columns counts the boxes on each cell; whether there are any is exact in every precision.
-    return torch.bmm(rows.mT.to(boxes.dtype), columns.to(boxes.dtype)) > 0
+    lines = []
+    for axis, (low, high) in enumerate(((y1, y2), (x1, x2))):
+        cells = [shape[axis] for shape in shapes]
+        first, end = _ends(low, high, stride)
+        starts = [0, *accumulate(cells)]
+        start, behind = _filled(starts[:-1], boxes)[index], _filled(starts[1:], boxes)[index]
+        spans = _between(first + start, torch.minimum(end + start, behind), starts[-1])
+        lines.append([line.split(cells, dim=1) for line in _packed(spans)])
+    masks = []
+    for level, shape in enumerate(shapes):
+        covered = torch.zeros(len(boxes), *shape, dtype=torch.uint8, device=boxes.device)
+        for rows, columns in zip(*lines, strict=True):
+            covered |= rows[level][:, :, None] & columns[level][:, None, :]
+        masks.append(covered.clamp_(max=1).view(torch.bool))
+    return masks
+
+
+def _filled(values: Sequence[float], like: Tensor) -> Tensor:
+    """Numbers as a tensor, without the copy from the host that a GPU would wait for."""
+    return torch.cat([like.new_full((1,), value) for value in values])
+
+
+def _packed(spans: Tensor) -> tuple[Tensor, ...]:
+    """Eight boxes in the bits of a byte: [N, M, cells] bool -> as many [N, cells] uint8 as M boxes take.
+
+    One operation on bytes then does for eight boxes what it would do for one.
+    """
+    images, count, cells = spans.shape
+    padded = spans.new_zeros(images, -(-count // 8) * 8, cells, dtype=torch.uint8)
+    padded[:, :count] = spans
+    bits = 1 << torch.arange(8, device=spans.device, dtype=torch.uint8)
+    return (padded.unflatten(1, (-1, 8)) * bits[:, None]).sum(dim=2, dtype=torch.uint8).unbind(dim=1)
 
 
 def _squared_offsets(low: Tensor, high: Tensor, stride: int, cells: int) -> Tensor:

@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from defeat_cli.config.schema import Recipe
 from defeat_cli.detectors.contract import Detector
 from defeat_cli.distillation.distiller import Distiller
+from defeat_cli.engine.faults import Health
 from defeat_cli.engine.optimization import build_optimizer
 
 
@@ -21,9 +22,11 @@ class Training:
     """All that changes during training, saved and restored as one.
 
     step: optimizer steps done; epochs: epochs done and evaluated; best_ap: best AP so far.
+    judged_at: step of the last evaluation; stale: evaluations since the best one.
     seconds: time spent training, evaluation left out.
     seen: how many labelled and how many unlabelled images the student was trained on, one that is seen twice as two.
     sums: running sums of the logged values since the last log line, on the device; counts: how many are in each.
+    health: what is remembered of steps that went wrong.
     """
 
     distiller: Distiller
@@ -33,10 +36,13 @@ class Training:
     step: int = 0
     epochs: int = 0
     best_ap: float = -math.inf
+    judged_at: int = 0
+    stale: int = 0
     seconds: float = 0.0
     seen: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("labelled", "unlabelled"), 0))
     sums: dict[str, Tensor] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
+    health: Health = field(default_factory=Health)
 
     @property
     def evaluated(self) -> Detector:
@@ -55,10 +61,13 @@ class Training:
             "step": self.step,
             "epochs": self.epochs,
             "best_ap": self.best_ap,
+            "judged_at": self.judged_at,
+            "stale": self.stale,
             "seconds": self.seconds,
             "seen": self.seen,
             "sums": self.sums,
             "counts": self.counts,
+            "health": self.health.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -75,7 +84,10 @@ class Training:
         self.step, self.epochs, self.best_ap = state["step"], state["epochs"], state["best_ap"]
         self.sums = {name: value.to(device) for name, value in state["sums"].items()}
         self.counts, self.seconds = dict(state["counts"]), state["seconds"]
-        self.seen = dict(state.get("seen", self.seen))  # older states do not have it
+        # Older states do not have these.
+        self.seen = dict(state.get("seen", self.seen))
+        self.judged_at, self.stale = state.get("judged_at", self.step), state.get("stale", 0)
+        self.health.load_state_dict(state.get("health", {}))
 
 
 def make_ema(student: Detector, decay: float) -> AveragedModel:

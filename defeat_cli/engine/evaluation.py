@@ -1,22 +1,22 @@
-"""COCO mAP of a detector on a dataset, by pycocotools."""
+"""COCO mAP of a detector on a dataset."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from defeat_cli.data.dataset import DetectionDataset
 from defeat_cli.data.loading import evaluation_loader
-from defeat_cli.detectors.contract import Detector, evaluating
+from defeat_cli.detectors.contract import evaluating
 from defeat_cli.distillation.pairing import match_classes
+from defeat_cli.engine import scorers
 from defeat_cli.errors import DataError
 from defeat_cli.text import listed
 
@@ -68,12 +68,7 @@ class CocoEvaluator:
 
     def evaluate(self) -> dict[str, Any]:
         """The twelve `FIGURES` over the processed images, and `per_class`: name -> AP (-1 where it has no boxes)."""
-        with contextlib.redirect_stdout(io.StringIO()):
-            scorer = COCOeval(self.coco, self._results(), "bbox")
-            scorer.params.imgIds = sorted(set(self.image_ids))
-            scorer.evaluate()
-            scorer.accumulate()
-            scorer.summarize()
+        scorer = scorers.score(self.coco, self._results(), self.image_ids)
         metrics: dict[str, Any] = dict(zip(FIGURES, map(float, scorer.stats), strict=True))
         precision = scorer.eval["precision"][:, :, :, 0, -1]  # IoU x recall x class, all areas, 100 detections
         names = {category["id"]: category["name"] for category in self.coco.loadCats(scorer.params.catIds)}
@@ -85,15 +80,26 @@ class CocoEvaluator:
 
     def _results(self) -> COCO:
         if self.detections:
-            return self.coco.loadRes([dict(detection) for detection in self.detections])
+            with contextlib.redirect_stdout(io.StringIO()):
+                return self.coco.loadRes([dict(detection) for detection in self.detections])
         empty = COCO()
         empty.dataset = {**self.coco.dataset, "annotations": []}
-        empty.createIndex()
+        with contextlib.redirect_stdout(io.StringIO()):
+            empty.createIndex()
         return empty
 
 
+class Finder(Protocol):
+    """What evaluation needs of a detector; see `detectors.contract.Detector`. One that is no module is on the CPU."""
+
+    @property
+    def classes(self) -> list[str]: ...
+
+    def detect(self, images: list[Tensor]) -> list[dict[str, Tensor]]: ...
+
+
 def evaluate(
-    detector: Detector,
+    detector: Finder,
     dataset: DetectionDataset | Subset,
     *,
     workers: int = 0,
@@ -117,9 +123,11 @@ def evaluate(
     """
     whole = dataset.dataset if isinstance(dataset, Subset) else dataset
     evaluator = CocoEvaluator(whole.coco, detector.classes)
-    device = next(detector.parameters()).device
+    is_module = isinstance(detector, nn.Module)
+    device = next(detector.parameters()).device if is_module else torch.device("cpu")
+    mode = evaluating(detector) if is_module else contextlib.nullcontext()
     loader = evaluation_loader(dataset, workers, pin_memory=device.type == "cuda")
-    with evaluating(detector), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+    with mode, torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
         for images, _, image_ids in loader:
             evaluator.process(image_ids, detector.detect([image.to(device, non_blocking=True) for image in images]))
             on_image(len(images))

@@ -12,12 +12,13 @@ import torch
 from defeat_cli.config.schema import Recipe
 from defeat_cli.detectors.contract import Detector
 from defeat_cli.engine.checkpoint import Training
-from defeat_cli.engine.monitor import Clock, Proportion, add, averages
-from defeat_cli.engine.optimization import lr_factor
+from defeat_cli.engine.judge import Judge
+from defeat_cli.engine.monitor import Clock, Pace, Proportion, add, averages
+from defeat_cli.engine.optimization import learning_rate_text, lr_factor
 from defeat_cli.engine.runs import RunFolder
 from defeat_cli.engine.saving import Saver
 from defeat_cli.engine.step import TrainingBatch, train_step
-from defeat_cli.engine.stopping import stop_requested, stoppable
+from defeat_cli.engine.stopping import stop_requested
 from defeat_cli.errors import Interrupted
 
 
@@ -33,7 +34,7 @@ def fit(
     autocast: torch.dtype | None = None,
     until: int | None = None,
 ) -> None:
-    """Train to the recipe's last epoch, from wherever `training` stands.
+    """Train to the recipe's last epoch, or until its patience is at an end, from wherever `training` stands.
 
     Args:
         loader: batches of an epoch; `loader.batch_sampler.set_epoch(epoch, start)` chooses them.
@@ -50,22 +51,31 @@ def fit(
     steps_per_epoch = math.ceil(loader.batch_sampler.batches_per_epoch / accumulate)
     steps = steps_per_epoch * epochs
     schedule, terms = recipe.schedule.model_dump(), recipe.distillation.terms
-    clock, proportion = Clock(training), Proportion(reporter)
-    reporter.begin(training.step, steps, epochs)
+    clock, proportion, pace = Clock(training), Proportion(reporter), Pace(training, steps)
     saver = Saver(training, run, recipe.run.save_every, save, reporter)
+    judge = Judge(training, saver, recipe.run, steps_per_epoch, evaluate, reporter, clock.paused)
+    if judge.impatient:  # it stopped early, and only then was cut short
+        return
+    reporter.begin(training.step, steps, epochs, learning_rate_text(recipe.optimizer, recipe.schedule))
     with stop_requested() as stop, saver.ending(stop):
         for epoch in range(training.epochs, epochs):
             training.distiller.train()
             loader.batch_sampler.set_epoch(epoch, start=(training.step - epoch * steps_per_epoch) * accumulate)
             for batches in _groups(loader, accumulate):
+                if judge.is_due():
+                    judge.judge()
+                    if judge.impatient:
+                        saver.last()
+                        return
                 lr = recipe.optimizer.lr * lr_factor(training.step, steps_per_epoch=steps_per_epoch, **schedule)
                 strength = {
                     name: settings.strength(training.step, steps, recipe.distillation.warmup_steps)
                     for name, settings in terms.items()
                 }
                 due = bool(recipe.run.pull_every) and training.step % recipe.run.pull_every == 0
+                measure = due or training.distiller.balancing(training.step, recipe.distillation.warmup_steps)
                 with saver.step():
-                    losses = train_step(
+                    made = train_step(
                         training,
                         batches,
                         seed=recipe.run.seed,
@@ -73,14 +83,26 @@ def fit(
                         strength=strength,
                         clip_norm=recipe.optimizer.clip_norm,
                         autocast=autocast,
-                        measure=due or training.distiller.balancing(training.step, recipe.distillation.warmup_steps),
+                        measure=measure,
+                        skip_nonfinite=recipe.optimizer.skip_nonfinite,
                     )
-                    add(training, losses)
+                    if made.left_out is None:
+                        add(training, made.losses)
+                        training.health.look(made.losses, made.raw, steps, training.step - 1)
                     clock.tick(sum(len(images) for images, _, _ in batches))
                     _count(training, batches, distilled=any(factor is not None for factor in strength.values()))
-                if training.step % recipe.run.log_every == 0:
+                if made.left_out is not None:
+                    saver.log({"kind": "left out", "step": training.step, "epoch": epoch + 1, "reason": made.left_out})
+                    reporter.left_out(training.step - 1, made.left_out)
+                if not measure and (seconds := pace.known()) is not None:
+                    reporter.paced(seconds, steps - training.step)
+                if training.step % recipe.run.log_every == 0 and training.sums:
                     entry = {"kind": "train", "step": training.step, "epoch": epoch + 1, "lr": lr, "strength": strength}
                     entry |= averages(training) | clock.speed()
+                    if made.left_out is None:
+                        entry["gradient"] = made.gradients.largest(training.distiller)
+                    if training.health.left_out:
+                        entry["left_out"] = training.health.left_out
                     if recipe.data.unlabelled is not None:
                         entry["seen"] = dict(training.seen)
                     saver.log(entry)
@@ -92,17 +114,12 @@ def fit(
                     raise stop.interrupted(saver.standing)
                 if saver.due:
                     saver.last()
-            if (epoch + 1) % recipe.run.evaluate_every == 0 or epoch + 1 in (until, epochs):
-                if saver.saved_step != training.step:
-                    saver.last()  # an evaluation can take long; one that is stopped is begun anew
-                with clock.paused(), stoppable(lambda: saver.standing):
-                    saver.metrics = evaluate(training.evaluated)
-                saver.log({"kind": "eval", "step": training.step, "epoch": epoch + 1, **saver.metrics})
-                reporter.evaluated(epoch + 1, saver.metrics)
-                if saver.metrics["AP"] > training.best_ap and saver.best():
-                    training.best_ap = saver.metrics["AP"]
+            if judge.is_due_after_epoch(epoch + 1) or epoch + 1 in (until, epochs):
+                judge.judge()
             training.epochs = epoch + 1
             saver.last()
+            if judge.impatient:
+                return
             if training.epochs == until and until < epochs:
                 raise Interrupted(f"{run.path}: epoch {until} of {epochs} is saved; --resume goes on from there")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from statistics import median
 from typing import Any
 
 import torch
@@ -84,3 +85,28 @@ class Clock:
             speed["memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         self.images, self.logged_at = 0, self.training.seconds
         return speed
+
+
+class Pace:
+    """How long a step takes: the median of the first steps, once, where a fair number of them is to come."""
+
+    WARM, STEPS = 3, 10
+    """Steps that are not counted, for the first are slower, and steps that are."""
+
+    def __init__(self, training: Training, steps: int) -> None:
+        self.training = training
+        self.last = training.seconds
+        self.step = training.step
+        self.seconds: list[float] = []
+        self.wanted = self.WARM + self.STEPS if steps - training.step > 2 * (self.WARM + self.STEPS) else 0
+
+    def known(self) -> float | None:
+        """Seconds a step, asked after each; None until they are known, and afterwards."""
+        now, step = self.training.seconds, self.training.step
+        if self.step == step - 1:  # else something else was done in between
+            self.seconds.append(now - self.last)
+        self.last, self.step = now, step
+        if not self.wanted or len(self.seconds) < self.wanted:
+            return None
+        self.wanted = 0
+        return median(self.seconds[self.WARM :])

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from defeat_cli.config.schema import Optimizer
+from defeat_cli.config.schema import Optimizer, Schedule
 from defeat_cli.distillation.distiller import Distiller
 
 
@@ -51,3 +51,16 @@ def lr_factor(
     if decay == "cosine":
         return warm * 0.5 * (1 + math.cos(math.pi * step / (steps_per_epoch * epochs)))
     return warm * gamma ** sum(step >= milestone * steps_per_epoch for milestone in milestones)
+
+
+def learning_rate_text(optimizer: Optimizer, schedule: Schedule) -> str:
+    """The learning rate over the run in words."""
+    parts = [f"learning rate {optimizer.lr:g}"]
+    if schedule.warmup_steps:
+        parts.append(f"after {schedule.warmup_steps} steps of warm-up")
+    if schedule.decay == "cosine":
+        parts.append("falling as a cosine")
+    else:
+        reached = [str(epoch) for epoch in schedule.milestones if epoch < schedule.epochs]
+        parts += [f"times {schedule.gamma:g} after epoch {' and '.join(reached)}"] if reached else []
+    return ", ".join(parts)

@@ -15,10 +15,12 @@ from defeat_cli.errors import RunError
 from defeat_cli.files import replacing, require_place_for_file, require_place_for_folder, temporary_of
 
 RECIPE, METRICS, LAST, BEST = "recipe.yaml", "metrics.jsonl", "last.pt", "best.pt"
+BAD_STEP = "bad_step.pt"
 PREVIOUS = "previous.pt"
 """What last.pt was before it was saved anew, while the run is unfinished."""
 STUDENT, LOADER, RESULTS, CURVES = "student.pth", "load_student.py", "results.json", "curves.png"
-RUN_FILES = (RECIPE, METRICS, LAST, PREVIOUS, BEST, STUDENT, LOADER, RESULTS, CURVES)
+SUMMARY = "results.md"
+RUN_FILES = (RECIPE, METRICS, LAST, PREVIOUS, BEST, STUDENT, LOADER, RESULTS, SUMMARY, CURVES, BAD_STEP)
 
 
 class RunFolder:
@@ -162,13 +164,16 @@ class RunFolder:
             temporary.write_bytes(content)
         return True
 
-    def forget_after(self, step: int, epochs: float = math.inf) -> None:
-        """Drop the metrics of what a run that goes on from `step`, with `epochs` evaluated, will do again.
+    def forget_after(self, step: int, judged_at: float = math.inf) -> None:
+        """Drop the metrics of what a run that goes on from `step` will do again.
 
         Damaged lines go too.
+
+        Args:
+            judged_at: step of the last evaluation that will not be made again.
         """
-        kept = [line for line in self._lines() if line is not None and line["step"] <= step]
-        kept = [line for line in kept if line.get("kind") != "eval" or line["epoch"] <= epochs]
+        last = {"eval": min(step, judged_at)}
+        kept = [line for line in self._lines() if line is not None and line["step"] <= last.get(line.get("kind"), step)]
         with replacing(self / METRICS) as temporary:
             temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
 
@@ -188,9 +193,25 @@ def _entry(line: bytes) -> dict[str, Any] | None:
     return entry if isinstance(entry, dict) and isinstance(entry.get("step"), int) else None
 
 
+def newest_checkpoint(folder: Path) -> Path | None:
+    """`best.pt` of the run that was finished last, anywhere in a folder; None where there is none."""
+    runs = [RunFolder(file.parent) for file in folder.rglob(RESULTS) if (file.parent / BEST).is_file()]
+    finished = [run for run in runs if run.exists and run.finished]
+    newest = max(finished, key=lambda run: (run / RESULTS).stat().st_mtime_ns, default=None)
+    return newest / BEST if newest is not None else None
+
+
 NOT_COMPARED = {
-    "run.device", "run.name", "data.workers", "data.verify", "run.log_every", "run.save_every", "run.pull_every"
-}  # fmt: skip
+    "run.device",
+    "run.name",
+    "data.workers",
+    "data.verify",
+    "run.log_every",
+    "run.save_every",
+    "run.pull_every",
+    "run.patience",
+    "optimizer.skip_nonfinite",
+}
 """Recipe keys that may change when a run is resumed: they do not change what is computed."""
 
 

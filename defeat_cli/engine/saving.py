@@ -8,9 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from defeat_cli.engine.checkpoint import Training
 from defeat_cli.engine.runs import BEST, LAST, RunFolder
 from defeat_cli.engine.stopping import Asked
@@ -90,18 +87,13 @@ class Saver:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Around one training step and its accounting: where it fails, the state is again what it was before it."""
-        buffers = _buffers(self.training)
-        with torch.no_grad():
-            torch._foreach_copy_(self.kept, buffers)
+        """Around one training step, which undoes itself where it fails, and its accounting."""
         self.moved = False
         try:
             yield
         except BaseException:
             # Parameters have moved, or partly so: there is no way back to a whole step.
             self.broken = self.moved
-            with torch.no_grad():
-                torch._foreach_copy_(buffers, self.kept)
             raise
 
     @contextmanager
@@ -115,7 +107,6 @@ class Saver:
             Interrupted: an error came after the run was asked to stop.
             RunError: a loader process died.
         """
-        self.kept = [buffer.clone() for buffer in _buffers(self.training)]
         watch = self.training.optimizer.register_step_pre_hook(self._parameters_move)
         try:
             yield
@@ -164,10 +155,3 @@ class Saver:
 def _told(error: OSError) -> str:
     place = f"{error.filename}: " if error.filename else ""
     return f"{place}{error.strerror or error}"
-
-
-def _buffers(training: Training) -> list[Tensor]:
-    """What a step changes besides parameters: statistics of normalisation, what terms and their balance keep."""
-    distiller = training.distiller
-    parts = [distiller.student, distiller.terms, *([distiller.balance] if distiller.balance is not None else [])]
-    return [buffer for part in parts for buffer in part.buffers()]

@@ -5,19 +5,20 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from rich.markup import escape
 from rich.table import Table
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor
 
+from defeat_cli.benchmark.detectors import gflops
 from defeat_cli.config.schema import Recipe
 from defeat_cli.console import Reporter, counting
 from defeat_cli.detectors.contract import Detector
 from defeat_cli.distillation.distiller import Distiller
 from defeat_cli.distillation.pairing import match_classes
+from defeat_cli.jobs.estimate import images_a_batch, of_training, training_bytes
 from defeat_cli.jobs.training import count_pseudo_labels, score_teacher, tell
-from defeat_cli.session import assemble
+from defeat_cli.memory import told
+from defeat_cli.session import Session, assemble
 from defeat_cli.verifying import anchor_fit
 
 
@@ -36,11 +37,18 @@ def check(recipe: Recipe) -> Check:
         DefeatError: the run could not be started.
     """
     reporter = Reporter("check")
-    session = assemble(recipe, watch=counting)
+    session = assemble(recipe, doing=reporter.doing, watch=counting)
     tell(session, reporter)
+    with told(lambda: of_training(session)):
+        return _checked(session, reporter)
+
+
+def _checked(session: Session, reporter: Reporter) -> Check:
+    """What is found of a session."""
+    recipe = session.recipe
     student, teacher, data = session.student, session.teacher, session.training_data
     distiller = session.distiller.to(session.device)
-    a_batch = recipe.data.batch_size + (recipe.data.unlabelled_a_batch if session.unlabelled is not None else 0)
+    a_batch = images_a_batch(session)
     image, target, _ = data[0]
     images, targets = [image.to(session.device)], [{key: value.to(session.device) for key, value in target.items()}]
 
@@ -51,7 +59,7 @@ def check(recipe: Recipe) -> Check:
         "terms": terms,
         "pull": pull,
         "notes": [{"text": note.text, "warning": note.warning} for note in session.notes],
-        "memory_gib": round(_memory(distiller, images, targets, recipe, a_batch) / 2**30, 2),
+        "memory_gib": round(training_bytes(distiller, images, targets, recipe, a_batch) / 2**30, 2),
     }
     fitting = anchor_fit(student, data, recipe.data)
     if fitting is not None:
@@ -75,15 +83,11 @@ def check(recipe: Recipe) -> Check:
 
 def _describe(detector: Detector, images: list[Tensor]) -> dict[str, Any]:
     """Parameters, and the floating-point operations of detecting on one image as the data has it."""
-    counter = FlopCounterMode(display=False)
-    detector.eval()
-    with torch.no_grad(), counter:
-        detector.detect(images)
     return {
         "kind": type(detector.model).__name__,
         "classes": len(detector.classes),
         "parameters": sum(parameter.numel() for parameter in detector.model.parameters()),
-        "gflops": round(counter.get_total_flops() / 1e9, 2),
+        "gflops": round(gflops(detector.eval(), images), 2),
         "levels": [(level.stride, level.channels) for level in detector.levels],
     }
 
@@ -95,32 +99,6 @@ def _losses(
     distiller.train()
     losses = distiller(images, targets, measure=True)
     return tuple({name: value.item() for name, value in of.items()} for of in (losses.weighted, losses.pull))
-
-
-def _memory(
-    distiller: Distiller, images: list[Tensor], targets: list[dict[str, Tensor]], recipe: Recipe, a_batch: int
-) -> float:
-    """Estimated bytes of a training step: weights, gradients, optimizer state, and activations kept for backward.
-
-    The activations are those that autograd keeps for one image, times `a_batch`, the images of a batch with those that
-    have no labels; what is only in use for a moment is not counted, so the peak is somewhat above this.
-    """
-    weights = {id(p): p.numel() * p.element_size() for p in distiller.parameters()}
-    trained = sum(weights[id(p)] for p in distiller.parameters() if p.requires_grad)
-    states = 1 if recipe.optimizer.name == "sgd" else 2
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, nn.Parameter):
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        terms = distiller(images, targets)
-        activations = sum(kept.values())
-        del terms
-    halved = 0.6 if recipe.run.precision != "fp32" else 1.0  # about what autocast saves: norms and losses stay fp32
-    return sum(weights.values()) + trained * (1 + states) + activations * a_batch * halved
 
 
 def _detectors_table(detectors: dict[str, dict[str, Any]]) -> Table:

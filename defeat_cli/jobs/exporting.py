@@ -6,6 +6,7 @@ import io
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ from defeat_cli.export.parity import BOX_TOLERANCE, SCORE_TOLERANCE, Comparison,
 from defeat_cli.export.runtime import OnnxDetector, as_input
 from defeat_cli.files import replacing, require_place_for_file
 from defeat_cli.gradients.images import find_images, images_of
+from defeat_cli.jobs.estimate import of_detecting
 from defeat_cli.jobs.opening import open_detector
+from defeat_cli.memory import told
 
 CHECKED = 5
 """Images that the file is compared on, where the user names none; the blank one comes on top."""
@@ -120,10 +123,10 @@ def export(
         Reporter("export", quiet).note(note)
     graph = Graph(opened.detector, kind).eval()
     shown = _images(images, opened.recipe, graph.card.long_side) if check else []
-    content = FORMATS[form](graph)
     rows = []
-    if check:
-        run = _runner(content, form, target, kind)
+    with told(partial(of_detecting, opened.detector, opened.device, "exporting, and comparing the file")):
+        content = FORMATS[form](graph)
+        run = _runner(content, form, target, kind) if check else None
         with counting("comparing", len(shown), quiet) as advance, evaluating(graph):
             for name, image in shown:
                 rows.append(_compared(name, image, graph, run))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from defeat_cli.gradients.mask_pictures import draw_masks
 from defeat_cli.gradients.panels import panel_terms
 from defeat_cli.gradients.report import SUMMARIES, GradientReport, Settings, run_gradient_maps
 from defeat_cli.jobs.asked import DETECTOR, Asked, ask, data_settings
+from defeat_cli.jobs.estimate import of_detecting
+from defeat_cli.memory import told
 
 
 def visualize(
@@ -98,7 +101,8 @@ def visualize(
         if settings.distils:
             terms = panel_terms(distillation, student, supervisor, _trained_terms(checkpoint), checkpoint)
             distiller = Distiller(student, supervisor, terms, own_size=recipe.teacher.size == "own")
-    with counting("images", len(sources), quiet) as advance:
+    doing = partial(of_detecting, student, device, "computing gradients")
+    with told(doing), counting("images", len(sources), quiet) as advance:
         return run_gradient_maps(
             student,
             sources,
@@ -197,4 +201,5 @@ def show_masks(recipe: Recipe, images: Sequence[str], output: Path) -> list[Path
         loaded = load_teacher(recipe.teacher.checkpoint, recipe.teacher.architecture, classes=classes, sizes=sizes)
         loaded.tell(Reporter("masks"), "teacher: ")
         teacher = loaded.detector.to(device)
-    return draw_masks(student, sources, output, finest_scale=neck.finest_scale, teacher=teacher)
+    with told(partial(of_detecting, student, device, "drawing masks")):
+        return draw_masks(student, sources, output, finest_scale=neck.finest_scale, teacher=teacher)

@@ -4,27 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from defeat_cli import session
 from defeat_cli.config import schema as recipes
 from defeat_cli.config.schema import Recipe
 from defeat_cli.detectors.loading import load_detector
+from defeat_cli.engine.evaluation import Finder
 from defeat_cli.errors import CheckpointError
 from defeat_cli.export.runtime import SUFFIX, OnnxDetector
 from defeat_cli.jobs.asked import DETECTOR, ask, data_settings
-
-
-class Finder(Protocol):
-    """What prediction needs of a detector; see `detectors.contract.Detector`."""
-
-    @property
-    def classes(self) -> list[str]: ...
-
-    def detect(self, images: list[Tensor]) -> list[dict[str, Tensor]]: ...
 
 
 @dataclass(frozen=True)
@@ -74,14 +65,16 @@ def open_detector(checkpoint: str, recipe_name: str | None, changes: Mapping[str
     return Opened(detector, recipe, device, selection.score_thresh, asked.weights.classes is not None, notes)
 
 
-def open_finder(checkpoint: str, recipe_name: str | None, changes: Mapping[str, Any]) -> Opened:
+def open_finder(
+    checkpoint: str, recipe_name: str | None, changes: Mapping[str, Any], command: str = "predict"
+) -> Opened:
     """As `open_detector`, and files that `defeat export` wrote as ONNX, which onnxruntime runs on the CPU.
 
     Raises:
         DefeatError: as `open_detector`; or settings for an exported file, which cannot be changed.
     """
     if not checkpoint.endswith(SUFFIX):
-        return open_detector(checkpoint, recipe_name, changes, "predict")
+        return open_detector(checkpoint, recipe_name, changes, command)
     idle = [name for name in changes if name.startswith("student.") or name in ("data.short_side", "data.long_side")]
     if recipe_name is not None or idle:
         what = ", ".join(["--recipe"] * (recipe_name is not None) + idle)

@@ -18,7 +18,9 @@ from defeat_cli.export.detections import Found, coco_content, crops, yolo_text
 from defeat_cli.export.pictures import draw, side_by_side
 from defeat_cli.files import replacing, require_place_for_file, require_place_for_folder, write_json
 from defeat_cli.gradients.images import Source, distinct_names, find_images
+from defeat_cli.jobs.estimate import of_detecting
 from defeat_cli.jobs.opening import Opened, open_finder
+from defeat_cli.memory import told
 
 COCO, LABELS, CLASSES, CROPS = "predictions.json", "labels", "classes.txt", "crops"
 
@@ -134,7 +136,8 @@ def _of_device(changes: dict[str, Any]) -> dict[str, Any]:
 
 @torch.no_grad()
 def _find(opened: Opened, source: Source, name: str, image: Tensor, threshold: float) -> Found:
-    (output,) = opened.detector.detect([image.to(opened.device)])
+    with told(lambda: of_detecting(opened.detector, opened.device, f"detecting in {source.path}")):
+        (output,) = opened.detector.detect([image.to(opened.device)])
     sure = output["scores"] >= threshold
     boxes, scores, labels = (output[key][sure].cpu() for key in ("boxes", "scores", "labels"))
     return Found(name, source.path, tuple(image.shape[-2:]), boxes.float(), scores.float(), labels)

@@ -95,7 +95,7 @@ def take_up(run: RunFolder, training: Training, session: Session, reporter: Any,
     if different:
         _other_data(run, training, session, different, reporter, changed_data)
     if "log" not in content or not run.rewind(content["log"]):  # older states have no seal
-        run.forget_after(step, training.epochs)
+        run.forget_after(step, training.judged_at)
         if "log" in content:
             reporter.warn(f"{run / METRICS}: not what was written; the lines in it that can be read are kept")
     if training.best_ap > -math.inf:
@@ -106,15 +106,22 @@ def take_up(run: RunFolder, training: Training, session: Session, reporter: Any,
             training.best_ap = -math.inf
 
 
-def best_or_last(run: RunFolder, reporter: Any) -> dict[str, Any]:
-    """The checkpoint whose student a run has come to: the best one's, the last one's where that cannot be read."""
+def best_or_last(run: RunFolder, training: Training, reporter: Any) -> dict[str, Any]:
+    """The checkpoint whose student a run has come to: the best one's, the last one's where that cannot be read.
+
+    Raises:
+        RunError: neither is there.
+    """
     try:
         return native.load(run / BEST)
     except CheckpointError as error:
-        reporter.warn(f"{error}. The student of the last epoch is taken in its place")
-        last = native.load(run / LAST)
-        native.save(run / BEST, {name: value for name, value in last.items() if name != "training"})
-        return last
+        reason = str(error)
+    last = newest_state(run, reporter)
+    if last is None or last["training"]["step"] != training.step or not last["metrics"]:
+        raise RunError(f"{reason}. No other file holds what was trained; --resume trains it again from what is saved")
+    reporter.warn(f"{reason}. The student of the last epoch is taken in its place")
+    native.save(run / BEST, {name: last[name] for name in ("recipe", "classes", "student", "terms", "metrics")})
+    return last
 
 
 def fingerprints(session: Session) -> dict[str, Fingerprint]:

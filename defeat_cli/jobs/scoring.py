@@ -21,6 +21,8 @@ from defeat_cli.engine.voc_ap import voc_ap50
 from defeat_cli.errors import DataError
 from defeat_cli.files import write_json
 from defeat_cli.jobs.asked import DETECTOR, READING, Asked, ask, data_settings
+from defeat_cli.jobs.estimate import of_detecting
+from defeat_cli.memory import told
 from defeat_cli.verifying import note_on_left_out, verify
 
 
@@ -80,11 +82,11 @@ def score(
     data.refuse_vanishing(resize.min_size, resize.max_size)
     for note in [*asked.notes, *data.notes]:
         reporter.note(note)
-    if told := note_on_left_out(data.left_out, len(data), spoken):
-        reporter.warn(told)
+    if left_out := note_on_left_out(data.left_out, len(data), spoken):
+        reporter.warn(left_out)
     loaded.tell(reporter)
     detections: list[dict[str, Any]] = []
-    with counting("evaluating", len(data), quiet) as advance:
+    with told(lambda: of_detecting(loaded.detector, device)), counting("evaluating", len(data), quiet) as advance:
         metrics = evaluate(
             loaded.detector.to(device),
             data,

@@ -14,7 +14,7 @@ from defeat_cli.ablation.running import Calls, run_study, write_report
 from defeat_cli.ablation.study import read_study
 from defeat_cli.config import schema as recipes
 from defeat_cli.engine.runs import RunFolder
-from defeat_cli.errors import DataError, TermError
+from defeat_cli.errors import DataError, RunError, TermError
 
 
 @pytest.fixture(autouse=True)
@@ -91,6 +91,23 @@ def test_a_study_can_be_given_more_epochs(tmp_path, base):
     run(planned(folder, ["neck"], base))
     assert trained(folder) == ["none-seed0@6", "neck-seed0@6"]
     assert read_study(folder).recipe.schedule.epochs == 6
+
+
+def test_a_run_that_stopped_early_is_finished_until_more_epochs_are_asked_for(tmp_path, base):
+    folder = tmp_path / "s"
+    folder.mkdir()
+    (folder / "impatient").touch()
+    base.run.patience = 1
+    assert run(planned(folder, ["neck"], base)) == {}
+    assert trained(folder) == ["none-seed0@4", "neck-seed0@4"]
+    assert run(planned(folder, ["neck"], base)) == {}
+    assert trained(folder) == []
+    (folder / "impatient").unlink()
+    base.schedule.epochs = 6
+    assert run(planned(folder, ["neck"], base)) == {}
+    assert trained(folder) == ["none-seed0@6", "neck-seed0@6"]
+    with pytest.raises(RunError, match=r"--budget and run\.patience both stop runs early"):
+        planned(tmp_path / "t", ["neck:alpha_bg=1,4,16"], base, budget=2)
 
 
 def test_within_a_budget_the_worse_half_of_a_sweep_stops(tmp_path, base, capsys):

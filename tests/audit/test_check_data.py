@@ -207,7 +207,7 @@ def test_what_cannot_be_read_and_options_of_a_run(defeat, shapes, tiny, tmp_path
         (["--data", tmp_path / "empty"], "layout that is not known"),
         (["--data", tmp_path / "broken"], "train.json:1: not valid JSON"),
         (["--data", tmp_path / "gone"], "no such folder"),
-        (["--data", shapes, "--teacher", "x.pt"], "--teacher: about a run"),
+        (["--data", shapes, "--variant", "neck"], "--variant: about a run"),
         (["--data", shapes, "--set", "optimizer.lr=1"], "optimizer.lr: without effect in `defeat check --data`"),
         (["--data", shapes, "--set", "data.on_bad_image=skip"], "data.on_bad_image: without effect"),
         (["-r", tiny, "--sheet", "x.png"], "--sheet"),

@@ -285,7 +285,7 @@ def full_disk(monkeypatch):
     write, steps = torch.save, set()
 
     def save(content, file):
-        if content.get("training", {}).get("step") in steps:
+        if content.get("training", {}).get("step") in steps and hasattr(file, "name"):  # not where it is measured
             file.write(b"half")
             try:
                 raise OSError(errno.ENOSPC, "No space left on device")
@@ -311,7 +311,7 @@ def test_on_a_full_disk_training_goes_on_and_the_checkpoint_before_stays(options
 def test_a_full_disk_is_told_with_what_is_needed(options, defeat, whole, tmp_path, full_disk):
     full_disk |= {2, 3}
     output = defeat(*options, "-o", tmp_path / "run")
-    needed = native.mib(native.size_of(torch.load(whole / "last.pt", weights_only=True)))
+    needed = native.mib((whole / "last.pt").stat().st_size)
     assert f"{tmp_path / 'run' / 'last.pt'}: No space left on device: {needed} are needed, " in output
     assert "last.pt is not saved; training goes on, and what was saved before stays" in output
     assert_same_run(tmp_path / "run", whole)

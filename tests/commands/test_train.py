@@ -29,14 +29,18 @@ def test_a_run_leaves_the_files_of_the_design(distilled):
     folder, output = distilled
     assert {path.name for path in folder.iterdir()} == {
         "recipe.yaml", "metrics.jsonl", "last.pt", "best.pt", "student.pth", "load_student.py", "results.json",
-        "curves.png", "plain"
+        "results.md", "curves.png", "plain"
     }  # fmt: skip
     results = json.loads((folder / "results.json").read_text())
     for who in ("student", "teacher", "plain"):
         assert set(FIGURES) <= set(results[who])
         assert set(results[who]["per_class"]) == {"circle", "square", "triangle", "star", "ring", "cross"}
     assert "teacher: AP" in output
-    assert re.search(r"student, distilled.*\d", output)
+    row = re.search(r"^distilled.*\d", output, re.MULTILINE).group().split()
+    assert {*results["ms_per_image"]} == {"teacher", "student"}  # the plain one is the student's own network
+    assert min(results["ms_per_image"].values()) > 0
+    in_file = next(line for line in (folder / "results.md").read_text().splitlines() if line.startswith("| distilled"))
+    assert in_file.strip("|").replace("|", " ").split() == row
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -47,6 +47,21 @@ def test_one_folder_too_high(tmp_path: Path) -> None:
         open_split(tmp_path / "archive", "train", train=True)
 
 
+def test_vocs_image_sets_are_found_from_the_folder_above_vocdevkit(tmp_path: Path) -> None:
+    write_voc(tmp_path / "VOCdevkit/VOC2007", train=["a"], val=["b", "c"])
+    for folder in (tmp_path / "VOCdevkit/VOC2007", tmp_path / "VOCdevkit", tmp_path):
+        data = open_split(folder, "val", train=False)
+        assert (data.layout, len(data)) == ("voc", 2)
+
+
+def test_annotation_files_in_a_folder_beside_the_images(tmp_path: Path) -> None:
+    write_images(tmp_path / "pictures", "a.jpg", "b.jpg")
+    for split, name in (("train", "a.jpg"), ("val", "b.jpg")):
+        write_coco(tmp_path / "labels" / f"my_{split}.json", name)
+        data = open_split(tmp_path, split, train=False)
+        assert [data.file_name(i) for i in range(len(data))] == [f"pictures/{name}"]
+
+
 @pytest.mark.parametrize("fraction", [0.001, 0.25, 0.5, 0.999])
 def test_dividing_is_by_image_and_seed(simple: Path, fraction: float) -> None:
     def files(split: str, seed: int = 0) -> list[str]:

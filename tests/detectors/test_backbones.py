@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from contextlib import nullcontext
 from pathlib import Path
+from urllib.error import URLError
 
 import pytest
 import torch
@@ -18,7 +20,8 @@ from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from defeat_cli.config.architecture import Architecture
-from defeat_cli.detectors.backbones import build_backbone, load_backbone_weights
+from defeat_cli.detectors import backbones
+from defeat_cli.detectors.backbones import build_backbone, can_have_imagenet, load_backbone_weights
 from defeat_cli.detectors.zoo import build_detector
 from defeat_cli.errors import CheckpointError, RecipeError
 
@@ -241,3 +244,23 @@ def test_real_imagenet_weights_load_strict(backbone, file):
     load_backbone_weights(model, str(WEIGHTS / file), architecture)
     statistics = [v for k, v in model.backbone.body.state_dict().items() if k.endswith("running_var")]
     assert all(not bool((v == 1).all()) for v in statistics)
+
+
+def test_whether_imagenet_weights_can_be_had(tmp_path, monkeypatch):
+    asked = []
+
+    def unreachable(request, timeout):
+        asked.append((request.get_method(), request.full_url, timeout))
+        raise URLError("no network")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(backbones, "urlopen", unreachable)
+    assert not can_have_imagenet("mobilenet_v2")
+    assert asked == [("HEAD", "https://download.pytorch.org/models/mobilenet_v2-b0353104.pth", 5)]
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "mobilenet_v2-b0353104.pth").touch()
+    assert can_have_imagenet("mobilenet_v2")
+    assert not can_have_imagenet("regnet")
+    assert len(asked) == 1
+    monkeypatch.setattr(backbones, "urlopen", lambda request, timeout: nullcontext())
+    assert can_have_imagenet("resnet50")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from oracles import masks as oracle
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torchvision.ops import box_iou
 
 from defeat_cli.config.terms import NeckSettings
 from defeat_cli.distillation import masks as masks_module
@@ -247,10 +248,17 @@ class TestFineGrainedMasks:
         expected = oracle.fine_grained_masks(as_lists(boxes), shapes, slow_anchors, ratio)
         assert_equal(fine_grained_masks(boxes, shapes, anchors, ratio), expected)
 
-    def test_chunks_change_nothing(self, monkeypatch):
+    def test_overlaps_round_as_torchvisions(self):
+        boxes, others = random_boxes(30, 1).float(), random_boxes(200, 2).float()
+        overlaps = masks_module._Overlaps(others, torch.float32)
+        for some in (boxes[:20], boxes[20:], boxes[:20]):  # one after another, in memory that they share
+            assert torch.equal(overlaps(some[None])[0], box_iou(some, others))
+
+    @pytest.mark.parametrize("at_once", [1, 5000, 20000])  # a box, two and nine times the 2091 anchors
+    def test_chunks_change_nothing(self, monkeypatch, at_once):
         boxes, anchors = [random_boxes(23, 1), EMPTY, random_boxes(9, 2)], grid_anchors(SHAPES, STRIDES)
         whole = fine_grained_masks(boxes, SHAPES, anchors)
-        monkeypatch.setattr(masks_module, "MAX_ELEMENTS", 5000)
+        monkeypatch.setattr(masks_module, "IN_CACHE", at_once)
         for mask, chunked in zip(whole, fine_grained_masks(boxes, SHAPES, anchors), strict=True):
             assert torch.equal(mask, chunked)
 

@@ -95,3 +95,14 @@ def test_modes_come_back_after_an_error():
     assert module[1].training
     assert not module[0].training
     assert torch.is_grad_enabled()
+
+
+def test_scoring_prints_nothing(coco, capsys):
+    evaluator = CocoEvaluator(coco, ["cat"])
+    capsys.readouterr()
+    evaluator.process([7], [output([[0.0, 0.0, 50.0, 50.0]], [1], [0.9])])
+    evaluator.evaluate()
+    evaluator.reset()
+    evaluator.process([7], [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0), "scores": torch.zeros(0)}])
+    evaluator.evaluate()
+    assert capsys.readouterr().out == ""

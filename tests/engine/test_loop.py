@@ -1,11 +1,14 @@
 """Schedules against hand-computed values; randomness of a step."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from defeat_cli.engine.optimization import lr_factor
+from defeat_cli.config.schema import Optimizer, Schedule
+from defeat_cli.engine.monitor import Pace
+from defeat_cli.engine.optimization import learning_rate_text, lr_factor
 from defeat_cli.engine.step import seed_step
 
 
@@ -41,3 +44,29 @@ def test_a_steps_randomness_depends_on_seed_step_and_part_alone():
     assert torch.equal(draw(1, 2, 0), draw(1, 2, 0))
     for other in [(2, 2, 0), (1, 3, 0), (1, 2, 1)]:
         assert not torch.equal(draw(1, 2, 0), draw(*other))
+
+
+def test_the_learning_rate_in_words():
+    optimizer = Optimizer(lr=0.02)
+    assert learning_rate_text(optimizer, Schedule()) == (
+        "learning rate 0.02, after 500 steps of warm-up, times 0.1 after epoch 8 and 11"
+    )
+    assert learning_rate_text(optimizer, Schedule(decay="cosine", warmup_steps=0)) == (
+        "learning rate 0.02, falling as a cosine"
+    )
+    assert learning_rate_text(optimizer, Schedule(epochs=8, warmup_steps=0)) == "learning rate 0.02"
+
+
+def test_the_pace_is_the_median_of_ten_steps_after_three_told_once():
+    training = SimpleNamespace(seconds=0.0, step=0)
+    pace = Pace(training, 100)
+    told = []
+    # The first three are slow and one of the ten too; the steps 5 and 6 measure pulls and are not asked about.
+    for seconds in [9, 9, 9, 2, 2, 7, 7, 2, 9, 2, 2, 2, 2, 2, 2, 2, 2, 2]:
+        training.seconds += seconds
+        training.step += 1
+        if seconds != 7 and (known := pace.known()) is not None:
+            told.append((training.step, known))
+    # Sixteen are asked about, of which the first and the one after the measured are not whole steps of their own.
+    assert told == [(16, 2)]
+    assert Pace(training, 18 + 26).wanted == 0

@@ -10,10 +10,10 @@ import pytest
 import torch
 from runs import metrics, planned
 
-from defeat_cli.ablation.processes import locked
 from defeat_cli.config import schema as recipes
 from defeat_cli.config.variants import VARIANTS, Variant
 from defeat_cli.data.loading import training_loader
+from defeat_cli.engine.locking import locked
 from defeat_cli.engine.runs import RunFolder
 from defeat_cli.errors import CheckpointError, DataError, RunError
 from defeat_cli.jobs import ablating, training, worker
@@ -99,7 +99,7 @@ def test_a_study_that_was_killed_and_halved_goes_on_to_the_same_end(tmp_path, ba
     assert not slow.finished
 
 
-def test_the_teacher_is_scored_once(tmp_path, base):
+def test_the_teacher_is_scored_once(tmp_path, base, monkeypatch):
     neck, fine = planned(tmp_path / "s", ["neck", "full"], base).runs()[1:]
     RunFolder(neck.folder).open(neck.recipe)
     run = RunFolder(neck.folder)
@@ -111,9 +111,20 @@ def test_the_teacher_is_scored_once(tmp_path, base):
     other.data.short_side = [96]
     assert worker.known_teacher(other, fine.folder) is None
 
+    # Neither on a few images at the start nor on all at the end: what is scored is the student.
+    scored = []
+    score = training.score
+
+    def counted(session, detector, *rest, **named):
+        scored.append(detector is session.teacher)
+        return score(session, detector, *rest, **named)
+
+    monkeypatch.setattr(training, "score", counted)
     base.schedule.epochs = 1
     results = training.train(
         recipes.validate({**fine.recipe.model_dump()}, ""), fine.folder, quiet=True,
         known_teacher=lambda: worker.known_teacher(fine.recipe, fine.folder),
     )  # fmt: skip
     assert results["teacher"] == {"AP": 0.125}
+    assert scored
+    assert not any(scored)

@@ -64,9 +64,10 @@ def _file_of(path: Path, files: Sequence[Path], split: str) -> Path:
     if mine:
         raise DataError(f"{path}: several annotation files can be the {wanted} data: {shown}; name one by {setting}")
     whole = "" if any(splits_of(file.relative_to(path)) for file in files) else f", or {DIVIDE}"
+    sought = ", ".join(layout.format(wanted) for layout in LAYOUTS)
     raise NoSplitError(
-        f"{path}: no {wanted} data there. Looked for {', '.join(layout.format(wanted) for layout in LAYOUTS)}; "
-        f"found {shown or 'no COCO file'}. Name the file by {setting}{whole}"
+        f"{path}: read as COCO, but no {wanted} data there. Looked for {sought}; "
+        f"found {shown or 'no COCO file'}. Name it by --set {setting}=FILE{whole}"
     )
 
 
@@ -80,9 +81,15 @@ def _files(path: Path) -> list[Path]:
         path / "annotations",
         path / "Annotations",
         *(path / name for names in NAMES.values() for name in names),
+        *(folder for folder in path.iterdir() if _holds_json_alone(folder)),
     )
     there = {file for place in places if place.is_dir() for file in place.glob("*.json")}
     return sorted(file for file in there if file.is_file() and (file in named or _is_coco(file)))
+
+
+def _holds_json_alone(path: Path) -> bool:
+    """Whether a folder holds JSON files and nothing else, so that the images are beside it."""
+    return path.is_dir() and all(inner.suffix.lower() == ".json" for inner in path.iterdir())
 
 
 def _is_coco(file: Path) -> bool:

@@ -15,7 +15,7 @@ from defeat_cli.errors import DataError
 
 def matches(path: Path) -> bool:
     """Whether an XML file of VOC's kind lies in a folder, or in folders of it, and no image sets."""
-    if voc.matches(path):
+    if voc.matches(path) or any(voc.matches(inner) for inner in path.iterdir() if inner.is_dir()):
         return False
     for xml in FileIndex(path, _is_xml).paths[:5]:
         with (path / xml).open("rb") as file:

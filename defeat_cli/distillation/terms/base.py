@@ -8,7 +8,7 @@ and knows none by name.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -67,6 +67,30 @@ class View:
     def targets(self) -> list[Target]:
         """Boxes and labels of each image in the pixels of the batch: annotated or, on unlabelled images, found."""
         return self.batch.targets if self.find is None else self.find(self)
+
+    @property
+    def looked_at(self) -> list[str]:
+        """What of it has been computed so far, in that order; `logits` are those of its own regions."""
+        kept = [name for name in self.__dict__ if isinstance(getattr(type(self), name, None), cached_property)]
+        own = any(regions is self.__dict__.get("regions") for regions, _ in self._logits)
+        return [name for name in kept if not name.startswith("_")] + ["logits"] * own
+
+    def look_at(self, names: Sequence[str]) -> View:
+        """Compute these, as `looked_at` names them; gives the view itself."""
+        for name in names:
+            if name == "logits":
+                self.classify(self.regions)
+            else:
+                getattr(self, name)
+        return self
+
+    def cut_loose(self) -> View:
+        """The same look with its stages and features cut off from what made them: a backward pass ends there."""
+        view = replace(self, _logits=[])
+        for name in ("stages", "features"):
+            if name in self.__dict__:
+                view.__dict__[name] = [level.detach().requires_grad_() for level in self.__dict__[name]]
+        return view
 
     def targets_in(self, other: View) -> list[Target]:
         """This view's targets in the pixels of another's batch, in which the images may have another size."""

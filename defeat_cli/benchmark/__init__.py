@@ -1,0 +1,1 @@
+"""What things cost: the parts of a training step, and detectors as users deploy them."""
