@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import simulated_device
 import torch
 import yaml
 from typer.testing import CliRunner
@@ -24,6 +25,8 @@ torch.set_num_threads(1)
 # What is remembered of images is not to outlive the tests, nor to come from the user's own runs.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="defeat-tests-")
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+
+simulated_device.register()
 
 TINY = {
     "student": {"detector": "faster_rcnn", **COMMON, **OWN["faster_rcnn"], "score_threshold": 0.0},

@@ -102,14 +102,13 @@ def training_loader(
     *,
     rank: int = 0,
     replicas: int = 1,
-    pin_memory: bool = False,
 ) -> Loader:
     """Shuffled batches; `loader.batch_sampler.set_epoch(epoch, start)` chooses which.
 
     What is in a batch depends on (seed, epoch, rank, replicas), not on the number of workers.
     """
     order = BatchOrder(dataset.sizes, batch_size, seed, rank, replicas)
-    return Loader(dataset, workers, batch_sampler=order, pin_memory=pin_memory)
+    return Loader(dataset, workers, batch_sampler=order)
 
 
 def evaluation_loader(dataset: Dataset, workers: int, *, pin_memory: bool = False) -> Loader:

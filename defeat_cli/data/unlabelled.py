@@ -168,11 +168,10 @@ def mixed_loader(
     *,
     rank: int = 0,
     replicas: int = 1,
-    pin_memory: bool = False,
 ) -> Loader:
     """As `training_loader`, with unlabelled images at the end of each batch, whose targets are None."""
     order = MixedOrder(labelled.sizes, batch_size, unlabelled.sizes, unlabelled_batch, seed, rank, replicas)
-    return Loader(Mixed(labelled, unlabelled), workers, batch_sampler=order, pin_memory=pin_memory)
+    return Loader(Mixed(labelled, unlabelled), workers, batch_sampler=order)
 
 
 def _identity(path: Path) -> tuple[int, int]:

@@ -50,7 +50,7 @@ def _checked(session: Session, reporter: Reporter) -> Check:
     distiller = session.distiller.to(session.device)
     a_batch = images_a_batch(session)
     image, target, _ = data[0]
-    images, targets = [image.to(session.device)], [{key: value.to(session.device) for key, value in target.items()}]
+    images, targets = [image.to(session.device)], [target]
 
     detectors = {"teacher": teacher, "student": student}
     terms, pull = _losses(distiller, images, targets)

@@ -288,11 +288,7 @@ def score(session: Session, detector: Detector, reporter: Reporter, *, subset: A
 def batches_of(session: Session) -> Loader:
     """Training batches of a session, unlabelled images beside them where there are any."""
     recipe, data = session.recipe, session.training_data
-    settings = {
-        "workers": sessions.loader_processes(recipe.data.workers),
-        "seed": recipe.run.seed,
-        "pin_memory": session.device.type == "cuda",
-    }
+    settings = {"workers": sessions.loader_processes(recipe.data.workers), "seed": recipe.run.seed}
     if session.unlabelled is None:
         return training_loader(data, recipe.data.batch_size, **settings)
     beside = recipe.data.unlabelled_a_batch
