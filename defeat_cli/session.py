@@ -21,6 +21,7 @@ from defeat_cli.data.formats.shapes import draw_shapes
 from defeat_cli.data.opening import open_split
 from defeat_cli.data.unlabelled import ImageFolder
 from defeat_cli.detectors.backbones import load_backbone_weights
+from defeat_cli.detectors.compiling import require_compiler
 from defeat_cli.detectors.contract import Detector
 from defeat_cli.detectors.loading import load_teacher
 from defeat_cli.detectors.zoo import build_detector
@@ -28,10 +29,9 @@ from defeat_cli.distillation.distiller import Distiller
 from defeat_cli.distillation.terms import TERMS, Term
 from defeat_cli.distillation.unlabelled import PseudoLabels
 from defeat_cli.errors import DataError, RecipeError, RunError, TermError
+from defeat_cli.precision import choose_precision
 from defeat_cli.starting import start_from
 from defeat_cli.verifying import Watch, faults_of, notes_on, notes_on_unlabelled, unwatched, verify, verify_unlabelled
-
-AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,10 @@ def assemble(
     Raises:
         DefeatError: something that the recipe names cannot be used. All that `train` refuses is refused here.
     """
-    device = choose_device(recipe.run.device, recipe.run.precision)
+    recipe = settled(recipe)
+    device = choose_device(recipe.run.device)
+    if recipe.run.compile:
+        require_compiler(device)
     notes: list[Note] = []
     same_data = like is not None and (like.recipe.data, like.recipe.run.seed) == (recipe.data, recipe.run.seed)
     if same_data:
@@ -255,9 +258,24 @@ def choose_device(name: str, precision: str = "fp32") -> torch.device:
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         found = torch.cuda.device_count() if torch.cuda.is_available() else 0
         raise RunError(f"run.device: {name} was asked for, but this machine has {found} CUDA devices; use auto or cpu")
-    if precision != "fp32" and device.type != "cuda":
-        raise RunError(f"run.precision: {precision} needs a CUDA device; use fp32 on {device.type}")
+    choose_precision(precision, device)
     return device
+
+
+def settled(recipe: Recipe, begun: Recipe | None = None) -> Recipe:
+    """The recipe with the precision that `auto` stands for.
+
+    Args:
+        begun: the recipe of a run that is gone on with, whose precision is kept.
+
+    Raises:
+        RunError: a device or precision that is not there.
+    """
+    device = choose_device(recipe.run.device, recipe.run.precision)
+    precision = recipe.run.precision
+    if precision == "auto":
+        precision = choose_precision(begun.run.precision if begun is not None else "auto", device)
+    return recipe.model_copy(update={"run": recipe.run.model_copy(update={"precision": precision})})
 
 
 def loader_processes(workers: int) -> int:

@@ -34,7 +34,7 @@ TINY = {
     "distillation": {"warmup_steps": 2},
     "optimizer": {"lr": 0.01, "clip_norm": 10.0},
     "schedule": {"epochs": 2, "warmup_steps": 2, "milestones": [1]},
-    "run": {"device": "cpu", "log_every": 2},
+    "run": {"device": "cpu", "precision": "fp32", "log_every": 2},
 }
 
 

@@ -16,6 +16,7 @@ ALLOWED = {
     "memory": {"errors"},
     "tables": set(),
     "console": {"tables", "text"},
+    "precision": {"errors"},
     "config": {"config", "errors", "files"},
     "checkpoints": {"checkpoints", "config", "errors", "files"},
     "detectors": {"detectors", "checkpoints", "config", "errors", "text"},
@@ -29,7 +30,7 @@ ALLOWED = {
     "ablation": {"ablation", "engine", "config", "console", "errors", "files", "tables", "text"},
     "starting": {"distillation", "detectors", "checkpoints", "config", "errors", "text"},
     "verifying": {"audit", "detectors", "data", "config", "errors", "text"},
-    "session": {"starting", "verifying", "audit", "distillation", "detectors", "data", "config", "errors"},
+    "session": {"precision", "starting", "verifying", "audit", "distillation", "detectors", "data", "config", "errors"},
 }
 """What each part may import of ours. Parts not named here stand on top and may import anything."""
 

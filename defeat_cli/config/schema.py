@@ -260,8 +260,12 @@ class Run(Section):
     seed: Seed = 0
     device: str = "auto"
     """`auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:N`."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Autocast dtype; bf16 and fp16 need CUDA. Distillation terms are always computed in fp32."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Autocast dtype; `auto` is bf16 on GPUs and CPUs that have instructions for it (CPUs: AVX512-BF16 or AMX), else
+    fp32. fp16 needs CUDA. Distillation terms, boxes and anchors are always computed in fp32."""
+    compile: bool = False
+    """Compile backbones and necks by `torch.compile`, which takes a minute or more at the first steps and pays in long
+    trainings; scoring is not compiled."""
     evaluate_every: EpochsOrSteps = 1
     """Epochs between evaluations, or steps: `500 steps`. The last epoch is always evaluated."""
     patience: Count | None = None

@@ -13,6 +13,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import fastrcnn_loss
 from torchvision.models.detection.rpn import RegionProposalNetwork, concat_box_prediction_layers
+from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import initLevelMapper
 
 from defeat_cli.config.architecture import Architecture
@@ -33,6 +34,7 @@ from defeat_cli.detectors.conventions import (
     build_roi_pool,
     transform_settings,
 )
+from defeat_cli.detectors.pooling import RoIPool
 
 ANCHOR_SIZES = [[32.0], [64.0], [128.0], [256.0], [512.0]]
 """Anchor sides of P2 to P6, pixels."""
@@ -53,6 +55,8 @@ class FasterRCNNDetector(TorchvisionDetector, TorchvisionAnchors):
             head.register_forward_hook(_outputs_in_float32)
         # torchvision takes the strides of its levels from the first image that it sees and keeps them: a small one that
         # is half padding would get them wrong for all that follow.
+        if type(model.roi_heads.box_roi_pool) is MultiScaleRoIAlign:
+            model.roi_heads.box_roi_pool = RoIPool.like(model.roi_heads.box_roi_pool)
         pool, strides = model.roi_heads.box_roi_pool, dict(zip(self._names, self.strides, strict=True))
         pooled = [stride for name, stride in strides.items() if name in pool.featmap_names]
         pool.scales = [1 / stride for stride in pooled]

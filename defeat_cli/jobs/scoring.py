@@ -18,11 +18,12 @@ from defeat_cli.detectors.loading import load_detector
 from defeat_cli.engine.detection_errors import error_report
 from defeat_cli.engine.evaluation import evaluate
 from defeat_cli.engine.voc_ap import voc_ap50
-from defeat_cli.errors import DataError
+from defeat_cli.errors import DataError, RunError
 from defeat_cli.files import write_json
 from defeat_cli.jobs.asked import DETECTOR, READING, Asked, ask, data_settings
 from defeat_cli.jobs.estimate import of_detecting
 from defeat_cli.memory import told
+from defeat_cli.precision import AUTOCAST, choose_precision
 from defeat_cli.verifying import note_on_left_out, verify
 
 
@@ -91,7 +92,7 @@ def score(
             loaded.detector.to(device),
             data,
             workers=workers,
-            autocast=session.AUTOCAST[precision],
+            autocast=AUTOCAST[precision],
             on_image=advance,
             keep_detections=detections,
         )
@@ -109,11 +110,12 @@ def score(
 def _precision(asked: Asked, device: torch.device, reporter: Reporter) -> str:
     """As it was said, else as the run evaluated that the checkpoint comes from, where the device can."""
     if "run.precision" in asked.given:
-        return asked.recipe.run.precision
+        return choose_precision(asked.recipe.run.precision, device)
     run = (asked.weights.recipe or {}).get("run")
-    remembered = {name: value for name, value in run.items() if name == "precision"} if isinstance(run, dict) else {}
+    remembered = {"precision": run.get("precision", "fp32") if isinstance(run, dict) else "fp32"}
     trained = validate({"run": remembered}, f"{asked.weights.origin}: the recipe in it").run.precision
-    if trained == "fp32" or device.type == "cuda":
-        return trained
-    reporter.warn(f"its own run evaluated in {trained}, which needs a CUDA device; here it is fp32")
-    return "fp32"
+    try:
+        return choose_precision(trained, device)
+    except RunError:
+        reporter.warn(f"its own run evaluated in {trained}, which this {device.type} does not have; here it is fp32")
+        return "fp32"

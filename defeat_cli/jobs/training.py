@@ -35,6 +35,7 @@ from defeat_cli.jobs import bad_step, resuming
 from defeat_cli.jobs.estimate import of_detecting, of_training
 from defeat_cli.jobs.summary import write_summary
 from defeat_cli.memory import told
+from defeat_cli.precision import AUTOCAST
 from defeat_cli.session import Session, assemble
 
 NEAR_ZERO_AP = 0.01
@@ -81,6 +82,7 @@ def train(
         refuse_locked(folder)
         if resume and run.exists:
             resuming.mend(run, reporter)
+        recipe = sessions.settled(recipe, run.recipe if resume and run.exists else None)
         run.check(recipe, resume=resume, overwrite=overwrite)
         prolonged = resume and run.exists and run.prolonged_by(recipe)
         if prolonged:
@@ -148,7 +150,7 @@ def _finish(
         if results["teacher"] is None:
             results["teacher"] = score(session, session.teacher, reporter)
             timed["teacher"] = session.teacher
-    precision = sessions.AUTOCAST[recipe.run.precision]
+    precision = AUTOCAST[recipe.run.precision]
     # One right after the other, so that whatever else the machine is doing slows both.
     results["ms_per_image"] = {
         who: milliseconds_per_image(detector, session.validation_data, precision) for who, detector in timed.items()
@@ -179,6 +181,7 @@ def _sub_run(
 ) -> dict[str, Any]:
     """A run that another needs: begun, gone on with, or taken as it is where it is finished."""
     run = RunFolder(folder)
+    recipe = sessions.settled(recipe, run.recipe if run.exists else None)
     anew = overwrite and run.exists and not run.holds(recipe)
     resume = run.exists and not anew
     return train(
@@ -277,7 +280,7 @@ def score(session: Session, detector: Detector, reporter: Reporter, *, subset: A
             detector,
             chosen,
             workers=sessions.loader_processes(recipe.data.workers),
-            autocast=sessions.AUTOCAST[recipe.run.precision],
+            autocast=AUTOCAST[recipe.run.precision],
             on_image=advance,
             keep_detections=detections,
         )
@@ -362,7 +365,7 @@ def _fit(
                 evaluate=evaluated,
                 save=save,
                 reporter=reporter,
-                autocast=sessions.AUTOCAST[recipe.run.precision],
+                autocast=AUTOCAST[recipe.run.precision],
                 until=until,
             )
     except BadStepError as bad:
