@@ -18,7 +18,7 @@ from torchvision.ops.poolers import initLevelMapper
 
 from defeat_cli.config.architecture import Architecture
 from defeat_cli.detectors.backbones import build_backbone
-from defeat_cli.detectors.batched import filter_proposals, is_plain, pool, proposal_losses, sample_regions
+from defeat_cli.detectors.batched import filter_proposals, is_plain, proposal_losses, sample_regions
 from defeat_cli.detectors.contract import (
     Batch,
     Detector,
@@ -101,7 +101,7 @@ class FasterRCNNDetector(TorchvisionDetector, TorchvisionAnchors):
             return {**head_losses, **rpn_losses}
         proposals, rpn_losses = self._proposals(features, batch)
         boxes, labels, matched = self._sampled(proposals, batch)
-        pooled = pool(heads.box_roi_pool, named, boxes, batch.sizes)
+        pooled = heads.box_roi_pool(named, boxes, batch.sizes)
         logits, deltas = heads.box_predictor(heads.box_head(pooled))
         classifier, box_reg = fastrcnn_loss(logits, deltas, labels, heads.box_coder.encode(matched, boxes))
         return {"loss_classifier": classifier, "loss_box_reg": box_reg, **rpn_losses}
@@ -114,7 +114,7 @@ class FasterRCNNDetector(TorchvisionDetector, TorchvisionAnchors):
     def classify(self, features: list[Tensor], regions: Regions) -> Tensor:
         """[R, K + 1] softmax logits, background first; box deltas are not computed."""
         heads = self.model.roi_heads
-        pooled = pool(heads.box_roi_pool, self._named(features), regions.boxes, regions.sizes)
+        pooled = heads.box_roi_pool(self._named(features), regions.boxes, regions.sizes)
         return heads.box_predictor.cls_score(heads.box_head(pooled).flatten(start_dim=1))
 
     def _proposals(self, features: list[Tensor], batch: Batch) -> tuple[list[Tensor], dict[str, Tensor]]:

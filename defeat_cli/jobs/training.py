@@ -15,7 +15,7 @@ from defeat_cli import session as sessions
 from defeat_cli.checkpoints import native
 from defeat_cli.config import schema as recipes
 from defeat_cli.config.schema import Recipe, Teacher
-from defeat_cli.console import Reporter, percent, spoken_counts
+from defeat_cli.console import Reporter, counting, percent, spoken_counts
 from defeat_cli.data.loading import Loader, training_loader
 from defeat_cli.data.sharing import StepOrder, pieces
 from defeat_cli.data.unlabelled import mixed_loader
@@ -156,7 +156,8 @@ def assemble_together(recipe: Recipe, world: World, reporter: Reporter, teacher:
     Raises:
         DefeatError: as `assemble`; or these processes cannot share the recipe's device or its batches.
     """
-    session = world.main_first(lambda: assemble(recipe, teacher=teacher, doing=reporter.doing))
+    watch = partial(counting, quiet=reporter.quiet)
+    session = world.main_first(lambda: assemble(recipe, teacher=teacher, doing=reporter.doing, watch=watch))
     world.check_device(session.device)
     pieces(recipe.data.batch_size, recipe.optimizer.accumulate, world.size)
     if recipe.student.sync_bn and world.size > 1:
@@ -196,6 +197,8 @@ def _finish(
     """Write what a finished run leaves, all but its results, which are returned."""
     results = {"student": world.on_main(lambda: _export(session, run, training, reporter)["metrics"])}
     results["training_seconds"] = round(training.seconds, 1)
+    if left_out := images_left_out(session):
+        results["left_out"] = left_out
     if training.step < session.steps:
         results["stopped_early_at_step"] = training.step
     timed = {"student": training.evaluated}
@@ -226,6 +229,14 @@ def _export(session: Session, run: RunFolder, training: Training, reporter: Repo
     native.write_atomically(run / STUDENT, native.exported(best, str(run / BEST)))
     write_loader(run / STUDENT, recipe.student, best["classes"], recipe.data.short_side[-1], recipe.data.long_side)
     return best
+
+
+def images_left_out(session: Session) -> dict[str, list[str]]:
+    """The files that `data.on_bad_image: skip` left out, of the splits that have any."""
+    splits = {"training": session.training_data, "validation": session.validation_data}
+    if session.unlabelled is not None:
+        splits["unlabelled"] = session.unlabelled
+    return {name: [str(fault.image) for fault in data.left_out] for name, data in splits.items() if data.left_out}
 
 
 def plain_recipe(recipe: Recipe) -> Recipe:
