@@ -278,9 +278,9 @@ def settled(recipe: Recipe, begun: Recipe | None = None) -> Recipe:
     return recipe.model_copy(update={"run": recipe.run.model_copy(update={"precision": precision})})
 
 
-def loader_processes(workers: int) -> int:
-    """`data.workers`, but no more than there are CPU cores."""
-    return min(workers, os.cpu_count() or 1)
+def loader_processes(workers: int, beside: int = 1) -> int:
+    """`data.workers`, but no more than there are CPU cores; `beside`: processes of this machine that have them each."""
+    return min(workers, max(1, (os.cpu_count() or 1) // beside))
 
 
 def open_data(data: Data, split: str, *, train: bool, seed: int = 0, faults: Faults | None = None) -> DetectionDataset:

@@ -19,7 +19,7 @@ from typing_extensions import is_typeddict
 
 from defeat_cli.config.architecture import STRICT, Architecture, SomeSettings
 from defeat_cli.config.terms import DEFAULT_TERMS, SETTINGS, TermSettings
-from defeat_cli.config.types import Count, EpochsOrSteps, Fraction, Interval, NonNegative, Positive, Seed
+from defeat_cli.config.types import Count, EpochsOrSteps, Flag, Fraction, Interval, NonNegative, Positive, Seed
 from defeat_cli.config.yaml import read_yaml
 from defeat_cli.errors import RecipeError
 from defeat_cli.files import replacing
@@ -40,6 +40,8 @@ class Student(Architecture):
     weights: str | None = None
     """Detector checkpoint to start from; `--student-weights`. Its classes go by name, and its conventions are to be
     the student's."""
+    sync_bn: Flag = False
+    """Batch normalisation over the images that all processes have on their GPUs at a time, not over each one's own."""
     inherit: list[Literal["neck", "head"]] = field(default_factory=list)
     """Parts that start as the teacher's, where shapes agree (FGD's and MGD's `init_student`). Never compare a student
     that inherits with one that does not: the plain student of a study or of `--compare-plain` inherits too."""
@@ -99,9 +101,9 @@ class Data(Section):
     flip: Fraction = 0.5
     """Chance of a horizontal flip in training."""
     batch_size: Count = 2
-    """Images per step and process."""
+    """Images a batch. A step takes `optimizer.accumulate` batches, on however many processes, which share them."""
     workers: Annotated[int, Field(ge=0)] = 4
-    """Loader processes; 0 reads in the main process."""
+    """Loader processes of each process that trains; 0 reads in that process."""
     verify: Literal["full", "headers"] = "full"
     """What is read of every image before a training starts: all of it (once: sound images are remembered in the user's
     cache folder), or the header alone, which does not find images that are cut short."""
@@ -225,7 +227,8 @@ Distillation = create_model(
 class Optimizer(Section):
     name: Literal["sgd", "adamw"] = "sgd"
     lr: Positive = 0.02
-    """Learning rate at the recipe's batch size; it is not rescaled."""
+    """Learning rate for the recipe's step, which is `data.batch_size` times `accumulate` images on any number of
+    processes; it is not rescaled."""
     momentum: Fraction = 0.9
     """SGD momentum."""
     betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = [0.9, 0.999]
@@ -238,7 +241,8 @@ class Optimizer(Section):
     skip_nonfinite: Annotated[int, Field(ge=0)] = 0
     """Steps in a row that may be left out because a loss or gradient is not finite; the next one ends the run."""
     accumulate: Count = 1
-    """Batches whose gradients are summed into one step."""
+    """Batches whose gradients are averaged in one step: those of a process one after another, several processes' at the
+    same time. Where there are fewer batches than processes each batch is cut into pieces."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay of an exponential moving average of the student, which is then what is evaluated and exported."""
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 
 from defeat_cli.data.dataset import DetectionDataset, Sample, refuse_vanishing
 from defeat_cli.data.faults import Fault, Faults, ImageError
 from defeat_cli.data.images import SUFFIXES, FileIndex, is_image
-from defeat_cli.data.loading import BatchOrder, Loader
+from defeat_cli.data.loading import BatchOrder, Keys, Loader
 from defeat_cli.data.transforms import Transform, image_size, read_image
 from defeat_cli.errors import DataError
 from defeat_cli.text import listed
@@ -141,21 +141,28 @@ class MixedOrder(BatchOrder):
         unlabelled_sizes: Sequence[tuple[int, int]],
         unlabelled_batch: int,
         seed: int = 0,
-        rank: int = 0,
-        replicas: int = 1,
     ) -> None:
-        super().__init__(sizes, batch_size, seed, rank, replicas)
+        super().__init__(sizes, batch_size, seed)
         # Another seed: two sets of equal length are not to be shuffled alike.
         self.unlabelled = BatchOrder(unlabelled_sizes, unlabelled_batch, seed + 1)
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[Keys]:
         first, passes = self.epoch * self.batches_per_epoch + self.start, {}
         for number, batch in enumerate(super().__iter__(), start=first):
-            done, place = divmod(number * self.replicas + self.rank, self.unlabelled.batches_per_epoch)
+            done, place = divmod(number, self.unlabelled.batches_per_epoch)
             if done not in passes:
                 self.unlabelled.set_epoch(done)
                 passes = {done: list(self.unlabelled)}
             yield batch + [(done, len(self.landscape) + index) for _, index in passes[done][place]]
+
+    def images_of(self, batch: Keys) -> int:
+        return sum(index < len(self.landscape) for _, index in batch)
+
+    def cut(self, batch: Keys, into: int) -> list[Keys]:
+        """Each piece has labelled images, and its part of the unlabelled ones."""
+        labelled = self.images_of(batch)
+        into = min(into, labelled)
+        return [batch[:labelled][i::into] + batch[labelled:][i::into] for i in range(into)]
 
 
 def mixed_loader(
@@ -166,11 +173,10 @@ def mixed_loader(
     workers: int,
     seed: int = 0,
     *,
-    rank: int = 0,
-    replicas: int = 1,
+    share: Callable[[BatchOrder], Sampler[Keys]] = lambda order: order,
 ) -> Loader:
     """As `training_loader`, with unlabelled images at the end of each batch, whose targets are None."""
-    order = MixedOrder(labelled.sizes, batch_size, unlabelled.sizes, unlabelled_batch, seed, rank, replicas)
+    order = share(MixedOrder(labelled.sizes, batch_size, unlabelled.sizes, unlabelled_batch, seed))
     return Loader(Mixed(labelled, unlabelled), workers, batch_sampler=order)
 
 

@@ -13,7 +13,7 @@ from defeat_cli.config.schema import validate
 from defeat_cli.console import new_table
 from defeat_cli.detectors.zoo import build_detector
 from defeat_cli.engine.checkpoint import begin
-from defeat_cli.engine.step import backward
+from defeat_cli.engine.step import backward, whole
 from defeat_cli.errors import CheckpointError
 from defeat_cli.jobs.bad_step import Content, Values, load, values_of
 from defeat_cli.precision import AUTOCAST
@@ -98,5 +98,6 @@ def replay(path: Path, device: str | None = None, teacher: str | None = None) ->
         strength=arguments.strength,
         measure=arguments.measure,
         autocast=AUTOCAST[recipe.run.precision],
+        share=whole(len(content.batches), arguments.parts),
     )
     return Replay(content, values_of(losses, gradients, distiller))
