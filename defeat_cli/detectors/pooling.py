@@ -29,11 +29,12 @@ class RoIPool(MultiScaleRoIAlign):
         )
 
     def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
-        maps = [x[name] for name in self.featmap_names]
+        names = [name for name in self.featmap_names if name in x]  # some networks have fewer than the pool names
+        maps = [x[name] for name in names]
         wanted = torch.is_grad_enabled() and any(level.requires_grad for level in maps)
         # With a sampling ratio of 0 a region has as many points as its size asks for, which is left to torchvision.
         if wanted and maps[0].device.type == "cpu" and self.sampling_ratio > 0 and maps[0].dtype.itemsize >= 4:
-            return _Pooling.apply(self, boxes, image_shapes, *maps)
+            return _Pooling.apply(self, names, boxes, image_shapes, *maps)
         return super().forward(x, boxes, image_shapes)
 
 
@@ -42,11 +43,12 @@ class _Pooling(torch.autograd.Function):
     def forward(
         ctx: torch.autograd.function.FunctionCtx,
         pool: RoIPool,
+        names: list[str],
         boxes: list[Tensor],
         image_shapes: list[tuple[int, int]],
         *maps: Tensor,
     ) -> Tensor:
-        pooled = MultiScaleRoIAlign.forward(pool, dict(zip(pool.featmap_names, maps, strict=True)), boxes, image_shapes)
+        pooled = MultiScaleRoIAlign.forward(pool, dict(zip(names, maps, strict=True)), boxes, image_shapes)
         ctx.pool, ctx.boxes, ctx.shapes = pool, boxes, [tuple(level.shape) for level in maps]
         return pooled
 
@@ -63,7 +65,7 @@ class _Pooling(torch.autograd.Function):
             of_level.view(images, height, width, channels).permute(0, 3, 1, 2)
             for of_level, (_, channels, height, width) in zip(by_cell, ctx.shapes, strict=True)
         ]
-        return None, None, None, *gradients
+        return None, None, None, None, *gradients
 
 
 def _cells_of_bins(
