@@ -1,9 +1,13 @@
 """A drawn data set, a recipe and a teacher small enough for tests that go through the real command."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
+import simulated_device
 import torch
 import yaml
 from typer.testing import CliRunner
@@ -17,6 +21,12 @@ from defeat_cli.commands.app import app
 
 # One thread: tiny detectors gain nothing from more, and parallel loops crawl when the cores are busy elsewhere.
 torch.set_num_threads(1)
+
+# What is remembered of images is not to outlive the tests, nor to come from the user's own runs.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="defeat-tests-")
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+
+simulated_device.register()
 
 TINY = {
     "student": {"detector": "faster_rcnn", **COMMON, **OWN["faster_rcnn"], "score_threshold": 0.0},

@@ -102,6 +102,12 @@ class Data(Section):
     """Images per step and process."""
     workers: Annotated[int, Field(ge=0)] = 4
     """Loader processes; 0 reads in the main process."""
+    verify: Literal["full", "headers"] = "full"
+    """What is read of every image before a training starts: all of it (once: sound images are remembered in the user's
+    cache folder), or the header alone, which does not find images that are cut short."""
+    on_bad_image: Literal["stop", "skip"] = "stop"
+    """What to do with an image that is missing, cannot be read, or is not of its annotated size: stop, or leave it out
+    of training and validation, which is counted and told."""
     unlabelled: str | None = None
     """Folder of images without annotations, not relative to `path`; subfolders count. The terms of distillation see
     these images beside the labelled ones, which alone make the detection loss."""
@@ -125,6 +131,12 @@ class Data(Section):
         for name in UNLABELLED:
             if self.unlabelled is None and getattr(self, name) != Data.model_fields[name].default:
                 raise ValueError(f"{name} is about unlabelled images, and there are none; give unlabelled: FOLDER")
+        return self
+
+    @model_validator(mode="after")
+    def _skip_what_is_known(self) -> Data:
+        if self.on_bad_image == "skip" and self.verify != "full":
+            raise ValueError("on_bad_image: skip needs verify: full, which finds the images before the first step")
         return self
 
     @model_validator(mode="after")

@@ -83,7 +83,7 @@ class Loader(DataLoader):
             collate_fn=collate,
             persistent_workers=workers > 0,
             prefetch_factor=PREFETCH if workers > 0 else None,
-            worker_init_fn=_leave_signals,
+            worker_init_fn=leave_signals,
             **settings,
         )
 
@@ -102,14 +102,13 @@ def training_loader(
     *,
     rank: int = 0,
     replicas: int = 1,
-    pin_memory: bool = False,
 ) -> Loader:
     """Shuffled batches; `loader.batch_sampler.set_epoch(epoch, start)` chooses which.
 
     What is in a batch depends on (seed, epoch, rank, replicas), not on the number of workers.
     """
     order = BatchOrder(dataset.sizes, batch_size, seed, rank, replicas)
-    return Loader(dataset, workers, batch_sampler=order, pin_memory=pin_memory)
+    return Loader(dataset, workers, batch_sampler=order)
 
 
 def evaluation_loader(dataset: Dataset, workers: int, *, pin_memory: bool = False) -> Loader:
@@ -129,7 +128,7 @@ def collate(samples: list[Sample | DataError]) -> LoadedBatch | DataError:
     return list(images), list(targets), list(image_ids)
 
 
-def _leave_signals(_: int) -> None:
+def leave_signals(_: int) -> None:
     """Ctrl-C reaches every process of a terminal, and a batch system warns all: the main one saves and ends."""
     for name in ("SIGINT", "SIGHUP", "SIGUSR1"):
         if hasattr(signal, name):

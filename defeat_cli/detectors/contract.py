@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 
+from defeat_cli.detectors.batched import on_device, resized_targets
 from defeat_cli.errors import DefeatError
 
 Target = dict[str, Tensor]
@@ -49,12 +50,10 @@ class Batch:
     @cached_property
     def valid(self) -> Tensor:
         """[N, H, W] bool, True on each image's own area and False on padding."""
-        images, _, height, width = self.pixels.shape
-        valid = torch.zeros(images, height, width, dtype=torch.bool, device=self.pixels.device)
-        # Filling slices instead of comparing with a tensor of sizes spares the device a synchronising copy.
-        for image, (own_height, own_width) in zip(valid, self.sizes, strict=True):
-            image[:own_height, :own_width] = True
-        return valid
+        device = self.pixels.device
+        heights, widths = on_device(self.sizes, device)[..., None, None].unbind(1)
+        rows, columns = (torch.arange(side, device=device) for side in self.pixels.shape[-2:])
+        return (rows[:, None] < heights) & (columns < widths)
 
     def to(self, dtype: torch.dtype) -> Batch:
         """The same batch with pixels and boxes as `dtype` (float64 for exact checks)."""
@@ -101,8 +100,8 @@ class Detector(nn.Module, ABC):
         """Resize, pad and stack.
 
         Args:
-            images: each [3, H, W], RGB, uint8 or floats in [0, 1].
-            targets: boxes in the pixels of their image.
+            images: each [3, H, W], RGB, uint8 or floats in [0, 1], on the detector's device.
+            targets: boxes in the pixels of their image, on the CPU or on the device; those of the batch are there.
         """
 
     @abstractmethod
@@ -240,18 +239,16 @@ class TorchvisionDetector(Detector, Stages, RegionClassifier, CellClassifier):
         for name in ("image_mean", "image_std"):
             values = torch.tensor(getattr(model.transform, name), dtype=torch.float64)
             self.register_buffer(name, values[:, None, None], persistent=False)
+        self._anchors: tuple[tuple, Tensor] | None = None
 
     def prepare(self, images: list[Tensor], targets: list[Target] | None = None) -> Batch:
         transform = self.model.transform
-        resized, resized_targets, sizes = [], [], []
-        for i, image in enumerate(images):
-            target = dict(targets[i]) if targets is not None else None
-            pixels, target = transform.resize(in_unit_range(image), target)
-            resized.append(pixels)
-            resized_targets.append(target)
-            sizes.append((pixels.shape[-2], pixels.shape[-1]))
+        resized = [transform.resize(in_unit_range(image))[0] for image in images]
+        old, new = ([(image.shape[-2], image.shape[-1]) for image in some] for some in (images, resized))
         pixels = transform.batch_images(resized, size_divisible=transform.size_divisible)
-        return Batch(pixels, sizes, resized_targets if targets is not None else None)
+        if targets is not None:
+            targets = resized_targets(targets, old, new, pixels.device)
+        return Batch(pixels, new, targets)
 
     def normalized(self, batch: Batch) -> Tensor:
         """[N, 3, H, W] as the backbone wants it: normalised, and 0 on the padding as torchvision has it."""
@@ -271,6 +268,23 @@ class TorchvisionDetector(Detector, Stages, RegionClassifier, CellClassifier):
     def features(self, batch: Batch) -> list[Tensor]:
         return self.neck(self.stages(batch))
 
+    @property
+    @abstractmethod
+    def anchor_generator(self) -> AnchorGenerator:
+        """What places anchors, or points, on the FPN levels."""
+
+    def anchors_of_image(self, features: list[Tensor], batch: Batch) -> Tensor:
+        """[A, 4] anchors of all levels, xyxy in network-input pixels, that all images of a batch share.
+
+        Those of the last shape are kept.
+        """
+        first, generator = features[0], self.anchor_generator
+        shapes = (batch.pixels.shape[-2:], *(feature.shape[-2:] for feature in features))
+        key = (generator, shapes, first.dtype, first.device)
+        if self._anchors is None or self._anchors[0] != key:
+            self._anchors = key, generator(ImageList(batch.pixels, batch.sizes[:1]), features)[0]
+        return self._anchors[1]
+
     def detect(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
         return self.model([in_unit_range(image) for image in images])
 
@@ -278,17 +292,11 @@ class TorchvisionDetector(Detector, Stages, RegionClassifier, CellClassifier):
 class TorchvisionAnchors(Anchored):
     """The anchors of a torchvision detector, those of its RPN or of its one-stage head."""
 
-    @property
-    @abstractmethod
-    def anchor_generator(self) -> AnchorGenerator:
-        """What places anchors on the FPN levels."""
-
     def anchors(self, features: list[Tensor], batch: Batch) -> list[Tensor]:
         # All levels have as many anchors a cell, for they share a head.
         a_cell = self.anchor_generator.num_anchors_per_location()[0]
         counts = [feature.shape[-2] * feature.shape[-1] * a_cell for feature in features]
-        of_one_image = self.anchor_generator(ImageList(batch.pixels, batch.sizes[:1]), features)[0]
-        return list(of_one_image.split(counts))
+        return list(self.anchors_of_image(features, batch).split(counts))
 
 
 def anchor_obstacle(ours: AnchorGenerator, theirs: AnchorGenerator) -> str | None:
@@ -332,6 +340,9 @@ class FeatureDetector(Detector):
 
     def prepare(self, images: list[Tensor], targets: list[Target] | None = None) -> Batch:
         images = [in_unit_range(image) for image in images]
+        if targets is not None:
+            device = images[0].device
+            targets = [{name: value.to(device) for name, value in target.items()} for target in targets]
         if self.size is not None:
             if targets is not None:
                 targets = [
@@ -392,7 +403,8 @@ def level_names(letter: str, strides: Sequence[int]) -> list[str]:
 def scaled(boxes: Tensor, old: Sequence[int], new: Sequence[int]) -> Tensor:
     """Boxes [M, 4] xyxy of an image of `old` (height, width) on the same image of `new`."""
     down, across = new[0] / old[0], new[1] / old[1]
-    return boxes * torch.tensor([across, down, across, down], dtype=boxes.dtype, device=boxes.device)
+    factors = torch.tensor([across, down, across, down], dtype=boxes.dtype)
+    return boxes * factors.to(boxes.device, non_blocking=True)
 
 
 def in_unit_range(image: Tensor) -> Tensor:
@@ -403,8 +415,3 @@ def in_unit_range(image: Tensor) -> Tensor:
 def at_least_float32(tensor: Tensor) -> Tensor:
     """float16 and bfloat16 as float32, anything else as it is."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
-
-
-def image_list(batch: Batch) -> ImageList:
-    """The batch as torchvision's modules take it; they read shapes and sizes only."""
-    return ImageList(batch.pixels, batch.sizes)

@@ -10,11 +10,15 @@ from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.roi_heads import fastrcnn_loss
+from torchvision.models.detection.rpn import RegionProposalNetwork, concat_box_prediction_layers
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import initLevelMapper
 
 from defeat_cli.config.architecture import Architecture
 from defeat_cli.detectors.backbones import build_backbone
+from defeat_cli.detectors.batched import filter_proposals, is_plain, proposal_losses, sample_regions
 from defeat_cli.detectors.contract import (
     Batch,
     Detector,
@@ -23,7 +27,6 @@ from defeat_cli.detectors.contract import (
     TorchvisionDetector,
     anchor_obstacle,
     at_least_float32,
-    image_list,
 )
 from defeat_cli.detectors.conventions import (
     adopt_thinning,
@@ -85,30 +88,27 @@ class FasterRCNNDetector(TorchvisionDetector, TorchvisionAnchors):
 
         How many proposals there are to sample from depends on the detector's mode, as in torchvision.
         """
-        heads = self.model.roi_heads
-        proposals, _ = self.model.rpn(image_list(batch), self._named(features), batch.targets)
-        boxes = [target["boxes"].to(proposals[0].dtype) for target in batch.targets]
-        classes = [target["labels"] for target in batch.targets]
-        proposals = heads.add_gt_proposals(proposals, boxes)
-        _, labels = heads.assign_targets_to_proposals(proposals, boxes, classes)
-        sampled = heads.subsample(labels)
-        return Regions(
-            [boxes_of_image[chosen] for boxes_of_image, chosen in zip(proposals, sampled, strict=True)],
-            [labels_of_image[chosen] for labels_of_image, chosen in zip(labels, sampled, strict=True)],
-            batch.sizes,
-        )
+        proposals, _ = self._proposals(features, batch)
+        boxes, labels, _ = self._sampled(proposals, batch)
+        return Regions(boxes, labels, batch.sizes)
 
     def losses(self, features: list[Tensor], batch: Batch) -> dict[str, Tensor]:
         """`loss_classifier`, `loss_box_reg`, `loss_objectness`, `loss_rpn_box_reg`. Needs training mode."""
-        named = self._named(features)
-        proposals, rpn_losses = self.model.rpn(image_list(batch), named, batch.targets)
-        _, head_losses = self.model.roi_heads(named, proposals, batch.sizes, batch.targets)
-        return {**head_losses, **rpn_losses}
+        rpn, heads, named = self.model.rpn, self.model.roi_heads, self._named(features)
+        if not is_plain(rpn, heads):  # a user's own model, which may learn in another way
+            proposals, rpn_losses = rpn(ImageList(batch.pixels, batch.sizes), named, batch.targets)
+            _, head_losses = heads(named, proposals, batch.sizes, batch.targets)
+            return {**head_losses, **rpn_losses}
+        proposals, rpn_losses = self._proposals(features, batch)
+        boxes, labels, matched = self._sampled(proposals, batch)
+        pooled = heads.box_roi_pool(named, boxes, batch.sizes)
+        logits, deltas = heads.box_predictor(heads.box_head(pooled))
+        classifier, box_reg = fastrcnn_loss(logits, deltas, labels, heads.box_coder.encode(matched, boxes))
+        return {"loss_classifier": classifier, "loss_box_reg": box_reg, **rpn_losses}
 
     def detections(self, features: list[Tensor], batch: Batch) -> list[dict[str, Tensor]]:
-        named = self._named(features)
-        proposals, _ = self.model.rpn(image_list(batch), named)
-        found, _ = self.model.roi_heads(named, proposals, batch.sizes)
+        proposals, _ = self._proposals(features, batch)
+        found, _ = self.model.roi_heads(self._named(features), proposals, batch.sizes)
         return found
 
     def classify(self, features: list[Tensor], regions: Regions) -> Tensor:
@@ -116,6 +116,29 @@ class FasterRCNNDetector(TorchvisionDetector, TorchvisionAnchors):
         heads = self.model.roi_heads
         pooled = heads.box_roi_pool(self._named(features), regions.boxes, regions.sizes)
         return heads.box_predictor.cls_score(heads.box_head(pooled).flatten(start_dim=1))
+
+    def _proposals(self, features: list[Tensor], batch: Batch) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """[P_i, 4] of each image and, in training mode, the losses of the region proposal network."""
+        rpn = self.model.rpn
+        objectness, deltas = rpn.head(features)
+        anchors = self.anchors_of_image(features, batch)
+        counts = [level[0].numel() for level in objectness]
+        objectness, deltas = concat_box_prediction_layers(objectness, deltas)
+        if getattr(rpn.filter_proposals, "__func__", None) is RegionProposalNetwork.filter_proposals:
+            found = filter_proposals(rpn, objectness, deltas, anchors, counts, batch.sizes)
+        else:
+            images = len(batch.sizes)
+            boxes = rpn.box_coder.decode(deltas.detach(), [anchors] * images).view(images, -1, 4)
+            found, _ = rpn.filter_proposals(boxes, objectness, batch.sizes, counts)
+        if not rpn.training:
+            return found, {}
+        boxes = [target["boxes"] for target in batch.targets]
+        return found, proposal_losses(rpn, objectness, deltas, anchors, boxes)
+
+    def _sampled(self, proposals: list[Tensor], batch: Batch) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Boxes, labels and matched boxes of each image's regions; see `batched.sample_regions`."""
+        boxes, classes = ([target[key] for target in batch.targets] for key in ("boxes", "labels"))
+        return sample_regions(self.model.roi_heads, proposals, boxes, classes)
 
     def _named(self, features: list[Tensor]) -> OrderedDict[str, Tensor]:
         """Features by the names that the FPN gives them; RoI pooling picks its levels by name."""

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torchvision.models.detection import FCOS
 from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.fcos import FCOSHead
+from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
 from defeat_cli.config.architecture import Architecture
 from defeat_cli.detectors.backbones import build_backbone
+from defeat_cli.detectors.batched import match_points, own_entries
 from defeat_cli.detectors.contract import Target
 from defeat_cli.detectors.conventions import refuse_thinning, transform_settings
 from defeat_cli.detectors.one_stage import OneStageDetector
@@ -23,17 +28,46 @@ NORM_GROUPS = 32
 class FCOSDetector(OneStageDetector):
     """`torchvision.models.detection.FCOS`: points near the middle of a box are foreground, all others background."""
 
+    @property
+    def anchor_generator(self) -> AnchorGenerator:
+        return self.model.anchor_generator
+
     def _box_outputs(self, box_map: Tensor) -> Tensor:
         return super()._box_outputs(box_map).relu()
 
     def _decode(self, deltas: Tensor, anchors: Tensor) -> Tensor:
         return self.model.box_coder.decode(deltas, anchors)
 
-    def _compute_loss(
-        self, owner: object, targets: list[Target], outputs: dict, anchors: list[Tensor], features: list[Tensor]
-    ) -> object:
-        points_per_level = [feature.shape[-2] * feature.shape[-1] for feature in features]
-        return FCOS.compute_loss(owner, targets, outputs, anchors, points_per_level)
+    def match(self, boxes: list[Tensor], anchors: Tensor, features: list[Tensor]) -> Tensor:
+        counts = [feature.shape[-2] * feature.shape[-1] for feature in features]
+        return match_points(self.model.center_sampling_radius, boxes, anchors, counts)
+
+    @property
+    def _plain(self) -> bool:
+        return type(self.model.head).compute_loss is FCOSHead.compute_loss
+
+    def _losses(
+        self, outputs: dict[str, Tensor], anchors: Tensor, targets: list[Target], matched: Tensor
+    ) -> dict[str, Tensor]:
+        coder = self.model.head.box_coder
+        objects = torch.where((matched >= 0).flatten())[0]
+        points = anchors[objects % len(anchors)]
+        of_boxes = own_entries(matched, objects, [len(target["boxes"]) for target in targets])
+        classes, boxes = (torch.cat([target[key] for target in targets])[of_boxes] for key in ("labels", "boxes"))
+        logits = outputs["cls_logits"]
+        wanted = torch.zeros_like(logits)
+        wanted.flatten(0, 1)[objects, classes] = 1.0
+        found = coder.decode(outputs["bbox_regression"].flatten(0, 1)[objects], points)
+        across, down = coder.encode(points, boxes).view(-1, 2, 2).unbind(2)
+        centred = (across.amin(1) / across.amax(1) * (down.amin(1) / down.amax(1))).sqrt()
+        losses = {
+            "classification": sigmoid_focal_loss(logits, wanted, reduction="sum"),
+            "bbox_regression": generalized_box_iou_loss(found, boxes, reduction="sum"),
+            "bbox_ctrness": F.binary_cross_entropy_with_logits(
+                outputs["bbox_ctrness"].flatten()[objects], centred, reduction="sum"
+            ),
+        }
+        return {name: loss / max(1, len(objects)) for name, loss in losses.items()}
 
 
 def build_fcos(architecture: Architecture, num_classes: int, short_side: list[int], long_side: int) -> FCOS:

@@ -18,7 +18,6 @@ from defeat_cli.detectors.contract import (
     TorchvisionDetector,
     anchor_obstacle,
     at_least_float32,
-    image_list,
 )
 
 
@@ -28,10 +27,12 @@ class OneStageDetector(TorchvisionDetector, DenseHead):
     softmax = False
 
     @abstractmethod
-    def _compute_loss(
-        self, owner: object, targets: list[Target], outputs: dict, anchors: list[Tensor], features: list[Tensor]
-    ) -> object:
-        """torchvision's `compute_loss` with `owner` as its `self`: it matches anchors, then calls `owner.head`."""
+    def match(self, boxes: list[Tensor], anchors: Tensor, features: list[Tensor]) -> Tensor:
+        """torchvision's own matching of an image's boxes, [M_i, 4], with its anchors or points, [A, 4].
+
+        Returns:
+            [N, A]: index of the box that an anchor belongs to, -1 for none, -2 for an anchor that is ignored.
+        """
 
     def region_obstacle(self, teacher: RegionClassifier) -> str | None:
         if reason := super().region_obstacle(teacher):
@@ -43,15 +44,35 @@ class OneStageDetector(TorchvisionDetector, DenseHead):
     @torch.no_grad()
     def regions(self, features: list[Tensor], batch: Batch) -> Regions:
         """Every anchor, with the label that torchvision's own matching gives it in training."""
-        anchors = self.model.anchor_generator(image_list(batch), features)
-        matched = self._compute_loss(_Matching(self.model), batch.targets, {}, anchors, features)
+        anchors = self.anchors_of_image(features, batch)
+        matched = self.match([target["boxes"] for target in batch.targets], anchors, features)
         labels = [_label(target["labels"], of_image) for target, of_image in zip(batch.targets, matched, strict=True)]
-        return Regions(anchors, labels, batch.sizes)
+        return Regions([anchors] * len(labels), labels, batch.sizes)
 
     def losses(self, features: list[Tensor], batch: Batch) -> dict[str, Tensor]:
         """The named losses of torchvision's head, in any mode."""
         outputs, anchors = self._outputs(features, batch)
-        return self._compute_loss(self.model, batch.targets, outputs, anchors, features)
+        matched = self.match([target["boxes"] for target in batch.targets], anchors[0], features)
+        if not self._plain:
+            return self.model.head.compute_loss(batch.targets, outputs, anchors, list(matched))
+        return self._losses(outputs, anchors[0], batch.targets, matched)
+
+    @property
+    @abstractmethod
+    def _plain(self) -> bool:
+        """Whether the head learns as torchvision's own does; a user's model may have another."""
+
+    @abstractmethod
+    def _losses(
+        self, outputs: dict[str, Tensor], anchors: Tensor, targets: list[Target], matched: Tensor
+    ) -> dict[str, Tensor]:
+        """torchvision's losses of the head, with few waits of the host and numbers equal to the last bit.
+
+        Args:
+            outputs: what the head says of each anchor, [N, A, ·] by name.
+            anchors: [A, 4].
+            matched: [N, A], as `match` gives it.
+        """
 
     def detections(self, features: list[Tensor], batch: Batch) -> list[dict[str, Tensor]]:
         outputs, anchors = self._outputs(features, batch)
@@ -65,7 +86,7 @@ class OneStageDetector(TorchvisionDetector, DenseHead):
     def _outputs(self, features: list[Tensor], batch: Batch) -> tuple[dict[str, Tensor], list[Tensor]]:
         """What the head says, [N, A, ·] by name, and the anchors that it says it of, one [A, 4] an image."""
         outputs = {name: at_least_float32(output) for name, output in self.model.head(features).items()}
-        return outputs, self.model.anchor_generator(image_list(batch), features)
+        return outputs, [self.anchors_of_image(features, batch)] * len(batch.sizes)
 
     def classify(self, features: list[Tensor], regions: Regions) -> Tensor:
         """[N * A, K] sigmoid logits of all anchors; torchvision's unused background column is left out."""
@@ -94,7 +115,7 @@ class OneStageDetector(TorchvisionDetector, DenseHead):
     def predict(self, towers: list[tuple[Tensor, Tensor]], batch: Batch) -> list[tuple[Tensor, Tensor]]:
         (_, last_of_classes), (_, last_of_boxes) = self._split_towers()
         classifier = self.model.head.classification_head
-        anchors = self.model.anchor_generator(image_list(batch), [class_map for class_map, _ in towers])[0]
+        anchors = self.anchors_of_image([class_map for class_map, _ in towers], batch)
         outputs = []
         for class_map, box_map in towers:
             logits = _by_anchor(classifier.cls_logits(last_of_classes(class_map)), classifier.num_classes)
@@ -127,23 +148,6 @@ def _split(tower: nn.Sequential) -> tuple[nn.Sequential, nn.Sequential]:
     layers = [layer for layer in tower.modules() if not list(layer.children())]
     last = max(i for i, layer in enumerate(layers) if isinstance(layer, nn.Conv2d))
     return nn.Sequential(*layers[:last]), nn.Sequential(*layers[last:])
-
-
-class _Matching:
-    """Stands in for a model in `compute_loss`, and for its head, to get at the matching that happens on the way."""
-
-    def __init__(self, model: object) -> None:
-        self.model = model
-        self.head = self
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self.model, name)
-
-    def compute_loss(
-        self, targets: list[Target], outputs: dict, anchors: list[Tensor], matched: list[Tensor]
-    ) -> list[Tensor]:
-        """Instead of losses, one [A] per image: index of the matched box, -1 for none, -2 for one to be ignored."""
-        return matched
 
 
 def _label(classes: Tensor, matched: Tensor) -> Tensor:

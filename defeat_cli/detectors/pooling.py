@@ -1,4 +1,4 @@
-"""RoIAlign whose backward pass on a CPU is one gather in place of torchvision's scattered additions.
+"""RoIAlign as torchvision's, but quicker: one wait on a GPU, and on a CPU a backward pass that is one gather.
 
 Pooling is linear: a bin is the weighted sum of the few cells around its sampling points. So the gradient of a cell is
 the weighted sum of the gradients of the bins that it was part of, which `embedding_bag` computes a cell at a time with
@@ -7,11 +7,15 @@ the channels side by side; torchvision's kernel adds channel by channel, all ove
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops import MultiScaleRoIAlign, roi_align
 from torchvision.ops.poolers import _convert_to_roi_format
+
+from defeat_cli.detectors.batched import on_device
 
 
 class RoIPool(MultiScaleRoIAlign):
@@ -29,13 +33,35 @@ class RoIPool(MultiScaleRoIAlign):
         )
 
     def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
-        names = [name for name in self.featmap_names if name in x]  # some networks have fewer than the pool names
-        maps = [x[name] for name in names]
-        wanted = torch.is_grad_enabled() and any(level.requires_grad for level in maps)
+        maps = {name: level for name, level in x.items() if name in self.featmap_names}
+        first = next(iter(maps.values()))
+        if first.device.type != "cpu" and len(maps) > 1 and not torch.jit.is_tracing():
+            return pool_with_one_wait(self, list(maps.values()), boxes)
+        wanted = torch.is_grad_enabled() and any(level.requires_grad for level in maps.values())
         # With a sampling ratio of 0 a region has as many points as its size asks for, which is left to torchvision.
-        if wanted and maps[0].device.type == "cpu" and self.sampling_ratio > 0 and maps[0].dtype.itemsize >= 4:
-            return _Pooling.apply(self, names, boxes, image_shapes, *maps)
+        if wanted and self.sampling_ratio > 0 and first.dtype.itemsize >= 4:
+            return _Pooling.apply(self, boxes, image_shapes, list(maps), *maps.values())
         return super().forward(x, boxes, image_shapes)
+
+
+def pool_with_one_wait(pool: MultiScaleRoIAlign, maps: list[Tensor], boxes: Sequence[Tensor]) -> Tensor:
+    """torchvision's pooling, for which a host waits once for a GPU and not once for each level.
+
+    Args:
+        maps: [N, C, h, w] of each level that is pooled from; `pool.scales` are known.
+        boxes: [R_i, 4] of each image, xyxy pixels.
+    """
+    every, counts = torch.cat(list(boxes)), torch.tensor([len(of_image) for of_image in boxes])
+    images = torch.arange(len(boxes), dtype=every.dtype).repeat_interleave(counts)
+    regions = torch.cat([images.to(every.device, non_blocking=True)[:, None], every], dim=1)
+    levels, order = pool.map_levels([every]).sort(stable=True)
+    ends = torch.searchsorted(levels, on_device(list(range(len(maps))), levels.device), right=True).tolist()
+    regions = regions[order]
+    pooled = maps[0].new_zeros(len(every), maps[0].shape[1], *pool.output_size)
+    for level, scale, first, end in zip(maps, pool.scales, [0, *ends], ends, strict=False):
+        of_level = roi_align(level, regions[first:end], pool.output_size, scale, pool.sampling_ratio)
+        pooled[order[first:end]] = of_level.to(pooled.dtype)
+    return pooled
 
 
 class _Pooling(torch.autograd.Function):
@@ -43,9 +69,9 @@ class _Pooling(torch.autograd.Function):
     def forward(
         ctx: torch.autograd.function.FunctionCtx,
         pool: RoIPool,
-        names: list[str],
         boxes: list[Tensor],
         image_shapes: list[tuple[int, int]],
+        names: list[str],
         *maps: Tensor,
     ) -> Tensor:
         pooled = MultiScaleRoIAlign.forward(pool, dict(zip(names, maps, strict=True)), boxes, image_shapes)

@@ -56,9 +56,15 @@ def locked(folder: Path) -> Iterator[int | None]:
                 file.flush()
             yield file.fileno() if fcntl is not None else None
         finally:
-            with suppress(OSError):
-                path.unlink()
             _open.discard(file)
+            file.close()
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Remove a lock's file, unless a child, or whoever came after us, still holds it."""
+    with suppress(OSError, RunError), _gained(path):
+        path.unlink()
 
 
 def refuse_locked(folder: Path) -> None:

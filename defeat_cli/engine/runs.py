@@ -210,6 +210,7 @@ NOT_COMPARED = {
     "run.device",
     "run.name",
     "data.workers",
+    "data.verify",
     "run.log_every",
     "run.save_every",
     "run.pull_every",

@@ -12,6 +12,7 @@ from defeat_cli.distillation.distiller import StepLosses
 from defeat_cli.engine.checkpoint import Training
 from defeat_cli.engine.faults import BadStepError, Buffers, is_overflow, total, totals, what_is_wrong
 from defeat_cli.engine.gradients import Gradients, gradients_of
+from defeat_cli.engine.transfer import to_device
 
 TrainingBatch = tuple[list[Tensor], list[dict[str, Tensor] | None], list[int]]
 """Images, targets (None for unlabelled images) and image ids."""
@@ -106,8 +107,7 @@ def backward(
     losses = []
     for part, (images, targets, _) in enumerate(batches):
         seed_step(seed, training.step, part)
-        images = [image.to(device, non_blocking=True) for image in images]
-        targets = [t and {key: value.to(device, non_blocking=True) for key, value in t.items()} for t in targets]
+        images = to_device(images, device)
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
             found = training.distiller(images, targets, strength, measure=measure and part == len(batches) - 1)
         training.scaler.scale(total(found) / len(batches)).backward()

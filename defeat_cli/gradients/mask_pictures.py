@@ -51,8 +51,7 @@ def draw_masks(
         if source.objects is None and teacher is None:
             raise DataError(f"{source.path}: no boxes: give its ground truth, or a teacher that finds its objects")
         objects = source.objects or detected(teacher.eval(), image, threshold, "the teacher")
-        target = {"boxes": objects.boxes.to(device_of(detector))}
-        batch = detector.prepare([image.to(device_of(detector))], [target])
+        batch = detector.prepare([image.to(device_of(detector))], [{"boxes": objects.boxes}])
         view = view_of(batch)
         path = output / f"{name}_masks.png"
         draw_panels(

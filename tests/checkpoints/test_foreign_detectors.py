@@ -13,12 +13,13 @@ import torch
 import yaml
 from oracles.foreign_configs import as_text, changed, detectron2_config, mmdet_config
 from oracles.foreign_detectors import STYLES, ForeignDetector
+from torchvision.models.detection.image_list import ImageList
 
 from defeat_cli.checkpoints import detectron2, mmdet
 from defeat_cli.checkpoints.loading import load_weights
 from defeat_cli.checkpoints.weights import Weights, load_strict
 from defeat_cli.config.architecture import Architecture, Conventions
-from defeat_cli.detectors.contract import Detector, image_list
+from defeat_cli.detectors.contract import Detector
 from defeat_cli.detectors.zoo import build_detector
 from defeat_cli.errors import CheckpointError
 
@@ -84,7 +85,7 @@ def test_features_and_anchors(pair):
     ours, theirs = detector.features(batch), original.features(image)
     assert all(close(a, b) for a, b in zip(ours, theirs, strict=True))
     generator = detector.anchor_generator
-    assert close(generator(image_list(batch), ours)[0], torch.cat(original.anchors(theirs)))
+    assert close(generator(ImageList(batch.pixels, batch.sizes), ours)[0], torch.cat(original.anchors(theirs)))
 
 
 @torch.no_grad()

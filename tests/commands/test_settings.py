@@ -229,6 +229,7 @@ def leaves(settings: dict, prefix: str = "") -> list[str]:
 EFFECTIVE = {
     "eval": {
         *("data.path", "data.format", "data.val_annotations", "data.val_images", "data.workers"),
+        *("data.verify", "data.on_bad_image"),
         *("data.val_fraction", "data.split_seed", "data.classes"),
         *("data.short_side", "data.long_side", "run.device", "run.precision"),
         *(f"data.shapes.{name}" for name in ("train_images", "val_images", "size", "seed")),

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torchvision.ops import MultiScaleRoIAlign
 
-from defeat_cli.detectors.pooling import RoIPool
+from defeat_cli.detectors.pooling import RoIPool, pool_with_one_wait
 
 SHAPES = {"0": (2, 3, 24, 32), "1": (2, 3, 12, 16), "2": (2, 3, 6, 8)}
 SIZE = [(96, 128), (90, 120)]
@@ -93,3 +93,27 @@ def test_gradients_do_not_depend_on_the_number_of_threads():
         gradients.append([level.grad for level in levels.values()])
     torch.set_num_threads(threads)
     assert all(torch.equal(one, two) for one, two in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("most", [200.0, 20.0], ids=["all levels", "some levels have none"])
+def test_pooling_with_one_wait_is_torchvisions_to_the_last_bit(most):
+    """As it is on a GPU: all levels sorted and cut at once."""
+    (pool, _), (maps, _) = pools()
+    of_images = [box.clamp(max=most) for box in boxes()]
+    expected = pool(maps, of_images, SIZE)
+    found = pool_with_one_wait(pool, list(maps.values()), of_images)
+    assert torch.equal(found, expected)
+    weights = torch.rand_like(found)
+    gradients = [torch.autograd.grad((pooled * weights).sum(), list(maps.values())) for pooled in (found, expected)]
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
+def test_a_level_that_a_detector_does_not_have_is_left_out():
+    """torchvision's MobileNetV3 detector names four levels and has two."""
+    maps = {name: torch.randn(SHAPES[name], requires_grad=True) for name in ("0", "1")} | {"pool": torch.zeros(1)}
+    pool = RoIPool(["0", "1", "2", "3"], 7, 2)
+    expected = MultiScaleRoIAlign(["0", "1", "2", "3"], 7, 2)(maps, boxes(), SIZE)
+    found = pool(maps, boxes(), SIZE)
+    assert torch.equal(found, expected)
+    found.sum().backward()
+    assert maps["0"].grad.isfinite().all()

@@ -10,9 +10,10 @@ import pytest
 import torch
 from tiny import build
 from torch import Tensor, nn
+from torchvision.models.detection.image_list import ImageList
 
 from defeat_cli.config.schema import Distillation
-from defeat_cli.detectors.contract import Batch, Detector, image_list
+from defeat_cli.detectors.contract import Batch, Detector
 from defeat_cli.distillation.terms import TERMS, Loss, View
 from defeat_cli.distillation.terms.imitation import Neck
 from defeat_cli.distillation.terms.levels import LevelTerm
@@ -137,7 +138,7 @@ def test_maps_are_what_finite_differences_find(family: str, part: str):
     if family == "faster_rcnn":
         with losses_in_eval_mode(detector):
             proposals, _ = detector.model.rpn(
-                image_list(batch), dict(enumerate(detector.features(batch))), batch.targets
+                ImageList(batch.pixels, batch.sizes), dict(enumerate(detector.features(batch))), batch.targets
             )
         detector.model.rpn.filter_proposals = lambda *_: (list(proposals), [])
     maps = detection_maps(detector, batch, part, samples=1, seed=0)

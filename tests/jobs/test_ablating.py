@@ -83,7 +83,7 @@ def test_a_study_that_was_killed_and_halved_goes_on_to_the_same_end(tmp_path, ba
         process = subprocess.Popen(ablating.command(first.path, 4), stdin=subprocess.PIPE, pass_fds=(lock,))
     while not first.metrics() and process.poll() is None:
         time.sleep(0.01)
-    with pytest.raises(RunError, match="another process is working"), locked(study.folder):
+    with pytest.raises(RunError, match="is at work in this folder"), locked(study.folder):
         pass
     process.stdin.close()
     assert process.wait() == worker.STOPPED

@@ -1,0 +1,169 @@
+"""What is computed for a whole batch equals what torchvision computes image by image, to the last bit."""
+
+import copy
+
+import pytest
+import torch
+from tiny import batch as images_and_targets
+from tiny import build
+from torchvision.models.detection import FCOS
+from torchvision.models.detection._utils import BalancedPositiveNegativeSampler, Matcher
+from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.ops import box_iou
+
+from defeat_cli.detectors import batched
+from defeat_cli.engine.transfer import to_device
+
+
+def boxes_of(counts, seed, side=100.0):
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for count in counts:
+        corners = torch.rand(count, 2, generator=generator) * side
+        found.append(torch.cat([corners, corners + 1 + torch.rand(count, 2, generator=generator) * side / 2], dim=1))
+    return found
+
+
+def torchvisions_match(matcher, boxes, candidates):
+    found = []
+    for of_image, among in zip(boxes, candidates, strict=True):
+        nothing = torch.full((len(among),), -1)
+        found.append(matcher(box_iou(of_image, among)) if len(of_image) else nothing)
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("at_once", [batched.MAX_ELEMENTS, 3000, 1])
+@pytest.mark.parametrize("matcher", [Matcher(0.7, 0.3, True), Matcher(0.5, 0.4, True), Matcher(0.5, 0.5, False)])
+@pytest.mark.parametrize("shared", [True, False])
+def test_matching(matcher, shared, at_once, monkeypatch):
+    monkeypatch.setattr(batched, "MAX_ELEMENTS", at_once)
+    for seed, counts in enumerate([(3, 0, 7, 1), (0, 0), (5,), (0, 2), (9, 4, 0)]):
+        boxes = boxes_of(counts, seed)
+        anchors = boxes_of([200] * len(counts), seed + 50)
+        anchors = [anchors[0]] * len(counts) if shared else [a[: 150 + 10 * i] for i, a in enumerate(anchors)]
+        # Candidates that are the boxes themselves, and twice the same one: ties.
+        if not shared:
+            anchors = [torch.cat([a, b, b]) for a, b in zip(anchors, boxes, strict=True)]
+        assert torch.equal(batched.match(matcher, boxes, anchors), torchvisions_match(matcher, boxes, anchors))
+
+
+def test_matching_by_hand():
+    """One box, IoU 1, 1/2, 1/3 and 0 with four candidates; the thresholds are 0.6 and 0.4."""
+    box = torch.tensor([[0.0, 0, 10, 10]])
+    candidates = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 20], [5, 0, 15, 10], [50, 50, 60, 60]])
+    assert batched.match(Matcher(0.6, 0.4), [box], [candidates]).tolist() == [0, -2, -1, -1]
+    # The box's best candidate is its own however little they overlap, where that is asked for.
+    assert batched.match(Matcher(0.6, 0.4, True), [box], [candidates[2:]]).tolist() == [0, -1]
+
+
+def test_points():
+    """Against `FCOS.compute_loss` up to where it hands the matching to its head."""
+    detector = build("fcos").eval()
+    prepared = detector.prepare(*images_and_targets())
+    with torch.no_grad():
+        features = detector.features(prepared)
+    anchors = detector.anchors_of_image(features, prepared)
+    counts = [feature.shape[-2] * feature.shape[-1] for feature in features]
+    model = copy.copy(detector.model)
+    caught = {}
+    model.__dict__["_modules"] = {**model._modules, "head": None}
+    model.head = type(
+        "Head", (torch.nn.Module,), {"compute_loss": lambda self, t, o, a, matched: caught.update(m=matched)}
+    )()
+    for seed, numbers in enumerate([(3, 0, 7), (0, 0, 0), (1, 12, 5)]):
+        boxes = boxes_of(numbers, seed, side=64.0)
+        FCOS.compute_loss(model, [{"boxes": b} for b in boxes], {}, [anchors] * 3, counts)
+        found = batched.match_points(model.center_sampling_radius, boxes, anchors, counts)
+        assert torch.equal(found, torch.stack(caught["m"]))
+        assert bool((found >= 0).any()) == any(numbers)
+
+
+@pytest.mark.parametrize("counts", [(40, 40, 40), (60, 0, 13), (5,)])
+@pytest.mark.parametrize(
+    "sampler", [BalancedPositiveNegativeSampler(16, 0.25), BalancedPositiveNegativeSampler(8, 0.5)]
+)
+def test_sampling_draws_what_torchvision_draws(sampler, counts):
+    for seed in range(5):
+        labels = torch.randint(-1, 3, (sum(counts),), generator=torch.Generator().manual_seed(seed))
+        labels[: counts[0] // 2 * (seed == 4)] = 0
+        torch.manual_seed(seed)
+        positive, negative, taken = batched.sample(sampler, labels, counts)
+        after = torch.get_rng_state()
+        torch.manual_seed(seed)
+        theirs = [torch.cat(masks).nonzero()[:, 0] for masks in sampler(list(labels.split(counts)))]
+        assert torch.equal(after, torch.get_rng_state())
+        assert torch.equal(positive, theirs[0])
+        assert torch.equal(negative, theirs[1])
+        both = torch.zeros(sum(counts)).index_fill(0, torch.cat([positive, negative]), 1)
+        assert taken == [int(of_image.sum()) for of_image in both.split(counts)]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_proposals(training):
+    """Every step of torchvision's filter counts here: scores and sizes below its limits, and images of unlike sizes."""
+    rpn = build("faster_rcnn").model.rpn.train(training)
+    rpn.score_thresh, rpn.min_size = 0.4, 8.0
+    generator = torch.Generator().manual_seed(0)
+    counts, sizes = [120, 30, 9], [(64, 60), (50, 64)]
+    (anchors,) = boxes_of([sum(counts)], 3, side=80.0)
+    objectness = torch.randn(2 * len(anchors), 1, generator=generator)
+    deltas = torch.randn(2 * len(anchors), 4, generator=generator)
+    every = rpn.box_coder.decode(deltas, [anchors] * 2).view(2, -1, 4)
+    expected, _ = rpn.filter_proposals(every, objectness, sizes, counts)
+    found = batched.filter_proposals(rpn, objectness, deltas, anchors, counts, sizes)
+    assert all(0 < len(one) < 30 and torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_regions_and_their_targets():
+    heads = build("faster_rcnn").model.roi_heads
+    for seed, counts in enumerate([(3, 0, 2), (0, 0, 0), (0, 4, 1)]):
+        boxes, proposals = boxes_of(counts, seed), boxes_of((50, 20, 31), seed + 9)
+        classes = [torch.arange(1, count + 1) for count in counts]
+        torch.manual_seed(seed)
+        found = batched.sample_regions(heads, proposals, boxes, classes)
+        torch.manual_seed(seed)
+        targets = [{"boxes": b, "labels": c} for b, c in zip(boxes, classes, strict=True)]
+        theirs, _, labels, wanted = heads.select_training_samples(proposals, targets)
+        for ours, other in zip(found[:2], (theirs, labels), strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(ours, other, strict=True))
+        of_objects = torch.cat(labels) > 0
+        encoded = torch.cat(heads.box_coder.encode(found[2], found[0]))
+        assert torch.equal(encoded[of_objects], torch.cat(wanted)[of_objects])
+
+
+def test_targets_of_resized_images():
+    """(height, width) 40 x 80 to 20 x 120: x is multiplied by 1.5, y by 0.5."""
+    targets = [
+        {"boxes": torch.tensor([[10.0, 20, 30, 40]]), "labels": torch.tensor([2])},
+        {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)},
+    ]
+    found = batched.resized_targets(targets, [(40, 80), (9, 9)], [(20, 120), (9, 9)], torch.device("cpu"))
+    assert found[0]["boxes"].tolist() == [[15, 10, 45, 20]]
+    assert found[0]["labels"].tolist() == [2]
+    assert found[1]["boxes"].shape == (0, 4)
+
+
+def test_a_model_that_learns_in_another_way_is_left_to_itself():
+    class Doubled(RoIHeads):
+        def forward(self, *arguments):
+            result, losses = super().forward(*arguments)
+            return result, {name: 2 * loss for name, loss in losses.items()}
+
+    detector = build("faster_rcnn").train()
+    prepared = detector.prepare(*images_and_targets())
+    losses = []
+    for heads in (RoIHeads, Doubled):
+        detector.model.roi_heads.__class__ = heads
+        torch.manual_seed(0)
+        losses.append(detector.losses(detector.features(prepared), prepared))
+    plain, doubled = losses
+    assert all(torch.equal(doubled[name], 2 * plain[name]) for name in ("loss_classifier", "loss_box_reg"))
+    assert torch.equal(doubled["loss_objectness"], plain["loss_objectness"])
+
+
+def test_images_travel_as_one():
+    images = [torch.arange(24, dtype=torch.uint8).view(3, 2, 4), torch.arange(9, dtype=torch.uint8).view(3, 3, 1)]
+    assert to_device(images, torch.device("cpu")) is images
+    travelled = to_device(images, torch.device("meta"))
+    assert [image.shape for image in travelled] == [image.shape for image in images]
+    assert travelled[0].untyped_storage().nbytes() == 33
