@@ -52,6 +52,18 @@ def test_in_single_precision_the_points_at_the_edges_are_the_same():
         torch.testing.assert_close(maps[1][name].grad, maps[0][name].grad, rtol=1e-5, atol=1e-4)
 
 
+def test_a_network_may_have_fewer_levels_than_the_pool_names():
+    both, maps = pools(torch.float64)
+    outputs = []
+    for pool, levels in zip(both, maps, strict=True):
+        del levels["2"]
+        outputs.append(pool(levels, boxes(torch.float64), SIZE))
+        outputs[-1].square().sum().backward()
+    assert torch.equal(*outputs)
+    for name in maps[0]:
+        torch.testing.assert_close(maps[1][name].grad, maps[0][name].grad, rtol=1e-12, atol=1e-12)
+
+
 def test_a_gradient_by_hand():
     """One region of 4 x 4 cells, one bin, one point: it lies at (2, 2), on cell (2, 2) alone. Moved right by a quarter
     of a cell it takes 3/4 of that cell and 1/4 of the next."""
