@@ -105,7 +105,7 @@ def anchor_fit(student: Detector, train: DetectionDataset, data: Data) -> Fit | 
     if not isinstance(student, TorchvisionAnchors):
         return None
     generator = student.anchor_generator
-    shapes = [(level[:, 2:] - level[:, :2]).numpy(force=True) for level in generator.cell_anchors]
+    shapes = [(level[:, 2:] - level[:, :2]).cpu().numpy() for level in generator.cell_anchors]
     levels = [Level(stride, shape) for stride, shape in zip(student.strides, shapes, strict=True)]
     boxes = input_boxes(train, data.short_side[-1], data.long_side)
     return fit(boxes, levels, generator.aspect_ratios[0])
