@@ -14,6 +14,7 @@ from defeat_cli.config import schema as recipes
 from defeat_cli.data.formats.shapes import draw_shapes
 from defeat_cli.data.loading import training_loader
 from defeat_cli.detectors.contract import FeatureDetector, anchor_obstacle
+from defeat_cli.detectors.pooling import RoIPool, pool_with_one_wait
 from defeat_cli.distillation.distiller import Distiller
 from defeat_cli.distillation.terms import TERMS
 from defeat_cli.engine.checkpoint import begin
@@ -50,6 +51,22 @@ def teachers(tmp_path_factory, data):
 def no_pictures(monkeypatch):
     """Drawing takes most of the time, and the CPU does it."""
     monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: Path(path).write_bytes(b""))
+
+
+@pytest.fixture(autouse=True)
+def one_order_of_sums(monkeypatch):
+    """On a CPU the gradients of pooling, and an optimizer's step, are added up in an order of their own: not here."""
+
+    def pooled(pool, features, boxes, sizes):
+        maps = [level for name, level in features.items() if name in pool.featmap_names]
+        return pool_with_one_wait(pool, maps, boxes)
+
+    def plain(kind):
+        return lambda groups, fused, **settings: kind(groups, **settings)
+
+    monkeypatch.setattr(RoIPool, "forward", pooled)
+    for name in ("SGD", "AdamW"):
+        monkeypatch.setattr(torch.optim, name, plain(getattr(torch.optim, name)))
 
 
 @pytest.fixture

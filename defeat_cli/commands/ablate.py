@@ -92,7 +92,12 @@ def ablate(
             console.print(f"written: {path}", soft_wrap=True)
         return
     from defeat_cli.ablation.choice import choose
+    from defeat_cli.engine.runs import RunFolder
     from defeat_cli.jobs.ablating import ablate as run
+    from defeat_cli.session import settled
+
+    before = RunFolder(folder)
+    chosen = settled(chosen, before.recipe if before.exists else None)
 
     groups = [name for name, wanted in (("--all-masks", all_masks), ("--all-methods", all_methods)) if wanted]
     compared, optional = choose([*(names or []), *groups], known, GROUPS, chosen)

@@ -102,6 +102,12 @@ class Data(Section):
     """Images per step and process."""
     workers: Annotated[int, Field(ge=0)] = 4
     """Loader processes; 0 reads in the main process."""
+    verify: Literal["full", "headers"] = "full"
+    """What is read of every image before a training starts: all of it (once: sound images are remembered in the user's
+    cache folder), or the header alone, which does not find images that are cut short."""
+    on_bad_image: Literal["stop", "skip"] = "stop"
+    """What to do with an image that is missing, cannot be read, or is not of its annotated size: stop, or leave it out
+    of training and validation, which is counted and told."""
     unlabelled: str | None = None
     """Folder of images without annotations, not relative to `path`; subfolders count. The terms of distillation see
     these images beside the labelled ones, which alone make the detection loss."""
@@ -125,6 +131,12 @@ class Data(Section):
         for name in UNLABELLED:
             if self.unlabelled is None and getattr(self, name) != Data.model_fields[name].default:
                 raise ValueError(f"{name} is about unlabelled images, and there are none; give unlabelled: FOLDER")
+        return self
+
+    @model_validator(mode="after")
+    def _skip_what_is_known(self) -> Data:
+        if self.on_bad_image == "skip" and self.verify != "full":
+            raise ValueError("on_bad_image: skip needs verify: full, which finds the images before the first step")
         return self
 
     @model_validator(mode="after")
@@ -248,8 +260,12 @@ class Run(Section):
     seed: Seed = 0
     device: str = "auto"
     """`auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:N`."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Autocast dtype; bf16 and fp16 need CUDA. Distillation terms are always computed in fp32."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Autocast dtype; `auto` is bf16 on GPUs and CPUs that have instructions for it (CPUs: AVX512-BF16 or AMX), else
+    fp32. fp16 needs CUDA. Distillation terms, boxes and anchors are always computed in fp32."""
+    compile: bool = False
+    """Compile backbones and necks by `torch.compile`, which takes a minute or more at the first steps and pays in long
+    trainings; scoring is not compiled."""
     evaluate_every: EpochsOrSteps = 1
     """Epochs between evaluations, or steps: `500 steps`. The last epoch is always evaluated."""
     patience: Count | None = None

@@ -83,7 +83,7 @@ class Loader(DataLoader):
             collate_fn=collate,
             persistent_workers=workers > 0,
             prefetch_factor=PREFETCH if workers > 0 else None,
-            worker_init_fn=_leave_signals,
+            worker_init_fn=leave_signals,
             **settings,
         )
 
@@ -128,7 +128,7 @@ def collate(samples: list[Sample | DataError]) -> LoadedBatch | DataError:
     return list(images), list(targets), list(image_ids)
 
 
-def _leave_signals(_: int) -> None:
+def leave_signals(_: int) -> None:
     """Ctrl-C reaches every process of a terminal, and a batch system warns all: the main one saves and ends."""
     for name in ("SIGINT", "SIGHUP", "SIGUSR1"):
         if hasattr(signal, name):

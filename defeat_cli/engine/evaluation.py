@@ -14,6 +14,7 @@ from torch.utils.data import Subset
 
 from defeat_cli.data.dataset import DetectionDataset
 from defeat_cli.data.loading import evaluation_loader
+from defeat_cli.detectors.compiling import uncompiled
 from defeat_cli.detectors.contract import evaluating
 from defeat_cli.distillation.pairing import match_classes
 from defeat_cli.engine import scorers
@@ -114,7 +115,7 @@ def evaluate(
     Args:
         dataset: images with their ground truth, or some of them.
         workers: loader processes.
-        autocast: dtype of CUDA autocast, None for full precision.
+        autocast: dtype of autocast, None for full precision.
         on_image: told the number of images done, 1, after each.
         keep_detections: a list that the detections are appended to, in COCO results format.
 
@@ -127,7 +128,7 @@ def evaluate(
     device = next(detector.parameters()).device if is_module else torch.device("cpu")
     mode = evaluating(detector) if is_module else contextlib.nullcontext()
     loader = evaluation_loader(dataset, workers, pin_memory=device.type == "cuda")
-    with mode, torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+    with uncompiled(), mode, torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
         for images, _, image_ids in loader:
             evaluator.process(image_ids, detector.detect([image.to(device, non_blocking=True) for image in images]))
             on_image(len(images))

@@ -28,9 +28,11 @@ def build_optimizer(optimizer: Optimizer, distiller: Distiller) -> torch.optim.O
         {"params": [p for p in trained if id(p) in norm_parameters], "weight_decay": norm_decay},
     ]
     groups = [group for group in groups if group["params"]]
+    # One pass over all parameters, where torch has it: equal to its plain step but for rounding.
+    fused = all(parameter.device.type in ("cpu", "cuda") for parameter in trained)
     if optimizer.name == "sgd":
-        return torch.optim.SGD(groups, lr=optimizer.lr, momentum=optimizer.momentum)
-    return torch.optim.AdamW(groups, lr=optimizer.lr, betas=tuple(optimizer.betas))
+        return torch.optim.SGD(groups, lr=optimizer.lr, momentum=optimizer.momentum, fused=fused)
+    return torch.optim.AdamW(groups, lr=optimizer.lr, betas=tuple(optimizer.betas), fused=fused)
 
 
 def lr_factor(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 from defeat_cli.ablation.running import Calls, run_study
 from defeat_cli.ablation.study import Study
 from defeat_cli.config.schema import Recipe
+from defeat_cli.console import counting
 from defeat_cli.engine.stopping import stoppable
 from defeat_cli.jobs import training
 from defeat_cli.session import Session, assemble
@@ -19,7 +21,7 @@ def ablate(study: Study, *, jobs: int | None = None, sort: str = "AP", quiet: bo
 
     def check(recipe: Recipe) -> tuple[int, list[str]]:
         nonlocal last
-        last = assemble(recipe, like=last)
+        last = assemble(recipe, like=last, watch=partial(counting, quiet=quiet))
         return last.steps, [note.text for note in last.notes if note.warning]
 
     def obtain_teacher(recipe: Recipe, folder: Path) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from defeat_cli import session as sessions
 from defeat_cli.checkpoints import native
 from defeat_cli.config import schema as recipes
 from defeat_cli.config.schema import Recipe, Teacher
-from defeat_cli.console import Reporter, percent, spoken_counts
+from defeat_cli.console import Reporter, counting, percent, spoken_counts
 from defeat_cli.data.loading import Loader, training_loader
 from defeat_cli.data.unlabelled import mixed_loader
 from defeat_cli.detectors.contract import Detector
@@ -34,6 +35,7 @@ from defeat_cli.jobs import bad_step, resuming
 from defeat_cli.jobs.estimate import of_detecting, of_training
 from defeat_cli.jobs.summary import write_summary
 from defeat_cli.memory import told
+from defeat_cli.precision import AUTOCAST
 from defeat_cli.session import Session, assemble
 
 NEAR_ZERO_AP = 0.01
@@ -80,6 +82,7 @@ def train(
         refuse_locked(folder)
         if resume and run.exists:
             resuming.mend(run, reporter)
+        recipe = sessions.settled(recipe, run.recipe if resume and run.exists else None)
         run.check(recipe, resume=resume, overwrite=overwrite)
         prolonged = resume and run.exists and run.prolonged_by(recipe)
         if prolonged:
@@ -88,10 +91,11 @@ def train(
         elif resume and run.finished:
             reporter.note(f"{folder}: is finished already; more epochs are possible: --set schedule.epochs=N")
             return run.results()
-        session = assemble(recipe, doing=reporter.doing)
+        watch = partial(counting, quiet=quiet)
+        session = assemble(recipe, doing=reporter.doing, watch=watch)
         if not session.teacher_is_trained:
             teacher = train_teacher(recipe, folder, overwrite, quiet, changed_data)
-            session = assemble(recipe, teacher=teacher, doing=reporter.doing)
+            session = assemble(recipe, teacher=teacher, doing=reporter.doing, watch=watch)
         tell(session, reporter)
         teacher_ap = score_teacher(session, reporter, known_teacher)
         count_pseudo_labels(session, reporter)
@@ -132,6 +136,8 @@ def _finish(
     native.write_atomically(run / STUDENT, native.exported(best, str(run / BEST)))
     write_loader(run / STUDENT, recipe.student, best["classes"], recipe.data.short_side[-1], recipe.data.long_side)
     results: dict[str, Any] = {"student": best["metrics"], "training_seconds": round(training.seconds, 1)}
+    if left_out := images_left_out(session):
+        results["left_out"] = left_out
     if training.step < session.steps:
         results["stopped_early_at_step"] = training.step
     timed = {"student": training.evaluated}
@@ -144,13 +150,21 @@ def _finish(
         if results["teacher"] is None:
             results["teacher"] = score(session, session.teacher, reporter)
             timed["teacher"] = session.teacher
-    precision = sessions.AUTOCAST[recipe.run.precision]
+    precision = AUTOCAST[recipe.run.precision]
     # One right after the other, so that whatever else the machine is doing slows both.
     results["ms_per_image"] = {
         who: milliseconds_per_image(detector, session.validation_data, precision) for who, detector in timed.items()
     }
     draw_curves(run.metrics(), run / CURVES, list(session.distiller.terms))
     return results
+
+
+def images_left_out(session: Session) -> dict[str, list[str]]:
+    """The files that `data.on_bad_image: skip` left out, of the splits that have any."""
+    splits = {"training": session.training_data, "validation": session.validation_data}
+    if session.unlabelled is not None:
+        splits["unlabelled"] = session.unlabelled
+    return {name: [str(fault.image) for fault in data.left_out] for name, data in splits.items() if data.left_out}
 
 
 def plain_recipe(recipe: Recipe) -> Recipe:
@@ -167,6 +181,7 @@ def _sub_run(
 ) -> dict[str, Any]:
     """A run that another needs: begun, gone on with, or taken as it is where it is finished."""
     run = RunFolder(folder)
+    recipe = sessions.settled(recipe, run.recipe if run.exists else None)
     anew = overwrite and run.exists and not run.holds(recipe)
     resume = run.exists and not anew
     return train(
@@ -265,7 +280,7 @@ def score(session: Session, detector: Detector, reporter: Reporter, *, subset: A
             detector,
             chosen,
             workers=sessions.loader_processes(recipe.data.workers),
-            autocast=sessions.AUTOCAST[recipe.run.precision],
+            autocast=AUTOCAST[recipe.run.precision],
             on_image=advance,
             keep_detections=detections,
         )
@@ -350,7 +365,7 @@ def _fit(
                 evaluate=evaluated,
                 save=save,
                 reporter=reporter,
-                autocast=sessions.AUTOCAST[recipe.run.precision],
+                autocast=AUTOCAST[recipe.run.precision],
                 until=until,
             )
     except BadStepError as bad:

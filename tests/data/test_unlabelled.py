@@ -39,7 +39,7 @@ def test_a_folder_gives_its_images_and_those_of_its_subfolders(folder):
     images = ImageFolder(folder)
     assert images.names == ["a.PNG", "b.png", "deep/er/c.bmp"]
     assert images.sizes == [(16, 12), (8, 12), (8, 12)]
-    assert images.left_out == 1
+    assert images.others == 1
     image, target, name = images[0, 0]
     assert image.tolist() == np.array(Image.open(folder / "a.PNG")).transpose(2, 0, 1).tolist()
     assert target is None
