@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from PIL import Image
 
-from defeat_cli import session as sessions
 from defeat_cli.detectors.contract import Detector
 from defeat_cli.export.pictures import draw
 from defeat_cli.jobs.estimate import of_detecting
 from defeat_cli.memory import told
 from defeat_cli.pages.examples import Boxes, Example, choose_examples, find_in
+from defeat_cli.precision import AUTOCAST
 from defeat_cli.session import Session
 
 TRACKED = 4
@@ -19,7 +19,7 @@ TRACKED = 4
 def find(session: Session, detector: Detector, examples: list[Example]) -> list[Boxes]:
     """What a detector finds in each, as evaluations do."""
     with told(lambda: of_detecting(detector, session.device)):
-        return find_in(examples, detector, sessions.AUTOCAST[session.recipe.run.precision])
+        return find_in(examples, detector, AUTOCAST[session.recipe.run.precision])
 
 
 def drawn(session: Session, detector: Detector) -> dict[str, Image.Image]:
