@@ -33,16 +33,8 @@ ALLOWED = {
     "pages": {"pages", "engine", "detectors", "data", "config", "console", "errors", "files", "tables", "text"},
     "verifying": {"audit", "detectors", "data", "config", "errors", "text"},
     "session": {
-        "tracking",
-        "precision",
-        "starting",
-        "verifying",
-        "audit",
-        "distillation",
-        "detectors",
-        "data",
-        "config",
-        "errors",
+        *("tracking", "precision", "starting", "verifying", "audit"),
+        *("distillation", "detectors", "data", "config", "errors"),
     },
 }
 """What each part may import of ours. Parts not named here stand on top and may import anything."""

@@ -115,9 +115,7 @@ def train(
             world=world,
         )
         show(results_sheet(results))
-        files = (
-            "report.html, student.pth (for torchvision), best.pt, results.json, results.md, model_card.md, curves.png"
-        )
+        files = "report.html, student.pth (for torchvision), best.pt, results.json and .md, model_card.md, curves.png"
         console.print(f"written to {folder}/: {files}", soft_wrap=True)
 
 

@@ -24,6 +24,7 @@ from defeat_cli.pages.card import write_card
 from defeat_cli.pages.examples import choose_examples
 from defeat_cli.pages.report import write_report
 from defeat_cli.pages.tables import who_is_in
+from defeat_cli.precision import choose_precision
 from defeat_cli.session import Session
 from defeat_cli.text import listed, spoken_duration
 
@@ -40,7 +41,7 @@ def write_pages(session: Session, run: RunFolder, results: Mapping[str, Any]) ->
     Raises:
         CheckpointError: a student's checkpoint cannot be read.
     """
-    name, facts = run.path.resolve().name, what_was_trained(session, results)
+    name, facts = run.path.resolve().name, what_was_trained(session, run.recipe, results)
     examples = choose_examples(session.validation_data, EXAMPLES)
     found = {}
     for who, called in who_is_in(results).items():
@@ -79,6 +80,15 @@ def report(folder: Path, changes: Mapping[str, Any], quiet: bool = False) -> lis
     recipe = recipes.load(str(run / RECIPE), {**changes, "run.track": []})
     trained = folder / "teacher" / BEST
     reporter = Reporter("report", quiet)
+    device = sessions.choose_device(recipe.run.device)
+    try:
+        choose_precision(recipe.run.precision, device)
+    except RunError:
+        reporter.note(
+            f"the run computed in {recipe.run.precision}, which this device does not have; the images show "
+            "what is found without it"
+        )
+        recipe.run.precision = "auto"
     session = sessions.assemble(recipe, teacher=_trained_teacher(recipe, trained), doing=reporter.doing)
     session.distiller.to(session.device)
     write_pages(session, run, run.results())
@@ -98,9 +108,12 @@ def _detector(session: Session, run: RunFolder, who: str) -> Detector | None:
     return load_detector(str(file)).detector.to(session.device) if file.is_file() else None
 
 
-def what_was_trained(session: Session, results: Mapping[str, Any]) -> dict[str, str]:
-    """Data, detectors, terms and schedule, in a few words each."""
-    recipe = session.recipe
+def what_was_trained(session: Session, recipe: Recipe, results: Mapping[str, Any]) -> dict[str, str]:
+    """Data, detectors, terms and schedule, in a few words each.
+
+    Args:
+        recipe: that the run was made by. The session may be on another device, with data that lies elsewhere now.
+    """
     data, schedule, optimizer = recipe.data, recipe.schedule, recipe.optimizer
     classes = session.training_data.classes
     facts = {
