@@ -11,6 +11,7 @@ from typing import Any
 from rich.markup import escape
 
 from defeat_cli.ablation.choice import short, shown
+from defeat_cli.ablation.power import MOST, POWER, seeds_needed
 from defeat_cli.ablation.rows import (
     APS,
     BACKGROUND,
@@ -20,6 +21,7 @@ from defeat_cli.ablation.rows import (
     Outcome,
     Row,
     Sweep,
+    at_equal_recall,
     main_rows,
     sweeps,
     teacher_ap,
@@ -53,7 +55,8 @@ class Report:
     def sheets(self) -> list[Sheet]:
         """All tables, none wider than 80 columns save by long names."""
         rows = self.main_rows
-        found = [_main_sheet(rows), _figures_sheet(rows), _background_sheet(rows), _errors_sheet(rows)]
+        found = [_main_sheet(rows), _seeds_sheet(rows), _figures_sheet(rows), _background_sheet(rows)]
+        found += [_equal_recall_sheet(rows, self.outcomes), _errors_sheet(rows)]
         return [sheet for sheet in [*found, *map(_sweep_sheet, self.sweeps)] if sheet.cells]
 
     def show(self) -> None:
@@ -149,6 +152,25 @@ def _main_sheet(rows: Sequence[Row]) -> Sheet:
     return Sheet("AP and training time", header, cells)
 
 
+def _seeds_sheet(rows: Sequence[Row]) -> Sheet:
+    """What a study would need that means to show the differences that this one found."""
+    cells = []
+    for row in rows:
+        delta = row.measured["AP"].delta if "AP" in row.measured else None
+        if delta is not None and delta.deviation is not None:
+            needed = seeds_needed(delta.mean, delta.deviation)
+            cells.append(
+                [
+                    row.variant,
+                    _difference(row.measured["AP"], 100, 1),
+                    f"{100 * delta.deviation:.1f}",
+                    f"over {MOST}" if needed is None else str(needed),
+                ]
+            )
+    title = f"Seeds needed to see such a difference with a chance of {POWER:.0%}"
+    return Sheet(title, ["variant", "Δ AP to none", "its sd", "seeds"], cells)
+
+
 def _figures_sheet(rows: Sequence[Row]) -> Sheet:
     """Figures that no run has are left out."""
     figures = [name for name in APS[1:] if any(name in row.measured for row in rows)]
@@ -159,7 +181,17 @@ def _figures_sheet(rows: Sequence[Row]) -> Sheet:
 def _background_sheet(rows: Sequence[Row]) -> Sheet:
     measured = [(row.variant, row.measured[BACKGROUND]) for row in rows if BACKGROUND in row.measured]
     cells = [[name, _spread(entry, 1, 0), _difference(entry, 1, 0)] for name, entry in measured]
-    return Sheet("Background false positives", ["variant", "number", "Δ to none"], cells)
+    return Sheet("Background false positives at one score", ["variant", "number", "Δ to none"], cells)
+
+
+def _equal_recall_sheet(rows: Sequence[Row], outcomes: Sequence[Outcome]) -> Sheet:
+    shown_rows = {row.variant for row in rows}
+    found = at_equal_recall(outcome for outcome in outcomes if outcome.variant in shown_rows)
+    recall, entries = found or (0.0, {})
+    names = [row.variant for row in rows if row.variant in entries]
+    cells = [[name, _spread(entries[name], 1, 0), _difference(entries[name], 1, 0)] for name in names]
+    title = f"Background false positives at an equal recall, of {recall:.0%} of the objects"
+    return Sheet(title, ["variant", "number", "Δ to none"], cells)
 
 
 def _errors_sheet(rows: Sequence[Row]) -> Sheet:
