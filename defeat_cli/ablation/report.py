@@ -56,7 +56,7 @@ class Report:
         """All tables, none wider than 80 columns save by long names."""
         rows = self.main_rows
         found = [_main_sheet(rows), _seeds_sheet(rows), _figures_sheet(rows), _background_sheet(rows)]
-        found += [_equal_recall_sheet(rows, self.outcomes), _errors_sheet(rows)]
+        found += [*_equal_recall_sheets(rows, self.outcomes), _errors_sheet(rows)]
         return [sheet for sheet in [*found, *map(_sweep_sheet, self.sweeps)] if sheet.cells]
 
     def show(self) -> None:
@@ -143,9 +143,7 @@ class Report:
 
 def _main_sheet(rows: Sequence[Row]) -> Sheet:
     header = ["variant", "AP", "Δ AP to none", "at best", "time"]
-    cells = [
-        [row.variant, *_ap_cells(row), _cell(row, "best_AP"), _duration(row.measured.get(SECONDS))] for row in rows
-    ]
+    cells = [[row.variant, *ap_cells(row), _cell(row, "best_AP"), duration(row.measured.get(SECONDS))] for row in rows]
     if any(row.finished < row.runs for row in rows):
         header.append("runs")
         cells = [[*line, f"{row.finished} of {row.runs}"] for line, row in zip(cells, rows, strict=True)]
@@ -162,7 +160,7 @@ def _seeds_sheet(rows: Sequence[Row]) -> Sheet:
             cells.append(
                 [
                     row.variant,
-                    _difference(row.measured["AP"], 100, 1),
+                    difference(row.measured["AP"], 100, 1),
                     f"{100 * delta.deviation:.1f}",
                     f"over {MOST}" if needed is None else str(needed),
                 ]
@@ -180,18 +178,19 @@ def _figures_sheet(rows: Sequence[Row]) -> Sheet:
 
 def _background_sheet(rows: Sequence[Row]) -> Sheet:
     measured = [(row.variant, row.measured[BACKGROUND]) for row in rows if BACKGROUND in row.measured]
-    cells = [[name, _spread(entry, 1, 0), _difference(entry, 1, 0)] for name, entry in measured]
+    cells = [[name, _spread(entry, 1, 0), difference(entry, 1, 0)] for name, entry in measured]
     return Sheet("Background false positives at one score", ["variant", "number", "Δ to none"], cells)
 
 
-def _equal_recall_sheet(rows: Sequence[Row], outcomes: Sequence[Outcome]) -> Sheet:
-    shown_rows = {row.variant for row in rows}
-    found = at_equal_recall(outcome for outcome in outcomes if outcome.variant in shown_rows)
-    recall, entries = found or (0.0, {})
-    names = [row.variant for row in rows if row.variant in entries]
-    cells = [[name, _spread(entries[name], 1, 0), _difference(entries[name], 1, 0)] for name in names]
-    title = f"Background false positives at an equal recall, of {recall:.0%} of the objects"
-    return Sheet(title, ["variant", "number", "Δ to none"], cells)
+def _equal_recall_sheets(rows: Sequence[Row], outcomes: Sequence[Outcome]) -> list[Sheet]:
+    names = {row.variant for row in rows}
+    sheets = []
+    for recall, entries in at_equal_recall(outcome for outcome in outcomes if outcome.variant in names).items():
+        found = [(row.variant, entries[row.variant]) for row in rows if row.variant in entries]
+        cells = [[name, _spread(entry, 1, 0), difference(entry, 1, 0)] for name, entry in found]
+        title = f"Background false positives at an equal recall, of {recall:.0%} of the objects"
+        sheets.append(Sheet(title, ["variant", "number", "Δ to none"], cells))
+    return sheets
 
 
 def _errors_sheet(rows: Sequence[Row]) -> Sheet:
@@ -206,7 +205,7 @@ def _sweep_sheet(sweep: Sweep) -> Sheet:
     cells = []
     for point, row in sweep.points:
         line = [shown(value) for value in point.settings.values()]
-        line += _ap_cells(row) if row.finished else [_spread(row.ap, 100, 1), "-"]
+        line += ap_cells(row) if row.finished else [_spread(row.ap, 100, 1), "-"]
         cells.append([*line, _cell(row, "best_AP"), str(row.epoch), "best" if row is sweep.best else ""])
     keys = [short(key) for key in sweep.keys]
     if len(set(keys)) < len(keys):
@@ -215,8 +214,8 @@ def _sweep_sheet(sweep: Sweep) -> Sheet:
     return Sheet(f"{sweep.base} over {listed(sweep.keys)}", header, cells)
 
 
-def _ap_cells(row: Row) -> list[str]:
-    return [_cell(row, "AP"), _difference(row.measured.get("AP"), 100, 1)]
+def ap_cells(row: Row) -> list[str]:
+    return [_cell(row, "AP"), difference(row.measured.get("AP"), 100, 1)]
 
 
 def _cell(row: Row, name: str) -> str:
@@ -230,7 +229,7 @@ def _spread(entry: Measured | None, scale: float, digits: int) -> str:
     return f"{scale * entry.mean:.{digits}f}{deviation}"
 
 
-def _difference(entry: Measured | None, scale: float, digits: int) -> str:
+def difference(entry: Measured | None, scale: float, digits: int) -> str:
     """Δ with its interval, and a star where that leaves out 0."""
     if entry is None or entry.delta is None:
         return "-"
@@ -246,7 +245,7 @@ def _difference(entry: Measured | None, scale: float, digits: int) -> str:
     return f"{numbers[0]} [{numbers[1]}, {numbers[2]}]{'*' if delta.clear else ' '}"
 
 
-def _duration(entry: Measured | None) -> str:
+def duration(entry: Measured | None) -> str:
     if entry is None:
         return "-"
     minutes, seconds = divmod(round(entry.mean), 60)

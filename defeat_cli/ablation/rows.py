@@ -120,13 +120,13 @@ def _measures(evaluations: Sequence[dict[str, Any]], results: dict[str, Any]) ->
     return values | {SECONDS: results["training_seconds"]}
 
 
-def at_equal_recall(outcomes: Iterable[Outcome]) -> tuple[float, dict[str, Measured]] | None:
-    """Background false positives by variant, at the highest recall that every finished run reaches, and that recall.
+def at_equal_recall(outcomes: Iterable[Outcome]) -> dict[float, dict[str, Measured]]:
+    """Background false positives by variant, at the highest recall that every finished run reaches, and at half of it.
 
     Each run has there a score threshold of its own: one score means another thing to each detector.
 
     Returns:
-        None where no run is finished, none reaches any recall, or they were scored before this was measured.
+        By recall; empty where there is none that all reach, or runs were scored before this was measured.
     """
     counts: dict[str, dict[int, dict[float, int]]] = {}
     for run in outcomes:
@@ -134,12 +134,13 @@ def at_equal_recall(outcomes: Iterable[Outcome]) -> tuple[float, dict[str, Measu
             reached = run.evaluations[-1].get("errors", {}).get("background_at_recall", [])
             counts.setdefault(run.variant, {})[run.seed] = {entry["recall"]: entry["count"] for entry in reached}
     recalls = [set(reached) for by_seed in counts.values() for reached in by_seed.values()]
-    recall = max(set.intersection(*recalls), default=None) if recalls else None
-    if recall is None:
-        return None
-    values = {name: {seed: reached[recall] for seed, reached in runs.items()} for name, runs in counts.items()}
-    baseline = values.get(BASELINE)
-    return recall, {name: measured(v, baseline if name != BASELINE else None) for name, v in values.items()}
+    common = sorted(set.intersection(*recalls)) if recalls else []
+    found = {}
+    for recall in dict.fromkeys((common[(len(common) - 1) // 2], common[-1])) if common else ():
+        values = {name: {seed: reached[recall] for seed, reached in runs.items()} for name, runs in counts.items()}
+        baseline = values.get(BASELINE)
+        found[recall] = {name: measured(v, baseline if name != BASELINE else None) for name, v in values.items()}
+    return found
 
 
 def teacher_ap(outcomes: Iterable[Outcome]) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from defeat_cli.ablation.running import Calls, run_study
@@ -15,6 +16,17 @@ from defeat_cli.session import Session, assemble
 
 def ablate(study: Study, *, jobs: int | None = None, sort: str = "AP", quiet: bool = False) -> dict[str, str]:
     """Run a study; see `run_study`."""
+    with interruptible():
+        return run_study(study, calls(quiet), jobs=jobs, sort=sort, quiet=quiet)
+
+
+def interruptible() -> AbstractContextManager[None]:
+    """Within, a signal ends a study with what a user is to know."""
+    return stoppable(lambda: "the study is stopped; the same command goes on with it")
+
+
+def calls(quiet: bool = False, home: Path | None = None) -> Calls:
+    """Args: home: folder whose `teacher/` holds the teacher that the recipe trains; None takes the study's own."""
     last: Session | None = None
 
     def check(recipe: Recipe) -> tuple[int, list[str]]:
@@ -24,10 +36,9 @@ def ablate(study: Study, *, jobs: int | None = None, sort: str = "AP", quiet: bo
 
     def obtain_teacher(recipe: Recipe, folder: Path) -> str | None:
         trained_here = recipe.teacher.checkpoint is None and recipe.teacher.recipe is not None
-        return training.train_teacher(recipe, folder, quiet=quiet) if trained_here else None
+        return training.train_teacher(recipe, home or folder, quiet=quiet) if trained_here else None
 
-    with stoppable(lambda: "the study is stopped; the same command goes on with it"):
-        return run_study(study, Calls(check, obtain_teacher, command), jobs=jobs, sort=sort, quiet=quiet)
+    return Calls(check, obtain_teacher, command)
 
 
 def command(folder: Path, epoch: int) -> list[str]:

@@ -280,10 +280,12 @@ def with_recalls(outcome, *counts):
 def test_background_is_counted_at_a_recall_that_all_reach():
     none = [with_recalls(finished("none", s, 0.3), 1, 5, 9) for s in range(3)]
     neck = [with_recalls(finished("neck", s, 0.4), 0, 2 + s, *[7] * s) for s in range(3)]  # seed 0 ends at 10%
-    table = next(table for table in report([*none, *neck]).sheets() if "an equal recall" in table.title)
-    assert "10% of the objects" in table.title
+    half, whole = (table for table in report([*none, *neck]).sheets() if "an equal recall" in table.title)
+    assert "10% of the objects" in whole.title
     # Differences -3, -2, -1: mean -2, half width 4.3027 / sqrt(3) = 2.48.
-    assert table.cells == [["neck", "3 ± 1", "-2 [-4, +0] "], ["none", "5 ± 0", "-"]]
+    assert whole.cells == [["neck", "3 ± 1", "-2 [-4, +0] "], ["none", "5 ± 0", "-"]]
+    assert "5% of the objects" in half.title
+    assert half.cells == [["neck", "0 ± 0", "-1 [-1, -1]*"], ["none", "1 ± 0", "-"]]
 
 
 def test_runs_that_were_scored_without_recalls_have_no_such_table():
