@@ -155,7 +155,7 @@ def _with_seeds_before(asked: Protocolled) -> Protocolled:
     before = protocols.read(folder / PROTOCOL)
     seeds = [*before.seeds, *(seed for seed in asked.protocol.seeds if seed not in before.seeds)]
     now = asked.protocol.model_copy(update={"seeds": seeds})
-    for key in Protocol.model_fields:
+    for key in Protocol.model_fields.keys() - {"seeds"}:
         there, here = getattr(before, key), getattr(now, key)
         if there != here:
             raise RunError(f"{folder}: its study has {key} {there!r}, not {here!r}; choose another --output")

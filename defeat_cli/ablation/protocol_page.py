@@ -125,9 +125,9 @@ def _pictures(folder: Path) -> Iterator[Block]:
     if detections:
         yield Heading("Detections of the same image")
         yield (
-            f"By the teacher, {BASELINE} and the best variant after its last epoch, on the first seed. Images are spread "
-            "evenly over the validation set, and nobody chose them. Boxes are from the score on at which each detector "
-            "has one recall."
+            f"By the teacher, {BASELINE} and the best variant after its last epoch, on the first seed. Images are "
+            "spread evenly over the validation set, and nobody chose them. Boxes are from the score on at which all "
+            "three have one recall."
         )
         yield from (Picture(path, path.stem.removeprefix(f"{DETECTIONS}_")) for path in detections)
     maps = folder / PICTURES / GRADIENTS
