@@ -79,4 +79,6 @@ def _problem(details: dict[str, Any]) -> str:
     message = details["msg"].removeprefix("Value error, ").replace("Input should", "should")
     own = details["type"] == "value_error"
     shown = "" if own or isinstance(details["input"], dict) else f" (got {details['input']!r})"
-    return f"{key}: {message}{shown}" if key else message
+    # `[neck:alpha_bg=1,4]` is a list of two, the second a number.
+    hint = "; put each sweep on a line of its own" if key.startswith("variants.") else ""
+    return f"{key}: {message}{shown}{hint}" if key else message

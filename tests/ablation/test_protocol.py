@@ -43,6 +43,7 @@ def test_of_a_sweep_the_chosen_value_is_reported_by_the_variants_name(tmp_path, 
     [
         ({"variants": ["neck"], "seed": [1]}, r"p\.yaml cannot be used:\n  seed: unknown key \(did you mean seeds\?\)"),
         ({"variants": ["neck"], "seeds": ["a"]}, r"seeds\.0: should be a valid integer \(got 'a'\)"),
+        ({"variants": ["neck:alpha_bg=1", 4]}, r"variants\.1: .*string \(got 4\); put each sweep on a line of its own"),
         ({"variants": ["neck"], "seeds": [1, 1]}, "seeds: give whole numbers from 0, each once"),
         ({"variants": ["neck:alpha_bg=1,4"], "tuning_seeds": [0, 1], "seeds": [1, 2]}, "both have 1: a seed that"),
         ({"variants": ["neck:alpha_bg=1,4"], "seeds": [1, 2]}, r"\[0, 1\] are the tuning seeds where none are given"),
