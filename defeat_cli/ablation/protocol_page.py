@@ -69,9 +69,7 @@ def _found(study: Study, report: Report, protocol: Protocol) -> Iterator[Block]:
     yield Heading("Further figures")
     yield from others
     yield Heading("The variants")
-    yield Sheet(
-        "What each is", ["variant", ""], [[row.variant, study.variants[row.variant].summary] for row in report.rows]
-    )
+    yield from (f"{row.variant}: {study.variants[row.variant].summary}" for row in report.main_rows)
 
 
 def _equal_time(study: Study, rows: Sequence[Row]) -> Iterator[Block]:

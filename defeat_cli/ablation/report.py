@@ -75,6 +75,7 @@ class Report:
         parts.append(over if len(seeds) > 1 else f"seed {seeds[0]} alone")
         if len(seeds) > 2:
             parts.append("Δ is paired by seed, with its 95% confidence interval; * where that leaves out 0")
+            parts.append("the seeds needed are those of a paired t-test at 5%, were Δ and its sd what they are here")
         if any(sweep.best for sweep in self.sweeps):
             parts.append("of a sweep the best value stands in the other tables, chosen by its AP on the same images")
         found = (o.evaluations[-1].get("errors") for o in self.outcomes if o.results)
