@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -15,7 +16,7 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
 div { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; }
-caption { text-align: left; color: #555; padding: .3rem 0; }
+caption { text-align: left; white-space: nowrap; color: #555; padding: .3rem 0; }
 th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #ddd; white-space: pre; }
 th:first-child, td:first-child { text-align: left; }
 img { max-width: 100%; height: auto; } figure { margin: 1rem 0; } figcaption { color: #555; font-size: .92rem; }
@@ -43,8 +44,10 @@ class Verbatim:
     text: str
 
 
+CODE = re.compile(r"`([^`]+)`")
+
 Block = str | Heading | Sheet | Picture | Verbatim
-"""A string is a paragraph."""
+"""A string is a paragraph, with code between backticks."""
 
 
 def write(folder: Path, name: str, title: str, blocks: Sequence[Block]) -> None:
@@ -84,7 +87,8 @@ def _html(block: Block) -> str:
         return f"<figure>{image}<figcaption>{escape(block.caption)}</figcaption></figure>"
     if isinstance(block, Verbatim):
         return f"<pre>{escape(block.text)}</pre>"
-    return f"<p>{escape(block)}</p>"
+    with_code = CODE.sub(r"<code>\1</code>", escape(block))
+    return f"<p>{with_code}</p>"
 
 
 def _rows(sheet: Sheet) -> str:

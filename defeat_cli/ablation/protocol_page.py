@@ -75,7 +75,10 @@ def _found(study: Study, report: Report, protocol: Protocol) -> Iterator[Block]:
 def _equal_time(study: Study, rows: Sequence[Row]) -> Iterator[Block]:
     longer = next((row for row in rows if row.variant == LONGER), None)
     if longer is None:
-        yield f"There is no {LONGER}; the times above say what each variant costs."
+        yield (
+            f"There is no {LONGER}: it was not asked for, is yet to come, or would have as many epochs as {BASELINE}. "
+            "The times above say what each variant costs."
+        )
         return
     yield f"{LONGER} is {study.variants[LONGER].summary}. Times leave evaluations out."
     baseline = longer.measured["AP"].values if "AP" in longer.measured else {}

@@ -33,7 +33,7 @@ NAMES = "Variants (see --list): neck fg-only/bg-only …; or a sweep: neck:alpha
 ALONE = {
     "list_variants": {"variants"},
     "report_only": {"output", "sort"},
-    "protocol": {"variants", "recipe", "teacher", "data", "output", "jobs", "sort", "device", "set_"},
+    "protocol": {"variants", "recipe", "teacher", "data", "output", "jobs", "gpus_per_run", "sort", "device", "set_"},
     "show_masks": {"recipe", "teacher", "data", "output", "device", "set_"},
 }
 """Options that make another command of this one, and the options that have an effect then."""
@@ -64,7 +64,10 @@ def ablate(
     ] = None,
     variants: VariantsOption = None,
     output: OutputOption = None,
-    jobs: Annotated[int | None, typer.Option(help="Runs side by side; one a GPU where there are several.")] = None,
+    jobs: Annotated[int | None, typer.Option(help="Runs side by side; as many as there are GPUs for.")] = None,
+    gpus_per_run: Annotated[
+        int, typer.Option(help="Processes that share each run, one a GPU; on the CPU with --device cpu.")
+    ] = 1,
     sort: Annotated[str, typer.Option(help="What the tables are sorted by: AP, AP50, … or given.")] = "AP",
     report_only: Annotated[bool, typer.Option("--report-only", help="Rebuild the report; train nothing.")] = False,
     show_masks: Annotated[
@@ -107,7 +110,12 @@ def ablate(
             console.print(f"written: {path}", soft_wrap=True)
         return
     from defeat_cli.ablation.choice import choose
+    from defeat_cli.engine.runs import RunFolder
     from defeat_cli.jobs.ablating import ablate as run
+    from defeat_cli.session import settled
+
+    before = RunFolder(folder)
+    chosen = settled(chosen, before.recipe if before.exists else None)
 
     groups = [name for name, wanted in (("--all-masks", all_masks), ("--all-methods", all_methods)) if wanted]
     wanted = [*(names or []), *groups]
@@ -115,14 +123,15 @@ def ablate(
         protocol, wanted, seeds=seeds, tuning_seeds=tuning_seeds, budget=budget, equal_time=equal_time
     )
     compared, optional = choose(followed.variants if followed else wanted, known, GROUPS, chosen)
+    how = {"jobs": jobs, "gpus_per_run": gpus_per_run, "sort": sort, "quiet": quiet}
     if followed:
         from defeat_cli.ablation.protocol import prepare
         from defeat_cli.jobs.following import follow
 
-        failures = follow(prepare(folder, followed, compared, optional, chosen), jobs=jobs, sort=sort, quiet=quiet)
+        failures = follow(prepare(folder, followed, compared, optional, chosen), **how)
     else:
         study = plan(folder, compared, whole_numbers("--seeds", seeds or "0"), chosen, budget, optional)
-        failures = run(study, jobs=jobs, sort=sort, quiet=quiet)
+        failures = run(study, **how)
     show_report(folder, sort)
     if failures:
         raise typer.Exit(1)

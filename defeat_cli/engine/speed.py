@@ -8,6 +8,7 @@ from statistics import median
 import torch
 
 from defeat_cli.data.dataset import DetectionDataset
+from defeat_cli.detectors.compiling import uncompiled
 from defeat_cli.detectors.contract import Detector, evaluating
 
 WARM, MOST, SECONDS = 2, 10, 5.0
@@ -20,7 +21,7 @@ def milliseconds_per_image(detector: Detector, data: DetectionDataset, autocast:
     taken: list[float] = []
     begun = time.perf_counter()
     chosen = [i * len(data) // (WARM + MOST) for i in range(WARM + MOST)]
-    with evaluating(detector), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+    with uncompiled(), evaluating(detector), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
         for index in chosen:
             images = [data[index].image.to(device)]
             _wait(device)

@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 from defeat_cli.ablation.choice import BASELINE
+from defeat_cli.ablation.processes import environments
 from defeat_cli.ablation.protocol import LONGER, Protocolled, as_long_as, chosen
-from defeat_cli.ablation.protocol_page import write_page
+from defeat_cli.ablation.protocol_page import PAGE, write_page
+from defeat_cli.ablation.rows import check_sort
 from defeat_cli.ablation.running import Calls, check_study, run_study, write_report
 from defeat_cli.ablation.study import plan
 from defeat_cli.config.protocol import OFF
 from defeat_cli.console import Reporter
 from defeat_cli.engine.locking import locked
 from defeat_cli.errors import DefeatError
-from defeat_cli.files import require_place_for_folder
+from defeat_cli.files import require_place_for_file, require_place_for_folder
 from defeat_cli.jobs import ablating
 from defeat_cli.jobs.study_pictures import draw_pictures
 
 
 def follow(
-    asked: Protocolled, *, jobs: int | None = None, sort: str = "AP", quiet: bool = False, pictures: bool = True
+    asked: Protocolled,
+    *,
+    jobs: int | None = None,
+    gpus_per_run: int = 1,
+    sort: str = "AP",
+    quiet: bool = False,
 ) -> dict[str, str]:
     """Train what is not trained yet, and write the page.
 
     Args:
-        jobs, sort: as in `run_study`.
-        pictures: whether detections and gradient maps are drawn.
+        jobs, gpus_per_run, sort: as in `run_study`.
 
     Returns:
         Run name -> why it failed, of both studies.
@@ -32,20 +38,23 @@ def follow(
         DefeatError, Interrupted: as `run_study`; or a sweep has no value that could be chosen.
     """
     reporter = Reporter("protocol", quiet)
-    calls = ablating.calls(quiet, asked.folder.resolve())
-    options = {"jobs": jobs, "sort": sort, "quiet": quiet}
+    calls = ablating.calls(quiet, gpus_per_run, asked.folder.resolve())
+    options = {"jobs": jobs, "gpus_per_run": gpus_per_run, "sort": sort, "quiet": quiet}
     with ablating.interruptible():
+        check_sort(sort)
+        environments(asked.recipe.run.device, jobs, gpus_per_run)  # refuses numbers that cannot be
         require_place_for_folder(asked.folder)
+        for name in (f"{PAGE}.md", f"{PAGE}.html"):
+            require_place_for_file(asked.folder / name)
         check_study(asked.foreseen(), calls, reporter)
         with locked(asked.folder):
             asked.save()
             failures = {} if asked.begun() else _tune(asked, calls, reporter, options)
             failures |= _report(asked, calls, reporter, options)
-            if pictures:
-                try:
-                    draw_pictures(asked.folder, asked.foreseen(), quiet)
-                except DefeatError as error:
-                    reporter.warn(f"pictures are left out: {error}")
+            try:
+                draw_pictures(asked.folder, asked.foreseen(), quiet)
+            except DefeatError as error:
+                reporter.warn(f"pictures are left out: {error}")
             write_page(asked.folder, sort)
     return failures
 

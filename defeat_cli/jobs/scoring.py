@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,18 @@ from rich.table import Table
 from defeat_cli import session
 from defeat_cli.config.schema import validate
 from defeat_cli.console import Reporter, counting, errors_table, metrics_table
+from defeat_cli.data.opening import SPOKEN
 from defeat_cli.detectors.loading import load_detector
 from defeat_cli.engine.detection_errors import error_report
 from defeat_cli.engine.evaluation import evaluate
 from defeat_cli.engine.voc_ap import voc_ap50
-from defeat_cli.errors import DataError
+from defeat_cli.errors import DataError, RunError
 from defeat_cli.files import write_json
-from defeat_cli.jobs.asked import DETECTOR, Asked, ask, data_settings
+from defeat_cli.jobs.asked import DETECTOR, READING, Asked, ask, data_settings
 from defeat_cli.jobs.estimate import of_detecting
 from defeat_cli.memory import told
+from defeat_cli.precision import AUTOCAST, choose_precision
+from defeat_cli.verifying import note_on_left_out, verify
 
 
 @dataclass(frozen=True)
@@ -66,25 +70,29 @@ def score(
     Raises:
         DefeatError: the checkpoint, settings, data or device cannot be used.
     """
-    settings = (*DETECTOR, *data_settings(split, changes or {}), "data.workers", "run.device", "run.precision")
+    settings = (*DETECTOR, *data_settings(split, changes or {}), *READING, "run.device", "run.precision")
     asked = ask(checkpoint, recipe_name, changes or {}, command="eval", settings=settings)
     recipe, reporter = asked.recipe, Reporter("eval", quiet)
     device = session.choose_device(recipe.run.device, recipe.run.precision)
     precision = _precision(asked, device, reporter)
     data = session.open_data(recipe.data, split, train=False)
     loaded = load_detector(asked.weights, asked.given, classes=data.classes)
+    spoken, workers = SPOKEN[split], session.loader_processes(recipe.data.workers)
+    data = verify(data, recipe.data, spoken, workers, partial(counting, quiet=quiet))
     resize = loaded.detector.model.transform
     data.refuse_vanishing(resize.min_size, resize.max_size)
     for note in [*asked.notes, *data.notes]:
         reporter.note(note)
+    if left_out := note_on_left_out(data.left_out, len(data), spoken):
+        reporter.warn(left_out)
     loaded.tell(reporter)
     detections: list[dict[str, Any]] = []
     with told(lambda: of_detecting(loaded.detector, device)), counting("evaluating", len(data), quiet) as advance:
         metrics = evaluate(
             loaded.detector.to(device),
             data,
-            workers=session.loader_processes(recipe.data.workers),
-            autocast=session.AUTOCAST[precision],
+            workers=workers,
+            autocast=AUTOCAST[precision],
             on_image=advance,
             keep_detections=detections,
         )
@@ -102,11 +110,12 @@ def score(
 def _precision(asked: Asked, device: torch.device, reporter: Reporter) -> str:
     """As it was said, else as the run evaluated that the checkpoint comes from, where the device can."""
     if "run.precision" in asked.given:
-        return asked.recipe.run.precision
+        return choose_precision(asked.recipe.run.precision, device)
     run = (asked.weights.recipe or {}).get("run")
-    remembered = {name: value for name, value in run.items() if name == "precision"} if isinstance(run, dict) else {}
+    remembered = {"precision": run.get("precision", "fp32") if isinstance(run, dict) else "fp32"}
     trained = validate({"run": remembered}, f"{asked.weights.origin}: the recipe in it").run.precision
-    if trained == "fp32" or device.type == "cuda":
-        return trained
-    reporter.warn(f"its own run evaluated in {trained}, which needs a CUDA device; here it is fp32")
-    return "fp32"
+    try:
+        return choose_precision(trained, device)
+    except RunError:
+        reporter.warn(f"its own run evaluated in {trained}, which this {device.type} does not have; here it is fp32")
+        return "fp32"

@@ -34,14 +34,14 @@ class Read(HTMLParser):
 def test_a_page_is_whole_without_a_network(tmp_path):
     Image.new("RGB", (3, 2), "red").save(tmp_path / "a.png")
     blocks = [
-        Heading("Found <it>"), "Text & more.", Sheet("Table", ["name", "AP"], [["a|b", "+1 [0, 2]*"]]),
+        Heading("Found <it>"), "Text & `more`.", Sheet("Table", ["name", "AP"], [["a|b", "+1 [0, 2]*"]]),
         Picture(tmp_path / "a.png", "red"), Verbatim("seeds:\n- 1\n"),
     ]  # fmt: skip
     page.write(tmp_path, "report", "My study", blocks)
     text = (tmp_path / "report.html").read_text()
     shown = Read(text)
     assert shown.open == []
-    for word in ("My study", "Found <it>", "Text & more.", "a|b", "+1 [0, 2]*", "seeds:\n- 1\n", "red"):
+    for word in ("My study", "Found <it>", "Text & ", "more", "a|b", "+1 [0, 2]*", "seeds:\n- 1\n", "red"):
         assert word in shown.words, word
     (source,) = shown.sources
     assert source.startswith("data:image/png;base64,")
@@ -49,7 +49,7 @@ def test_a_page_is_whole_without_a_network(tmp_path):
     assert not re.search(r"https?://", text)
 
     markdown = (tmp_path / "report.md").read_text()
-    assert markdown.startswith("# My study\n\n## Found <it>\n\nText & more.\n\nTable:\n\n| name | AP |")
+    assert markdown.startswith("# My study\n\n## Found <it>\n\nText & `more`.\n\nTable:\n\n| name | AP |")
     assert "| a\\|b | +1 [0, 2]* |" in markdown
     assert "![red](a.png)" in markdown
     assert "```\nseeds:\n- 1\n```" in markdown
