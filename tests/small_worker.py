@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 
-def command(folder: Path, epoch: int) -> list[str]:
+def command(folder: Path, epoch: int, processes: int = 1) -> list[str]:
     return [sys.executable, __file__, str(folder), str(epoch)]
 
 

@@ -38,7 +38,7 @@ LONGER = f"{BASELINE}-longer"
 
 
 @dataclass(frozen=True)
-class Protocolled:
+class ProtocolStudy:
     """A study by a protocol, before anything is trained.
 
     variants: what the protocol's names mean, points of sweeps among them. optional: as `Study.optional`.
@@ -96,14 +96,14 @@ class Protocolled:
 
 def prepare(
     folder: Path, protocol: Protocol, variants: Mapping[str, Variant], optional: set[str], recipe: Recipe
-) -> Protocolled:
+) -> ProtocolStudy:
     """Find out, writing nothing, whether a protocol can be followed in a folder.
 
     Raises:
         DefeatError: what `plan` refuses; variants that would have one name; options without effect; a folder that holds
             something else, or a study by another protocol (further `seeds` are taken).
     """
-    asked = Protocolled(folder, protocol, recipe, variants, frozenset(optional))
+    asked = ProtocolStudy(folder, protocol, recipe, variants, frozenset(optional))
     _refuse_equal_names(asked)
     if not asked.sweeps:
         for name in ("tuning_seeds", "budget"):
@@ -128,7 +128,7 @@ def prepare(
     return asked
 
 
-def _refuse_equal_names(asked: Protocolled) -> None:
+def _refuse_equal_names(asked: ProtocolStudy) -> None:
     swept = [sweep[0] for sweep in asked.sweeps]
     fixed = [name for name, v in asked.variants.items() if not isinstance(v, SweepPoint) and name != BASELINE]
     for name in swept:
@@ -142,7 +142,7 @@ def _refuse_equal_names(asked: Protocolled) -> None:
             raise RecipeError(f"variants: {name} means something else in a protocol; rename the variant")
 
 
-def _with_seeds_before(asked: Protocolled) -> Protocolled:
+def _with_seeds_before(asked: ProtocolStudy) -> ProtocolStudy:
     """With the seeds too that the folder's study has already."""
     folder = asked.folder
     if (folder / STUDY).is_file() or (RunFolder(folder).exists and not (folder / PROTOCOL).is_file()):
@@ -160,7 +160,7 @@ def _with_seeds_before(asked: Protocolled) -> Protocolled:
         if there != here:
             raise RunError(f"{folder}: its study has {key} {there!r}, not {here!r}; choose another --output")
     protocols.make(now.model_dump(), f"{folder}: the protocol")
-    return Protocolled(folder, now, asked.recipe, asked.variants, asked.optional)
+    return ProtocolStudy(folder, now, asked.recipe, asked.variants, asked.optional)
 
 
 def chosen(sweeps: Sequence[Sweep]) -> dict[tuple[str, ...], SweepPoint]:

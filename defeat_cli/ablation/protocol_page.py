@@ -109,9 +109,7 @@ def _choice(study: Study, report: Report) -> Iterator[Block]:
     yield Sheet("Chosen", ["variant", "values", "at the edge of what was tried"], cells)
     if any(at_the_edge(sweep) for sweep in report.sweeps):
         yield "Beyond a value at the edge a better one may lie: widen that sweep."
-    yield from (
-        sheet for sheet in report.sheets() if any(sheet.title.startswith(f"{s.base} over ") for s in report.sweeps)
-    )
+    yield from report.sweep_sheets()
     yield Picture(study.folder / "sweeps.png", "AP over the values of each sweep")
 
 

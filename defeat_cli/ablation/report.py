@@ -57,7 +57,11 @@ class Report:
         rows = self.main_rows
         found = [_main_sheet(rows), _seeds_sheet(rows), _figures_sheet(rows), _background_sheet(rows)]
         found += [*_equal_recall_sheets(rows, self.outcomes), _errors_sheet(rows)]
-        return [sheet for sheet in [*found, *map(_sweep_sheet, self.sweeps)] if sheet.cells]
+        return [sheet for sheet in [*found, *self.sweep_sheets()] if sheet.cells]
+
+    def sweep_sheets(self) -> list[Sheet]:
+        """A table of each sweep's values."""
+        return [_sweep_sheet(sweep) for sweep in self.sweeps]
 
     def show(self) -> None:
         """Print the tables and how to read them."""

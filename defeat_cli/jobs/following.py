@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from defeat_cli.ablation.choice import BASELINE
 from defeat_cli.ablation.processes import environments
-from defeat_cli.ablation.protocol import LONGER, Protocolled, as_long_as, chosen
+from defeat_cli.ablation.protocol import LONGER, ProtocolStudy, as_long_as, chosen
 from defeat_cli.ablation.protocol_page import PAGE, write_page
 from defeat_cli.ablation.rows import check_sort
 from defeat_cli.ablation.running import Calls, check_study, run_study, write_report
@@ -19,7 +19,7 @@ from defeat_cli.jobs.study_pictures import draw_pictures
 
 
 def follow(
-    asked: Protocolled,
+    asked: ProtocolStudy,
     *,
     jobs: int | None = None,
     gpus_per_run: int = 1,
@@ -59,7 +59,7 @@ def follow(
     return failures
 
 
-def _tune(asked: Protocolled, calls: Calls, reporter: Reporter, options: dict) -> dict[str, str]:
+def _tune(asked: ProtocolStudy, calls: Calls, reporter: Reporter, options: dict) -> dict[str, str]:
     """Choose the best value of each sweep, and begin the final study with it."""
     tuning = asked.tuning()
     if tuning is None:
@@ -74,7 +74,7 @@ def _tune(asked: Protocolled, calls: Calls, reporter: Reporter, options: dict) -
     return failures
 
 
-def _report(asked: Protocolled, calls: Calls, reporter: Reporter, options: dict) -> dict[str, str]:
+def _report(asked: ProtocolStudy, calls: Calls, reporter: Reporter, options: dict) -> dict[str, str]:
     """Train what was chosen on the seeds that are reported, then the plain student of equal time."""
     final = asked.foreseen()
     reporter.note(f"reporting on seeds {', '.join(map(str, final.seeds))}, in {final.folder}")
