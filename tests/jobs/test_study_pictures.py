@@ -8,10 +8,12 @@ from PIL import Image
 from runs import planned
 
 from defeat_cli.config import schema as recipes
+from defeat_cli.jobs import study_pictures
 from defeat_cli.jobs.study_pictures import _scores, draw_pictures
 
 
-def test_the_same_images_are_drawn_for_teacher_plain_and_best(tmp_path, tiny, teacher):
+def test_the_same_images_are_drawn_for_teacher_plain_and_best(tmp_path, tiny, teacher, monkeypatch):
+    monkeypatch.setattr(study_pictures, "IMAGES", 2)
     base = recipes.load(str(tiny), {"teacher.checkpoint": str(teacher)})
     study = planned(tmp_path / "final", ["neck", "full"], base)
     draw_pictures(tmp_path, study, quiet=True)
@@ -24,7 +26,7 @@ def test_the_same_images_are_drawn_for_teacher_plain_and_best(tmp_path, tiny, te
         (run.folder / "results.json").write_text(json.dumps({**results, "teacher": results["student"]}))
     draw_pictures(tmp_path, study, quiet=True)
     pictures = sorted((tmp_path / "pictures").glob("detections_*.jpg"))
-    assert len(pictures) == 4
+    assert len(pictures) == 2
     with Image.open(pictures[0]) as image:
         assert image.width > 3 * 480  # three of them, each enlarged, side by side
     assert (tmp_path / "pictures" / "contact_sheet.png").is_file()
