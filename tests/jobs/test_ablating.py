@@ -127,3 +127,12 @@ def test_the_teacher_is_scored_once(tmp_path, base, monkeypatch):
     )  # fmt: skip
     assert results["teacher"] == {"AP": 0.125}
     assert set(scored) == {base.student.fpn_channels}  # the teacher has twice as many
+
+
+
+def test_a_teacher_of_two_studies_is_trained_in_one_place(tmp_path, base, monkeypatch):
+    monkeypatch.setattr(training, "train_teacher", lambda recipe, folder, **options: str(folder / "teacher"))
+    assert ablating.calls(home=tmp_path).obtain_teacher(base, tmp_path / "tuning") is None  # there is one
+    base.teacher.checkpoint, base.teacher.recipe = None, "quickstart_teacher"
+    assert ablating.calls(home=tmp_path).obtain_teacher(base, tmp_path / "tuning") == str(tmp_path / "teacher")
+    assert ablating.calls().obtain_teacher(base, tmp_path / "s") == str(tmp_path / "s" / "teacher")
