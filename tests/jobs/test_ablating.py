@@ -129,7 +129,6 @@ def test_the_teacher_is_scored_once(tmp_path, base, monkeypatch):
     assert set(scored) == {base.student.fpn_channels}  # the teacher has twice as many
 
 
-
 def test_a_teacher_of_two_studies_is_trained_in_one_place(tmp_path, base, monkeypatch):
     monkeypatch.setattr(training, "train_teacher", lambda recipe, folder, **options: str(folder / "teacher"))
     assert ablating.calls(home=tmp_path).obtain_teacher(base, tmp_path / "tuning") is None  # there is one
