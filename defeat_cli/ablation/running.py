@@ -96,7 +96,7 @@ def run_study(
     for name in FILES:
         require_place_for_file(study.folder / name)
     refuse_locked(study.folder)
-    steps = _check(study, calls, reporter)
+    steps = check_study(study, calls, reporter)
     study = replace(study, variants={name: study.variants[name] for name in steps})
     with locked(study.folder) as lock:
         study.save()
@@ -136,7 +136,7 @@ def _task(run: PlannedRun, now: Standing, steps: Mapping[str, int]) -> Task:
     return Task(run, epoch, steps[run.variant] * epoch // whole)
 
 
-def _check(study: Study, calls: Calls, reporter: Reporter) -> dict[str, int]:
+def check_study(study: Study, calls: Calls, reporter: Reporter) -> dict[str, int]:
     """Check a run of each variant, so that what cannot work is found now.
 
     Returns:
