@@ -15,6 +15,7 @@ from defeat_cli.data.formats.shapes import draw_shapes
 from defeat_cli.data.loading import training_loader
 from defeat_cli.detectors.contract import FeatureDetector, anchor_obstacle
 from defeat_cli.detectors.pooling import RoIPool, pool_with_one_wait
+from defeat_cli.detectors.zoo import wrap
 from defeat_cli.distillation.distiller import Distiller
 from defeat_cli.distillation.terms import TERMS
 from defeat_cli.engine.checkpoint import begin
@@ -236,3 +237,10 @@ def test_what_no_command_moves_alone():
         here, there = build("faster_rcnn").anchor_generator, build("faster_rcnn").anchor_generator
         there.set_cell_anchors(torch.float32, device)
         assert anchor_obstacle(there, here) is None
+
+
+def test_a_model_that_is_on_the_device_already_is_wrapped_there():
+    model = build(classes=CLASSES).model
+    expected = wrap(model, CLASSES).levels
+    with simulated_device.installed():
+        assert wrap(model.to(simulated_device.DEVICE), CLASSES).levels == expected

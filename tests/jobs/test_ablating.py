@@ -16,7 +16,7 @@ from defeat_cli.data.loading import training_loader
 from defeat_cli.engine.locking import locked
 from defeat_cli.engine.runs import RunFolder
 from defeat_cli.errors import CheckpointError, DataError, RunError
-from defeat_cli.jobs import ablating, training, worker
+from defeat_cli.jobs import ablating, training, validating, worker
 from defeat_cli.session import assemble
 
 
@@ -113,21 +113,20 @@ def test_the_teacher_is_scored_once(tmp_path, base, monkeypatch):
 
     # Neither on a few images at the start nor on all at the end: what is scored is the student.
     scored = []
-    score = training.score
+    evaluate = validating.evaluate
 
-    def counted(session, detector, *rest, **named):
-        scored.append(detector is session.teacher)
-        return score(session, detector, *rest, **named)
+    def counted(detector, *rest, **named):
+        scored.append(detector.levels[0].channels)
+        return evaluate(detector, *rest, **named)
 
-    monkeypatch.setattr(training, "score", counted)
+    monkeypatch.setattr(validating, "evaluate", counted)
     base.schedule.epochs = 1
     results = training.train(
         recipes.validate({**fine.recipe.model_dump()}, ""), fine.folder, quiet=True,
         known_teacher=lambda: worker.known_teacher(fine.recipe, fine.folder),
     )  # fmt: skip
     assert results["teacher"] == {"AP": 0.125}
-    assert scored
-    assert not any(scored)
+    assert set(scored) == {base.student.fpn_channels}  # the teacher has twice as many
 
 
 def test_a_teacher_of_two_studies_is_trained_in_one_place(tmp_path, base, monkeypatch):
