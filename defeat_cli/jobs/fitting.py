@@ -19,12 +19,13 @@ from defeat_cli.engine.faults import ADVICE, BadStepError, refuse_broken
 from defeat_cli.engine.loop import fit
 from defeat_cli.engine.runs import BAD_STEP, LAST, PREVIOUS, RunFolder
 from defeat_cli.errors import RunError
-from defeat_cli.jobs import bad_step, resuming
+from defeat_cli.jobs import bad_step, examples, resuming
 from defeat_cli.jobs.estimate import of_training
 from defeat_cli.jobs.validating import score
 from defeat_cli.memory import told
 from defeat_cli.precision import AUTOCAST
 from defeat_cli.session import Session
+from defeat_cli.tracking import Tracking
 
 
 def batches_of(session: Session, world: World = ALONE) -> Loader:
@@ -94,12 +95,14 @@ def fit_student(
     teacher_ap: float | None,
     until: int | None,
     world: World,
+    tracking: Tracking,
 ) -> None:
     """Train a session's student to the last epoch or `until`, saving checkpoints in the run's folder.
 
     Args:
         teacher_ap: the teacher's AP, where it is known: a student that reaches it is told of.
         until, world: as of `loop.fit`.
+        tracking: is given pictures of what the student detects, where the run has trackers.
 
     Raises:
         RunError: a step was not finite; it is written to the run's folder.
@@ -118,6 +121,8 @@ def fit_student(
                 f"the student (AP {percent(metrics['AP'])}) is as good as its teacher (AP {percent(teacher_ap)}); "
                 "a better teacher has more to give"
             )
+        if tracking.trackers:
+            tracking.pictures = examples.drawn(session, student)
         return metrics
 
     def needed() -> str:

@@ -28,10 +28,11 @@ from defeat_cli.engine.stopping import stoppable
 from defeat_cli.errors import RunError
 from defeat_cli.export.loader import write_loader
 from defeat_cli.files import write_json
-from defeat_cli.jobs import resuming
+from defeat_cli.jobs import reporting, resuming
 from defeat_cli.jobs.fitting import fit_student
 from defeat_cli.jobs.summary import write_summary
 from defeat_cli.jobs.validating import count_pseudo_labels, score, score_teacher
+from defeat_cli.jobs.watching import watched
 from defeat_cli.precision import AUTOCAST
 from defeat_cli.session import Session, assemble
 
@@ -94,8 +95,9 @@ def train(
                 resuming.take_up(run, training, session, reporter, changed_data=changed_data, world=world)
             if prolonged:
                 training.stale = 0  # to go on was asked for
-            fit_student(session, run, training, reporter, teacher_ap, until, world)
-            results = _finish(session, run, training, reporter, known_teacher, world)
+            with watched(session, run, reporter, world) as tracking:
+                fit_student(session, run, training, reporter, teacher_ap, until, world, tracking)
+                results = _finish(session, run, training, reporter, known_teacher, world)
             if recipe.run.compare_plain and session.teacher is not None:
                 plain = _sub_run(
                     plain_recipe(recipe), run / "plain", overwrite, quiet, "plain student", changed_data, world
@@ -103,6 +105,7 @@ def train(
                 results["plain"] = plain["student"]
             if world.is_main:
                 write_summary(run / SUMMARY, recipe.run.name or folder.name, results)
+                reporting.write_pages(session, run, results)
                 write_json(run / RESULTS, results)
                 (run / PREVIOUS).unlink(missing_ok=True)
             return world.on_all(results)
@@ -173,6 +176,7 @@ def _finish(
     """Write what a finished run leaves, all but its results, which are returned."""
     results = {"student": world.on_main(lambda: _export(session, run, training, reporter)["metrics"])}
     results["training_seconds"] = round(training.seconds, 1)
+    results["environment"] = reporting.environment(session.device)
     if left_out := images_left_out(session):
         results["left_out"] = left_out
     if training.step < session.steps:
