@@ -20,7 +20,7 @@ from defeat_cli.config.schema import Data, Recipe
 from defeat_cli.console import Reporter, counting, new_table
 from defeat_cli.data.transforms import read_image
 from defeat_cli.detectors.contract import evaluating, in_unit_range
-from defeat_cli.errors import DefeatError
+from defeat_cli.errors import DataError, DefeatError
 from defeat_cli.export.graph import FORMATS, INPUTS, OUTPUTS, SUFFIXES, Graph, Input
 from defeat_cli.export.parity import BOX_TOLERANCE, SCORE_TOLERANCE, Comparison, Detections, compare
 from defeat_cli.export.precision import Precision
@@ -54,12 +54,13 @@ class Row:
 class Exported:
     """The file, its size in bytes, and the comparison, which is empty where none was asked for.
 
-    costs: of a file in fewer bits, before and after; None where there is none, or no data to know them by.
+    costs: of a file in fewer bits, before and after; None where there is no data to know them by.
     """
 
     target: Path
     size: int
     rows: list[Row]
+    fewer_bits: bool = False
     costs: Table | None = None
 
     @property
@@ -72,9 +73,9 @@ class Exported:
         return any(max(row.comparison.counts) for row in self.rows)
 
     def table(self) -> Table:
-        """What a user sees of the comparison."""
+        """What a user sees of the comparison, which is that of float32 where the file has fewer bits."""
         return new_table(
-            f"{self.target.name} and torch: scores within {SCORE_TOLERANCE:g}, boxes within {BOX_TOLERANCE:g} pixels",
+            f"{self.target.name}{' in float32' if self.fewer_bits else ''} and torch: scores within {SCORE_TOLERANCE:g}, boxes within {BOX_TOLERANCE:g} pixels",
             ["image", "size", "torch", "file", "Δ score", "Δ box", "unmatched", ""],
             [_cells(row) for row in self.rows],
         )
@@ -128,6 +129,9 @@ def export(
         raise DefeatError(f"--{precision}: files of ONNX only; leave --format {form} out")
     if "run.device" in (changes or {}):
         raise DefeatError("--set run.device: files are made on the CPU and run anywhere; leave it out")
+    folder = (changes or {}).get("data.path")
+    if folder is not None and not Path(folder).is_dir():
+        raise DataError(f"{folder}: no such folder")
     splits = ("train", "val") if precision == "int8" else ("val",)
     opened = open_detector(checkpoint, recipe_name, {**(changes or {}), "run.device": "cpu"}, "export", splits)
     require_calibration(precision, opened.recipe.data)
@@ -160,7 +164,7 @@ def _in_fewer_bits(
     known = None
     if check and has_data(data):
         known = cost_table(costs({"float": content, precision: smaller}, data, quiet), data)
-    return replace(exported, size=len(smaller), costs=known), smaller
+    return replace(exported, size=len(smaller), fewer_bits=True, costs=known), smaller
 
 
 def _refuse(target: Path, form: str, kind: str, overwrite: bool) -> None:

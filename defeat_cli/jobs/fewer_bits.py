@@ -45,9 +45,9 @@ def require_calibration(precision: Precision, data: Data) -> None:
         DataError: there are none.
     """
     if precision == "int8" and not has_data(data):
-        place = "" if data.path is None else f"; {data.path}, which the checkpoint remembers, is not there"
+        missing = "" if data.path is None else f", and {data.path} is not there"
         raise DataError(
-            f"--int8: needs images to take the ranges of feature maps from: give a folder with --data{place}"
+            f"--int8: needs images to take the ranges of feature maps from{missing}: give a folder with --data"
         )
 
 

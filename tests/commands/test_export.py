@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from defeat_cli.data.transforms import read_image
-from defeat_cli.engine.evaluation import FIGURES
 from defeat_cli.export import parity
 from defeat_cli.jobs.opening import open_detector
 
@@ -98,19 +97,6 @@ def test_a_file_that_differs_is_not_written(defeat, teacher, tmp_path, monkeypat
     assert (tmp_path / "there.onnx").read_bytes() != b"before"
 
 
-def figures(defeat, checkpoint, shapes, folder):
-    path = folder / f"{checkpoint.name}.json"
-    defeat("eval", checkpoint, "-d", shapes, "--split", "train", "--json", path, "-q")
-    return json.loads(path.read_text())
-
-
-def test_eval_scores_the_file_as_it_scores_the_checkpoint(defeat, teacher, onnx_file, shapes, tmp_path):
-    ours, theirs = (figures(defeat, checkpoint, shapes, tmp_path) for checkpoint in (teacher, onnx_file))
-    assert ours["AP"] > 0
-    assert [theirs[name] for name in FIGURES] == pytest.approx([ours[name] for name in FIGURES], abs=1e-3)
-    assert theirs["per_class"] == pytest.approx(ours["per_class"], abs=1e-3)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -124,24 +110,6 @@ def test_eval_scores_the_file_as_it_scores_the_checkpoint(defeat, teacher, onnx_
 )
 def test_eval_refuses_what_a_file_cannot_have(defeat, onnx_file, shapes, arguments, message):
     assert message in defeat("eval", onnx_file, *[argument.format(shapes=shapes) for argument in arguments], code=2)
-
-
-@pytest.mark.parametrize("precision", ["half", "int8"])
-def test_fewer_bits_tell_size_and_ap_before_and_after(defeat, teacher, onnx_file, shapes, tmp_path, precision):
-    target = tmp_path / "small.onnx"
-    output = defeat("export", teacher, target, f"--{precision}", "-d", shapes)
-    rows = {
-        line.split()[0]: line.split()[1:]
-        for line in output.splitlines()
-        if line.startswith(("float ", "half ", "int8 "))
-    }
-    assert list(rows) == ["float", precision]
-    assert target.stat().st_size < onnx_file.stat().st_size
-    scores = [float(row[2]) for row in rows.values()]
-    assert float(rows[precision][3]) == pytest.approx(scores[1] - scores[0], abs=0.11)
-    score = tmp_path / "figures.json"
-    defeat("eval", target, "-d", shapes, "--json", score, "-q")
-    assert scores[1] == pytest.approx(100 * json.loads(score.read_text())["AP"], abs=0.051)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
@@ -168,12 +136,13 @@ def test_torchscript(defeat, teacher, tmp_path):
         (["{teacher}", "x.onnx", "--no-check", "--images", "."], "no use for --images"),
         (["{teacher}", "x.onnx", "--half", "--int8"], "give one"),
         (["{teacher}", "x.pt", "--format", "torchscript", "--half"], "leave --format torchscript out"),
+        (["{teacher}", "x.onnx", "--int8", "-d", "nowhere"], "nowhere: no such folder"),
         (["{bare}", "x.onnx", "--int8"], "give a folder with --data"),
         (["{teacher}", "x.onnx", "--set", "run.device=cuda"], "run.device"),
     ],
 )
 def test_bad_input_writes_nothing(defeat, teacher, tmp_path, monkeypatch, arguments, message):
-    bare = teacher.with_name("student.pth")  # does not know its data
+    bare = "shipped:quickstart_teacher.pt"  # whose data is yet to be drawn
     monkeypatch.chdir(tmp_path)
     (tmp_path / "there.onnx").write_bytes(b"")
     output = defeat("export", *[a.format(teacher=teacher, bare=bare) for a in arguments], code=2)
