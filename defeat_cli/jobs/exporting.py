@@ -74,8 +74,9 @@ class Exported:
 
     def table(self) -> Table:
         """What a user sees of the comparison, which is that of float32 where the file has fewer bits."""
+        name = f"{self.target.name} in float32" if self.fewer_bits else self.target.name
         return new_table(
-            f"{self.target.name}{' in float32' if self.fewer_bits else ''} and torch: scores within {SCORE_TOLERANCE:g}, boxes within {BOX_TOLERANCE:g} pixels",
+            f"{name} and torch: scores within {SCORE_TOLERANCE:g}, boxes within {BOX_TOLERANCE:g} pixels",
             ["image", "size", "torch", "file", "Δ score", "Δ box", "unmatched", ""],
             [_cells(row) for row in self.rows],
         )
