@@ -98,16 +98,6 @@ class Finder(Protocol):
     def detect(self, images: list[Tensor]) -> list[dict[str, Tensor]]: ...
 
 
-def device_of(detector: Finder) -> torch.device:
-    """Where it takes images."""
-    return next(detector.parameters()).device if isinstance(detector, nn.Module) else torch.device("cpu")
-
-
-def evaluating_finder(detector: Finder) -> contextlib.AbstractContextManager[Any]:
-    """As `detectors.contract.evaluating`, for what has no modes, too."""
-    return evaluating(detector) if isinstance(detector, nn.Module) else contextlib.nullcontext()
-
-
 def evaluate(
     detector: Finder,
     dataset: DetectionDataset | Subset,
@@ -133,9 +123,11 @@ def evaluate(
     """
     whole = dataset.dataset if isinstance(dataset, Subset) else dataset
     evaluator = CocoEvaluator(whole.coco, detector.classes)
-    device = device_of(detector)
+    is_module = isinstance(detector, nn.Module)
+    device = next(detector.parameters()).device if is_module else torch.device("cpu")
+    mode = evaluating(detector) if is_module else contextlib.nullcontext()
     loader = evaluation_loader(dataset, workers, pin_memory=device.type == "cuda")
-    with evaluating_finder(detector), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+    with mode, torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
         for images, _, image_ids in loader:
             evaluator.process(image_ids, detector.detect([image.to(device, non_blocking=True) for image in images]))
             on_image(len(images))

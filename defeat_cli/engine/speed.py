@@ -8,19 +8,20 @@ from statistics import median
 import torch
 
 from defeat_cli.data.dataset import DetectionDataset
-from defeat_cli.engine.evaluation import Finder, device_of, evaluating_finder
+from defeat_cli.detectors.compiling import uncompiled
+from defeat_cli.detectors.contract import Detector, evaluating
 
 WARM, MOST, SECONDS = 2, 10, 5.0
 """Images that are not counted, most that are, and the time after which no further one is begun."""
 
 
-def milliseconds_per_image(detector: Finder, data: DetectionDataset, autocast: torch.dtype | None = None) -> float:
+def milliseconds_per_image(detector: Detector, data: DetectionDataset, autocast: torch.dtype | None = None) -> float:
     """Median over a few images, spread over the data, in milliseconds. Reading them is not counted."""
-    device = device_of(detector)
+    device = next(detector.parameters()).device
     taken: list[float] = []
     begun = time.perf_counter()
     chosen = [i * len(data) // (WARM + MOST) for i in range(WARM + MOST)]
-    with evaluating_finder(detector), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+    with uncompiled(), evaluating(detector), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
         for index in chosen:
             images = [data[index].image.to(device)]
             _wait(device)
