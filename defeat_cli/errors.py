@@ -32,6 +32,10 @@ class OutOfMemoryError(RunError):
     """What was asked for does not fit the memory. The message says what would."""
 
 
+class Ended(Exception):  # noqa: N818 - the error is another's
+    """Another process of this run failed and has said why; this one has nothing to add."""
+
+
 class Interrupted(BaseException):
     """The user, or the system, asked a run to stop. The message says how to go on.
 

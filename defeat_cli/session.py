@@ -10,15 +10,18 @@ from pathlib import Path
 
 import torch
 
+from defeat_cli.audit.rules import class_faults
 from defeat_cli.config import schema as recipes
 from defeat_cli.config.architecture import backbone_name, family
 from defeat_cli.config.schema import Data, Recipe
 from defeat_cli.config.terms import TermSettings
-from defeat_cli.data.dataset import DetectionDataset, overlap
+from defeat_cli.data.dataset import DetectionDataset
+from defeat_cli.data.faults import Faults
 from defeat_cli.data.formats.shapes import draw_shapes
 from defeat_cli.data.opening import open_split
 from defeat_cli.data.unlabelled import ImageFolder
 from defeat_cli.detectors.backbones import load_backbone_weights
+from defeat_cli.detectors.compiling import require_compiler
 from defeat_cli.detectors.contract import Detector
 from defeat_cli.detectors.loading import load_teacher
 from defeat_cli.detectors.zoo import build_detector
@@ -26,9 +29,9 @@ from defeat_cli.distillation.distiller import Distiller
 from defeat_cli.distillation.terms import TERMS, Term
 from defeat_cli.distillation.unlabelled import PseudoLabels
 from defeat_cli.errors import DataError, RecipeError, RunError, TermError
+from defeat_cli.precision import choose_precision
 from defeat_cli.starting import start_from
-
-AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+from defeat_cli.verifying import Watch, faults_of, notes_on, notes_on_unlabelled, unwatched, verify, verify_unlabelled
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,7 @@ def assemble(
     teacher: str | None = None,
     like: Session | None = None,
     doing: Callable[[str], None] = lambda text: None,
+    watch: Watch = unwatched,
 ) -> Session:
     """Data, student, teacher and terms of a recipe. Nothing is trained, and nothing written but drawn data.
 
@@ -89,13 +93,18 @@ def assemble(
             (`teacher.recipe`) stands there untrained, so that what cannot work is found before it is trained.
         like: a session whose data and teacher serve again where the recipe names the same, as in a study.
         doing: told of each thing that may take a while, before it is begun.
+        watch: shows how far the reading of images is.
 
     Raises:
         DefeatError: something that the recipe names cannot be used. All that `train` refuses is refused here.
     """
-    device = choose_device(recipe.run.device, recipe.run.precision)
+    recipe = settled(recipe)
+    device = choose_device(recipe.run.device)
+    if recipe.run.compile:
+        require_compiler(device)
     notes: list[Note] = []
-    if like is not None and (like.recipe.data, like.recipe.run.seed) == (recipe.data, recipe.run.seed):
+    same_data = like is not None and (like.recipe.data, like.recipe.run.seed) == (recipe.data, recipe.run.seed)
+    if same_data:
         training_data, validation_data = like.training_data, like.validation_data
     else:
         doing(f"reading {recipe.data.path or 'the data'}")
@@ -106,11 +115,8 @@ def assemble(
             notes.append(Note(f"{recipe.data.path}: a new folder; the data set of shapes was drawn there"))
     for opened in (training_data, validation_data):
         opened.refuse_vanishing(recipe.data.short_side, recipe.data.long_side)
-    for text in [*training_data.notes, *(f"validation: {note}" for note in validation_data.notes)]:
-        notes.append(Note(text))
-    shared = overlap(training_data, validation_data)
-    if shared is not None:
-        notes.append(Note(shared, warning=True))
+    Faults().tell(class_faults(training_data, validation_data))
+    about_data = len(notes)
     doing(f"building the student, a {family(recipe.student)} on {backbone_name(recipe.student)}")
     student = build_student(recipe, training_data.classes)
     if recipe.student.weights is not None:
@@ -131,12 +137,25 @@ def assemble(
             raise RecipeError(
                 "data.unlabelled: there is no teacher to learn from on these images; give one by --teacher"
             )
-        unlabelled, remarks = _open_unlabelled(recipe, training_data, validation_data, like)
-        notes += remarks
+        if recipe.distillation.terms:
+            unlabelled = _open_unlabelled(recipe, training_data, like)
+        else:
+            notes.append(Note("data.unlabelled: no term of distillation is on, so these images are not used"))
     if checkpoint is not None:
         doing(f"reading the teacher {checkpoint}")
     distiller, remarks = build_distiller(recipe, student, checkpoint, like, unlabelled=unlabelled is not None)
     notes += remarks
+    workers = loader_processes(recipe.data.workers)
+    if not same_data:  # last, as it takes the longest
+        doing("reading every image")
+        training_data = verify(training_data, recipe.data, "training", workers, watch)
+        validation_data = verify(validation_data, recipe.data, "validation", workers, watch)
+    told = notes_on(training_data, validation_data, recipe.data, student)
+    if unlabelled is not None:
+        if like is None or unlabelled is not like.unlabelled:
+            unlabelled = verify_unlabelled(unlabelled, recipe.data, workers, watch)
+        told += notes_on_unlabelled(unlabelled, recipe.data, training_data, validation_data)
+    notes[about_data:about_data] = [Note(text, warning) for text, warning in told]
     return Session(
         recipe,
         device,
@@ -239,18 +258,36 @@ def choose_device(name: str, precision: str = "fp32") -> torch.device:
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         found = torch.cuda.device_count() if torch.cuda.is_available() else 0
         raise RunError(f"run.device: {name} was asked for, but this machine has {found} CUDA devices; use auto or cpu")
-    if precision != "fp32" and device.type != "cuda":
-        raise RunError(f"run.precision: {precision} needs a CUDA device; use fp32 on {device.type}")
+    choose_precision(precision, device)
     return device
 
 
-def loader_processes(workers: int) -> int:
-    """`data.workers`, but no more than there are CPU cores."""
-    return min(workers, os.cpu_count() or 1)
+def settled(recipe: Recipe, begun: Recipe | None = None) -> Recipe:
+    """The recipe with the precision that `auto` stands for.
+
+    Args:
+        begun: the recipe of a run that is gone on with, whose precision is kept.
+
+    Raises:
+        RunError: a device or precision that is not there.
+    """
+    device = choose_device(recipe.run.device, recipe.run.precision)
+    precision = recipe.run.precision
+    if precision == "auto":
+        precision = choose_precision(begun.run.precision if begun is not None else "auto", device)
+    return recipe.model_copy(update={"run": recipe.run.model_copy(update={"precision": precision})})
 
 
-def open_data(data: Data, split: str, *, train: bool, seed: int = 0) -> DetectionDataset:
+def loader_processes(workers: int, beside: int = 1) -> int:
+    """`data.workers`, but no more than there are CPU cores; `beside`: processes of this machine that have them each."""
+    return min(workers, max(1, (os.cpu_count() or 1) // beside))
+
+
+def open_data(data: Data, split: str, *, train: bool, seed: int = 0, faults: Faults | None = None) -> DetectionDataset:
     """One split of the recipe's data; draws the embedded data set first where that is asked for.
+
+    Args:
+        faults: is told of what is wrong; None does as `data.on_bad_image` says.
 
     Raises:
         DataError: no data, or data that cannot be used.
@@ -272,31 +309,19 @@ def open_data(data: Data, split: str, *, train: bool, seed: int = 0) -> Detectio
         val_fraction=data.val_fraction,
         split_seed=data.split_seed,
         classes=data.classes,
+        faults=faults or faults_of(data),
     )
 
 
-def _open_unlabelled(
-    recipe: Recipe, training_data: DetectionDataset, validation_data: DetectionDataset, like: Session | None
-) -> tuple[ImageFolder | None, list[Note]]:
-    """The images without annotations, if anything is distilled, and what a user should know of them."""
+def _open_unlabelled(recipe: Recipe, training_data: DetectionDataset, like: Session | None) -> ImageFolder:
+    """The images without annotations."""
     data = recipe.data
-    if not recipe.distillation.terms:
-        return None, [Note("data.unlabelled: no term of distillation is on, so these images are not used")]
     if like is not None and like.unlabelled is not None and like.training_data is training_data:
         folder = like.unlabelled
     else:
-        folder = ImageFolder(Path(data.unlabelled), training_data.transforms, recipe.run.seed)
+        folder = ImageFolder(Path(data.unlabelled), training_data.transforms, recipe.run.seed, faults_of(data))
     folder.refuse_vanishing(data.short_side, data.long_side)
-    beside = min(data.unlabelled_a_batch, len(folder))
-    others = f" (other files there: {folder.left_out})" if folder.left_out else ""
-    notes = [
-        Note(f"unlabelled: {len(folder)} images{others}, {beside} beside each batch of {data.batch_size} labelled")
-    ]
-    for kind, annotated in (("training", training_data), ("validation", validation_data)):
-        if shared := folder.shared_with(annotated):
-            text = f"data.unlabelled: {shared} of its {len(folder)} images are {kind} images too"
-            notes.append(Note(text, warning=True))
-    return folder, notes
+    return folder
 
 
 def build_student(recipe: Recipe, classes: list[str]) -> Detector:

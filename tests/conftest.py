@@ -1,6 +1,9 @@
 """A drawn data set, a recipe and a teacher small enough for tests that go through the real command."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -19,6 +22,10 @@ from defeat_cli.commands.app import app
 # One thread: tiny detectors gain nothing from more, and parallel loops crawl when the cores are busy elsewhere.
 torch.set_num_threads(1)
 
+# What is remembered of images is not to outlive the tests, nor to come from the user's own runs.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="defeat-tests-")
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+
 simulated_device.register()
 
 TINY = {
@@ -27,7 +34,7 @@ TINY = {
     "distillation": {"warmup_steps": 2},
     "optimizer": {"lr": 0.01, "clip_norm": 10.0},
     "schedule": {"epochs": 2, "warmup_steps": 2, "milestones": [1]},
-    "run": {"device": "cpu", "log_every": 2},
+    "run": {"device": "cpu", "precision": "fp32", "log_every": 2},
 }
 
 

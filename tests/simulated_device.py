@@ -132,10 +132,13 @@ class OnDevice(Tensor):
         METER.wait("tolist")
         return self.held.tolist()
 
-    def numpy(self, *_: Any, **__: Any) -> Any:
+    def numpy(self, *, force: bool = False) -> Any:
+        if force:
+            return self.detach().cpu().numpy()
         raise TypeError(f"can't convert a tensor of the {NAME} device to numpy; use Tensor.cpu() first")
 
-    __array__ = numpy
+    def __array__(self, *_: Any, **__: Any) -> Any:
+        return self.numpy()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         copy: Tensor = OnDevice(self.held.detach().clone())

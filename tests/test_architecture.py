@@ -16,18 +16,21 @@ ALLOWED = {
     "memory": {"errors"},
     "tables": set(),
     "console": {"tables", "text"},
+    "precision": {"errors"},
     "config": {"config", "errors", "files"},
     "checkpoints": {"checkpoints", "config", "errors", "files"},
     "detectors": {"detectors", "checkpoints", "config", "errors", "text"},
-    "data": {"data", "errors", "text"},
+    "data": {"data", "errors", "files", "text"},
     "distillation": {"distillation", "detectors", "config", "errors", "text"},
     "engine": {"engine", "distillation", "detectors", "data", "config", "errors", "files", "text"},
     "benchmark": {"benchmark", "engine", "distillation", "detectors", "data", "errors", "files"},
     "gradients": {"gradients", "distillation", "detectors", "data", "config", "errors", "files", "text"},
+    "audit": {"audit", "distillation", "data", "errors", "text"},
     "export": {"export", "detectors", "config", "errors", "files"},
     "ablation": {"ablation", "engine", "config", "console", "errors", "files", "tables", "text"},
     "starting": {"distillation", "detectors", "checkpoints", "config", "errors", "text"},
-    "session": {"starting", "distillation", "detectors", "data", "config", "errors"},
+    "verifying": {"audit", "detectors", "data", "config", "errors", "text"},
+    "session": {"precision", "starting", "verifying", "audit", "distillation", "detectors", "data", "config", "errors"},
 }
 """What each part may import of ours. Parts not named here stand on top and may import anything."""
 

@@ -8,14 +8,19 @@ import simulated_device
 import torch
 from matplotlib.figure import Figure
 from runs import dying_at, metrics, setting
-from tiny import COMMON, OWN, options, save_run
+from tiny import COMMON, OWN, build, options, save_run
 
 from defeat_cli.config import schema as recipes
 from defeat_cli.data.formats.shapes import draw_shapes
 from defeat_cli.data.loading import training_loader
+from defeat_cli.detectors.contract import FeatureDetector, anchor_obstacle
+from defeat_cli.detectors.pooling import RoIPool, pool_with_one_wait
+from defeat_cli.detectors.zoo import wrap
+from defeat_cli.distillation.distiller import Distiller
 from defeat_cli.distillation.terms import TERMS
 from defeat_cli.engine.checkpoint import begin
 from defeat_cli.engine.step import train_step
+from defeat_cli.engine.transfer import to_device
 from defeat_cli.session import assemble
 
 pytestmark = pytest.mark.skipif(not simulated_device.supported(), reason="this torch has no devices made in Python")
@@ -49,12 +54,28 @@ def no_pictures(monkeypatch):
     monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: Path(path).write_bytes(b""))
 
 
+@pytest.fixture(autouse=True)
+def one_order_of_sums(monkeypatch):
+    """On a CPU the gradients of pooling, and an optimizer's step, are added up in an order of their own: not here."""
+
+    def pooled(pool, features, boxes, sizes):
+        maps = [level for name, level in features.items() if name in pool.featmap_names]
+        return pool_with_one_wait(pool, maps, boxes)
+
+    def plain(kind):
+        return lambda groups, fused, **settings: kind(groups, **settings)
+
+    monkeypatch.setattr(RoIPool, "forward", pooled)
+    for name in ("SGD", "AdamW"):
+        monkeypatch.setattr(torch.optim, name, plain(getattr(torch.optim, name)))
+
+
 @pytest.fixture
 def fit(defeat, tiny, data):
     """A short training: (folder, teacher, options)."""
 
-    def run(folder, teacher, *more, batch_size=2):
-        settings = setting(schedule__epochs=1, run__log_every=1, data__batch_size=batch_size)
+    def run(folder, teacher, *more, batch_size=2, log_every=1):
+        settings = setting(schedule__epochs=1, run__log_every=log_every, data__batch_size=batch_size)
         defeat("train", "-r", tiny, "-t", teacher, "-d", data, "-o", folder, *settings, *more)
 
     return run
@@ -115,11 +136,11 @@ def test_a_run_with_everything_on_equals_the_cpus(fit, teachers, tmp_path):
     more += setting(
         run__save_every=1, **{f"distillation__{term}": "{}" for term in TERMS if term not in ("crosskd", "ld")}
     )
-    fit(tmp_path / "cpu", teacher, *more, batch_size=1)
+    fit(tmp_path / "cpu", teacher, *more, batch_size=1, log_every=2)
     with simulated_device.installed():
         with dying_at(1):
-            fit(tmp_path / "device", teacher, *more, batch_size=1)
-        fit(tmp_path / "device", teacher, *more, "--resume", batch_size=1)
+            fit(tmp_path / "device", teacher, *more, batch_size=1, log_every=2)
+        fit(tmp_path / "device", teacher, *more, "--resume", batch_size=1, log_every=2)
     assert metrics(tmp_path / "device") == metrics(tmp_path / "cpu")
     states = [torch.load(tmp_path / name / "student.pth", weights_only=True) for name in ("cpu", "device")]
     torch.testing.assert_close(*states, rtol=0, atol=0)
@@ -197,3 +218,29 @@ def test_check_and_mask_pictures(defeat, tiny, teachers, data, tmp_path):
     memory = re.compile(r".*(memory|GiB).*")
     assert memory.sub("", found) == memory.sub("", expected)
     assert list((tmp_path / "masks").rglob("*masks.png"))
+
+
+def test_what_no_command_moves_alone():
+    """Detectors of a user's own modules, images of unlike types, and a training that nothing has moved yet."""
+    image = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    target = {"boxes": torch.tensor([[1.0, 2, 3, 4]]), "labels": torch.tensor([1])}
+    with simulated_device.installed():
+        device = simulated_device.DEVICE
+        own = FeatureDetector(torch.nn.Conv2d(3, 3, 1), ["a"], lambda model, batch: [model(batch.pixels)], size=(16, 8))
+        batch = own.to(device).prepare(to_device([image], device), [target])
+        assert {value.device for value in batch.targets[0].values()} == {batch.pixels.device} == {device}
+        assert batch.targets[0]["boxes"].tolist() == [[1, 4, 3, 8]]
+        assert {one.device for one in to_device([image, image.float()], device)} == {device}
+
+        training = begin(recipes.load("quickstart", {}), Distiller(build("faster_rcnn")), device)
+        assert {value.device for value in training.distiller.state_dict().values()} == {device}
+        here, there = build("faster_rcnn").anchor_generator, build("faster_rcnn").anchor_generator
+        there.set_cell_anchors(torch.float32, device)
+        assert anchor_obstacle(there, here) is None
+
+
+def test_a_model_that_is_on_the_device_already_is_wrapped_there():
+    model = build(classes=CLASSES).model
+    expected = wrap(model, CLASSES).levels
+    with simulated_device.installed():
+        assert wrap(model.to(simulated_device.DEVICE), CLASSES).levels == expected

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from defeat_cli.engine.launching import check_count, threads_each
 from defeat_cli.engine.stopping import stop_requested
 from defeat_cli.errors import RunError
 
@@ -18,25 +19,28 @@ LOG = "log.txt"
 POLL_SECONDS = 0.5
 
 
-def environments(device: str, jobs: int | None) -> list[dict[str, str]]:
-    """What each of the processes that work side by side gets in its environment.
+def environments(device: str, jobs: int | None, gpus_per_run: int = 1) -> list[dict[str, str]]:
+    """What each of the runs that are worked on side by side gets in its environment.
 
-    With several GPUs each process sees one of them, and there are as many processes as GPUs unless `jobs` says
-    otherwise. Elsewhere there is one, or `jobs`, which share the CPU cores.
+    With several GPUs each run sees as many of them as it is to have, and there are as many runs as that leaves GPUs for
+    unless `jobs` says otherwise. Elsewhere there is one, or `jobs`, which share the CPU cores.
 
     Args:
-        device: the recipe's; where it names one GPU all processes use that.
+        device: the recipe's; where it names one GPU all runs use that.
+
+    Raises:
+        RunError: no jobs, or more GPUs a run than there are.
     """
     if jobs is not None and jobs < 1:
         raise RunError(f"--jobs {jobs}: give 1 or more")
+    check_count(gpus_per_run, device, "--gpus-per-run")
     gpus = _visible_gpus() if device in ("auto", "cuda") else []
     if len(gpus) > 1:
-        return [{"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} for i in range(jobs or len(gpus))]
+        ends = range(gpus_per_run, len(gpus) + 1, gpus_per_run)
+        groups = [",".join(gpus[end - gpus_per_run : end]) for end in ends]
+        return [{"CUDA_VISIBLE_DEVICES": groups[i % len(groups)]} for i in range(jobs or len(groups))]
     count = jobs or 1
-    if count == 1 or "OMP_NUM_THREADS" in os.environ:
-        return [{}] * count
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return [{"OMP_NUM_THREADS": str(max(1, cores // count))}] * count
+    return [threads_each(count * gpus_per_run)] * count
 
 
 def _visible_gpus() -> list[str]:

@@ -66,12 +66,19 @@ class Task:
 
 
 def run_study(
-    study: Study, calls: Calls, *, jobs: int | None = None, sort: str = "AP", quiet: bool = False
+    study: Study,
+    calls: Calls,
+    *,
+    jobs: int | None = None,
+    gpus_per_run: int = 1,
+    sort: str = "AP",
+    quiet: bool = False,
 ) -> dict[str, str]:
     """Train what is not trained yet, and write the report after every run.
 
     Args:
-        jobs: runs side by side; None takes one a GPU, and one on CPU.
+        jobs: runs side by side; None takes as many as there are GPUs for, and one on CPU.
+        gpus_per_run: processes that train each run, which `calls.command` knows too.
 
     Returns:
         Run name -> why it failed; empty where all went well. Failed runs are tried again at the next call.
@@ -82,7 +89,7 @@ def run_study(
         Interrupted: asked to stop; what was under way is saved.
     """
     check_sort(sort)
-    slots = environments(study.recipe.run.device, jobs)
+    slots = environments(study.recipe.run.device, jobs, gpus_per_run)
     reporter = Reporter("study", quiet)
     require_place_for_folder(study.folder)
     for name in FILES:

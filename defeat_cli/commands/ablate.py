@@ -49,7 +49,10 @@ def ablate(
     ] = None,
     variants: VariantsOption = None,
     output: OutputOption = None,
-    jobs: Annotated[int | None, typer.Option(help="Runs side by side; one a GPU where there are several.")] = None,
+    jobs: Annotated[int | None, typer.Option(help="Runs side by side; as many as there are GPUs for.")] = None,
+    gpus_per_run: Annotated[
+        int, typer.Option(help="Processes that share each run, one a GPU; on the CPU with --device cpu.")
+    ] = 1,
     sort: Annotated[str, typer.Option(help="What the tables are sorted by: AP, AP50, … or given.")] = "AP",
     report_only: Annotated[bool, typer.Option("--report-only", help="Rebuild the report; train nothing.")] = False,
     show_masks: Annotated[
@@ -92,12 +95,17 @@ def ablate(
             console.print(f"written: {path}", soft_wrap=True)
         return
     from defeat_cli.ablation.choice import choose
+    from defeat_cli.engine.runs import RunFolder
     from defeat_cli.jobs.ablating import ablate as run
+    from defeat_cli.session import settled
+
+    before = RunFolder(folder)
+    chosen = settled(chosen, before.recipe if before.exists else None)
 
     groups = [name for name, wanted in (("--all-masks", all_masks), ("--all-methods", all_methods)) if wanted]
     compared, optional = choose([*(names or []), *groups], known, GROUPS, chosen)
     study = plan(folder, compared, whole_numbers("--seeds", seeds), chosen, budget, optional)
-    failures = run(study, jobs=jobs, sort=sort, quiet=quiet)
+    failures = run(study, jobs=jobs, gpus_per_run=gpus_per_run, sort=sort, quiet=quiet)
     show_report(folder, sort)
     if failures:
         raise typer.Exit(1)

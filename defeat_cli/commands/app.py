@@ -14,7 +14,7 @@ from defeat_cli.commands import ablate, bench, check, convert, export, gradmap, 
 from defeat_cli.commands import eval as evaluation
 from defeat_cli.commands.next_steps import next_steps
 from defeat_cli.console import console, errors
-from defeat_cli.errors import DefeatError, Interrupted
+from defeat_cli.errors import DefeatError, Ended, Interrupted
 from defeat_cli.memory import shortage
 
 
@@ -24,9 +24,15 @@ class CleanErrors(TyperGroup):
     Programming errors keep their traceback.
     """
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.obj = list(args)  # the whole command line, for a command that starts itself several times
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except Ended:
+            raise typer.Exit(1) from None
         except Interrupted as stop:
             errors.print(f"[yellow]stopped:[/] {escape(str(stop))}", soft_wrap=True)
             raise typer.Exit(stop.code) from None

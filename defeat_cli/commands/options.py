@@ -45,6 +45,19 @@ def overrides(assignments: list[str] | None, **options: Any) -> dict[str, Any]:
     return {**assigned, **given}
 
 
+def without(option: str, arguments: list[str]) -> list[str]:
+    """A command line without an option that takes a value."""
+    kept, skip = [], False
+    for argument in arguments:
+        if skip or argument.startswith(f"{option}="):
+            skip = False
+        elif argument == option:
+            skip = True
+        else:
+            kept.append(argument)
+    return kept
+
+
 def options_said(ctx: typer.Context) -> dict[str, str]:
     """Parameters that the command line gave, by name, each as it is spelled there."""
     return {p.name: p.opts[0] for p in ctx.command.params if ctx.get_parameter_source(p.name).name == "COMMANDLINE"}

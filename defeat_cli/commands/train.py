@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +24,7 @@ from defeat_cli.commands.options import (
     options_said,
     overrides,
     recipe_to_train,
+    without,
 )
 from defeat_cli.console import console, results_sheet, show
 from defeat_cli.errors import DefeatError
@@ -45,6 +47,9 @@ def train(
         bool, typer.Option("--changed-data", help="With --resume: go on though the data is not what it was.")
     ] = False,
     device: DeviceOption = None,
+    gpus: Annotated[
+        int | None, typer.Option(help="Processes, one a GPU of this machine; on the CPU with --device cpu.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Fixes everything random.")] = None,
     plain: Annotated[
         bool | None, typer.Option("--compare-plain", help="Also train the same student without the teacher.")
@@ -79,19 +84,39 @@ def train(
     )
     if not (recipe or said or output):
         raise DefeatError(f"nothing to train. What to do next:\n{next_steps()}")
+    console.quiet = os.environ.get("RANK", "0") != "0"  # of several processes the first one speaks
 
     def folder_of(name: str) -> Path:
         return output or Path("runs") / name
 
-    chosen = recipe_to_train(recipe, said, variant, variants, folder=folder_of if resume else None, quiet=quiet)
+    several = gpus is not None and gpus > 1
+    chosen = recipe_to_train(
+        recipe, said, variant, variants, folder=folder_of if resume else None, quiet=quiet or several
+    )
     folder = folder_of(chosen.run.name)
     announce_loading(quiet)
-    from defeat_cli.jobs import training
+    if gpus is not None:
+        from defeat_cli.engine import launching
 
-    results = training.train(chosen, folder, resume=resume, overwrite=overwrite, changed_data=changed_data, quiet=quiet)
-    show(results_sheet(results))
-    files = "student.pth (for torchvision), best.pt, results.json and results.md, curves.png"
-    console.print(f"written to {folder}/: {files}", soft_wrap=True)
+        launching.check_count(gpus, chosen.run.device)
+    if several:
+        raise typer.Exit(launching.launch(gpus, ["defeat_cli", *without("--gpus", ctx.find_root().obj)]))
+    from defeat_cli.jobs import training
+    from defeat_cli.jobs.together import working_together
+
+    with working_together() as world:
+        results = training.train(
+            chosen,
+            folder,
+            resume=resume,
+            overwrite=overwrite,
+            changed_data=changed_data,
+            quiet=quiet,
+            world=world,
+        )
+        show(results_sheet(results))
+        files = "student.pth (for torchvision), best.pt, results.json and results.md, curves.png"
+        console.print(f"written to {folder}/: {files}", soft_wrap=True)
 
 
 def show_replay(file: Path, device: str | None, teacher: str | None, said: dict[str, str]) -> None:

@@ -41,6 +41,8 @@ def idle_in_training(recipe: Recipe) -> dict[str, str]:
         names |= {*STRUCTURE} - {"detector"}
     if not student.detector.startswith("faster"):
         names |= {"head_channels", "proposals_train", "regions_per_image"}
+    if student.norm != "batch":
+        idle["student.sync_bn"] = f"student.norm is {student.norm}"
     idle |= {f"student.{name}": f"a {student.detector} does not have it" for name in sorted(names)}
     if optimizer.name == "sgd":
         idle["optimizer.betas"] = "optimizer.name is sgd"

@@ -19,7 +19,7 @@ from typing_extensions import is_typeddict
 
 from defeat_cli.config.architecture import STRICT, Architecture, SomeSettings
 from defeat_cli.config.terms import DEFAULT_TERMS, SETTINGS, TermSettings
-from defeat_cli.config.types import Count, EpochsOrSteps, Fraction, Interval, NonNegative, Positive, Seed
+from defeat_cli.config.types import Count, EpochsOrSteps, Flag, Fraction, Interval, NonNegative, Positive, Seed
 from defeat_cli.config.yaml import read_yaml
 from defeat_cli.errors import RecipeError
 from defeat_cli.files import replacing
@@ -40,6 +40,8 @@ class Student(Architecture):
     weights: str | None = None
     """Detector checkpoint to start from; `--student-weights`. Its classes go by name, and its conventions are to be
     the student's."""
+    sync_bn: Flag = False
+    """Batch normalisation over the images that all processes have on their GPUs at a time, not over each one's own."""
     inherit: list[Literal["neck", "head"]] = field(default_factory=list)
     """Parts that start as the teacher's, where shapes agree (FGD's and MGD's `init_student`). Never compare a student
     that inherits with one that does not: the plain student of a study or of `--compare-plain` inherits too."""
@@ -99,9 +101,15 @@ class Data(Section):
     flip: Fraction = 0.5
     """Chance of a horizontal flip in training."""
     batch_size: Count = 2
-    """Images per step and process."""
+    """Images a batch. A step takes `optimizer.accumulate` batches, on however many processes, which share them."""
     workers: Annotated[int, Field(ge=0)] = 4
-    """Loader processes; 0 reads in the main process."""
+    """Loader processes of each process that trains; 0 reads in that process."""
+    verify: Literal["full", "headers"] = "full"
+    """What is read of every image before a training starts: all of it (once: sound images are remembered in the user's
+    cache folder), or the header alone, which does not find images that are cut short."""
+    on_bad_image: Literal["stop", "skip"] = "stop"
+    """What to do with an image that is missing, cannot be read, or is not of its annotated size: stop, or leave it out
+    of training and validation, which is counted and told."""
     unlabelled: str | None = None
     """Folder of images without annotations, not relative to `path`; subfolders count. The terms of distillation see
     these images beside the labelled ones, which alone make the detection loss."""
@@ -125,6 +133,12 @@ class Data(Section):
         for name in UNLABELLED:
             if self.unlabelled is None and getattr(self, name) != Data.model_fields[name].default:
                 raise ValueError(f"{name} is about unlabelled images, and there are none; give unlabelled: FOLDER")
+        return self
+
+    @model_validator(mode="after")
+    def _skip_what_is_known(self) -> Data:
+        if self.on_bad_image == "skip" and self.verify != "full":
+            raise ValueError("on_bad_image: skip needs verify: full, which finds the images before the first step")
         return self
 
     @model_validator(mode="after")
@@ -213,7 +227,8 @@ Distillation = create_model(
 class Optimizer(Section):
     name: Literal["sgd", "adamw"] = "sgd"
     lr: Positive = 0.02
-    """Learning rate at the recipe's batch size; it is not rescaled."""
+    """Learning rate for the recipe's step, which is `data.batch_size` times `accumulate` images on any number of
+    processes; it is not rescaled."""
     momentum: Fraction = 0.9
     """SGD momentum."""
     betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = [0.9, 0.999]
@@ -226,7 +241,8 @@ class Optimizer(Section):
     skip_nonfinite: Annotated[int, Field(ge=0)] = 0
     """Steps in a row that may be left out because a loss or gradient is not finite; the next one ends the run."""
     accumulate: Count = 1
-    """Batches whose gradients are summed into one step."""
+    """Batches whose gradients are averaged in one step: those of a process one after another, several processes' at the
+    same time. Where there are fewer batches than processes each batch is cut into pieces."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay of an exponential moving average of the student, which is then what is evaluated and exported."""
 
@@ -248,8 +264,12 @@ class Run(Section):
     seed: Seed = 0
     device: str = "auto"
     """`auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:N`."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Autocast dtype; bf16 and fp16 need CUDA. Distillation terms are always computed in fp32."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Autocast dtype; `auto` is bf16 on GPUs and CPUs that have instructions for it (CPUs: AVX512-BF16 or AMX), else
+    fp32. fp16 needs CUDA. Distillation terms, boxes and anchors are always computed in fp32."""
+    compile: bool = False
+    """Compile backbones and necks by `torch.compile`, which takes a minute or more at the first steps and pays in long
+    trainings; scoring is not compiled."""
     evaluate_every: EpochsOrSteps = 1
     """Epochs between evaluations, or steps: `500 steps`. The last epoch is always evaluated."""
     patience: Count | None = None

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from defeat_cli.data.faults import EntryError, Fault, Faults
 from defeat_cli.data.reading import read_json, stream_json
 from defeat_cli.errors import DataError
 
@@ -51,6 +52,40 @@ class Annotations:
         """The same with the names that the image files really have, and what there is to say about them."""
         return replace(self, file_names=file_names, notes=(*self.notes, *notes))
 
+    def with_sizes(self, sizes: list[tuple[int, int] | None]) -> Annotations:
+        """The same with these (height, width)."""
+        return replace(self, sizes=sizes)
+
+    def of_images(self, chosen: np.ndarray, note: str | None = None) -> Annotations:
+        """Some of the images, with their boxes.
+
+        Args:
+            chosen: [n] positions, ascending.
+            note: what to say about it.
+        """
+        place = np.full(len(self.file_names), -1)
+        place[chosen] = np.arange(len(chosen))
+        rows = np.flatnonzero(place[self.images] >= 0)
+        return replace(
+            self,
+            image_ids=[self.image_ids[i] for i in chosen],
+            file_names=[self.file_names[i] for i in chosen],
+            sizes=[self.sizes[i] for i in chosen],
+            notes=self.notes if note is None else (*self.notes, note),
+            **self.columns(rows, images=place[self.images[rows]]),
+        )
+
+    def without_images(self, gone: Sequence[int]) -> Annotations:
+        """The same without the images at these positions."""
+        if not len(gone):
+            return self
+        return self.of_images(np.setdiff1d(np.arange(len(self.file_names)), gone))
+
+    def columns(self, rows: np.ndarray, **changed: np.ndarray) -> dict[str, np.ndarray]:
+        """What is known of some of the annotations, with columns that change."""
+        names = ("images", "labels", "boxes", "areas", "crowd")
+        return {name: getattr(self, name)[rows] for name in names} | changed
+
 
 def from_objects(
     origin: str,
@@ -85,39 +120,44 @@ def from_objects(
     )
 
 
-def read_annotations(path: Path) -> Annotations:
+def read_annotations(path: Path, faults: Faults | None = None) -> Annotations:
     """Read a COCO annotation file.
+
+    Args:
+        faults: is told of entries at fault, which are left out where it tolerates them.
 
     Raises:
         DataError: it is no JSON (with the line), or not what COCO annotations are (with the entry at fault).
     """
-    reader = _CocoReader(str(path))
+    faults = faults or Faults()
+    told = len(faults.found)
+    reader = _CocoReader(str(path), faults)
     content = stream_json(path, reader.take)
-    return parse_annotations(read_json(path), str(path)) if content is None else reader.finish(content)
+    if content is not None:
+        return reader.finish(content)
+    del faults.found[told:]  # all of them are told again
+    return parse_annotations(read_json(path), str(path), faults)
 
 
-def parse_annotations(content: Any, origin: str) -> Annotations:
+def parse_annotations(content: Any, origin: str, faults: Faults | None = None) -> Annotations:
     """Check a COCO file's content and turn it into arrays.
 
     What is of another type and still clear is read: 1.0 and "1" as 1, "0" as no crowd.
 
     Args:
         origin: what messages call it.
+        faults: as in `read_annotations`.
 
     Raises:
         DataError: names the entry at fault.
     """
-    reader = _CocoReader(origin)
+    reader = _CocoReader(origin, faults or Faults())
     if isinstance(content, dict):
         content = {
             key: [reader.take(key, i, entry) for i, entry in enumerate(value)] if isinstance(value, list) else value
             for key, value in content.items()
         }
     return reader.finish(content)
-
-
-class _FaultError(Exception):
-    """What is wrong with one entry; `_CocoReader.take` adds where it is."""
 
 
 class _CocoReader:
@@ -127,8 +167,10 @@ class _CocoReader:
     the order in which annotations first name them.
     """
 
-    def __init__(self, origin: str) -> None:
+    def __init__(self, origin: str, faults: Faults) -> None:
         self.origin = origin
+        self.faults = faults
+        self.dropped: list[int] = []
         self.ids: list[Any] = []
         self.image_keys: dict[Id, int] = {}
         self.category_keys: dict[Id, int] = {}
@@ -140,38 +182,52 @@ class _CocoReader:
         }  # fmt: skip
 
     def take(self, key: str, position: int, row: Any) -> Any:
-        """An entry of the list `key`, checked."""
+        """An entry of the list `key`, checked; None where it is at fault, and for annotations, which are kept apart."""
         parse = self.parsers.get(key)
         if parse is None:
             return None
         try:
             if not isinstance(row, dict):
-                raise _FaultError(f"is {kind_of(row)}, not a mapping of keys to values")
+                raise EntryError(f"is {kind_of(row)}, not a mapping of keys to values")
             return parse(row)
-        except _FaultError as fault:
+        except EntryError as error:
+            fault = error
             named = f" (id {row['id']})" if isinstance(row, dict) and "id" in row else ""
-            raise DataError(f"{self.origin}: {key}[{position}]{named}: {fault}{_near_miss(row)}") from None
+            text = f"{self.origin}: {key}[{position}]{named}: {fault}{_near_miss(row)}"
+        self.faults.tell(Fault(fault.rule, text))
+        if key == "annotations":
+            self.dropped.append(position)
+        return None
 
     def finish(self, content: Any) -> Annotations:
         """Everything taken, joined; `content` is the file's with checked entries in its lists."""
         if not isinstance(content, dict) or any(not isinstance(content.get(key), list) for key in KEYS):
             raise DataError(f"{self.origin}: not COCO annotations: needs lists {', '.join(KEYS)}; {_found(content)}")
-        images, categories = content["images"], sorted(content["categories"], key=lambda row: _in_order(row[0]))
-        for key, rows in (("images", images), ("categories", categories)):
-            if not rows:
+        lists = {}
+        for key in ("images", "categories"):
+            if not content[key]:
                 raise DataError(f"{self.origin}: {key} is empty")
-            _refuse_duplicates([row[0] for row in rows], f"{self.origin}: {key}: id")
+            lists[key] = rows = self._unique([row for row in content[key] if row is not None], 0, f"{key}: id")
+            if not rows:
+                raise DataError(f"{self.origin}: {key} has no entry that can be read")
             if len({type(row[0]) for row in rows}) > 1:
                 raise DataError(f"{self.origin}: {key}: ids are numbers here and text there; use one of them")
+        images, categories = lists["images"], sorted(lists["categories"], key=lambda row: _in_order(row[0]))
         image_of = self._places(self.image_keys, [row[0] for row in images], self.images, "image_id", "images")
         category_ids = [row[0] for row in categories]
         category_of = self._places(
             self.category_keys, category_ids, self.categories, "category_id", "categories"
         )  # fmt: skip
+        shown = image_of[np.frombuffer(self.images, dtype=np.int64)]
         used = category_of[np.frombuffer(self.categories, dtype=np.int64)]
-        categories, used, notes = _without_parent(categories, used)
-        _refuse_duplicates([name for _, name, _ in categories], f"{self.origin}: categories: name")
+        known = (shown >= 0) & (used >= 0)
+        crowd = np.frombuffer(self.crowd, dtype=np.uint8).astype(bool)
         numbers = np.frombuffer(self.numbers, dtype=np.float64).reshape(-1, 5)
+        if not known.all():
+            shown, used, crowd, numbers = shown[known], used[known], crowd[known], numbers[known]
+        self._tell_duplicate_ids()
+        categories, used, notes = _without_parent(categories, used)
+        self._unique(categories, 1, "categories: name")
         boxes, areas = numbers[:, :4].copy(), numbers[:, 4]
         return Annotations(
             origin=self.origin,
@@ -180,11 +236,11 @@ class _CocoReader:
             image_ids=[row[0] for row in images],
             file_names=[row[1] for row in images],
             sizes=[row[2] for row in images],
-            images=image_of[np.frombuffer(self.images, dtype=np.int64)],
+            images=shown,
             labels=used + 1,
             boxes=boxes,
             areas=np.where(np.isnan(areas), _own_areas(boxes), areas),
-            crowd=np.frombuffer(self.crowd, dtype=np.uint8).astype(bool),
+            crowd=crowd,
             notes=notes,
         )
 
@@ -196,21 +252,22 @@ class _CocoReader:
         box = row.get("bbox")
         if type(box) is not list or len(box) != 4:
             found = f"found {_shown(box)}" if "bbox" in row else "there is none"
-            raise _FaultError(f"bbox must be four numbers, [x, y, width, height]; {found}")
+            raise EntryError(f"bbox must be four numbers, [x, y, width, height]; {found}", "numbers")
         x, y, width, height = box
         if not (type(x) is type(y) is type(width) is type(height) is float and math.isfinite(x + y + width + height)):
             x, y, width, height = box = [_number(side) for side in box]
             if None in box:
                 found = _shown(row["bbox"])
-                raise _FaultError(f"bbox must be four finite numbers, [x, y, width, height]; found {found}")
+                text = f"bbox must be four finite numbers, [x, y, width, height]; found {found}"
+                raise EntryError(text, "numbers")
         area = row.get("area")
         if area is None:
             area = math.nan
         elif (area := _number(area)) is None:
-            raise _FaultError(f"area must be a number, found {_shown(row['area'])}")
+            raise EntryError(f"area must be a number, found {_shown(row['area'])}")
         crowd = row.get("iscrowd")
         if crowd not in (0, 1, None, "0", "1"):
-            raise _FaultError(f"iscrowd must be 0 or 1, found {_shown(crowd)}")
+            raise EntryError(f"iscrowd must be 0 or 1, found {_shown(crowd)}")
         self.ids.append(row.get("id"))
         self.images.append(self.image_keys.setdefault(image, len(self.image_keys)))
         self.categories.append(self.category_keys.setdefault(category, len(self.category_keys)))
@@ -218,19 +275,49 @@ class _CocoReader:
         self.crowd.append(int(crowd or 0))
 
     def _places(self, keys: dict[Id, int], ids: list[Id], used: array, key: str, what: str) -> np.ndarray:
-        """Number in the order of first use -> position of that id in a list of the file."""
+        """Number in the order of first use -> position of that id in a list of the file; -1 where it is not there."""
         place_of = {identity: place for place, identity in enumerate(ids)}
         places = np.empty(len(keys), dtype=np.int64)
+        rule = {"images": "unknown image", "categories": "unknown category"}[what]
         for identity, number in keys.items():
             place = place_of.get(identity, place_of.get(_other_form(identity)))
+            places[number] = -1 if place is None else place
             if place is None:
-                row = used.index(number)
-                named = "" if self.ids[row] is None else f" (id {self.ids[row]})"
-                raise DataError(
-                    f"{self.origin}: annotations[{row}]{named}: {key} {identity!r} is not the id of one of its {what}"
-                )
-            places[number] = place
+                rows = np.flatnonzero(np.frombuffer(used, dtype=np.int64) == number).tolist()
+                text = f"{key} {identity!r} is not the id of one of its {what}"
+                self.faults.tell([Fault(rule, f"{self._named(row)}: {text}") for row in rows])
         return places
+
+    def _named(self, row: int) -> str:
+        """The annotation that was taken as number `row`, as messages call it: by its place in the file."""
+        named = "" if self.ids[row] is None else f" (id {self.ids[row]})"
+        for position in self.dropped:
+            row += position <= row
+        return f"{self.origin}: annotations[{row}]{named}"
+
+    def _unique(self, rows: list[tuple], column: int, what: str) -> list[tuple]:
+        """Rows without those that repeat what an earlier one has in a column."""
+        kept, seen = [], set()
+        for row in rows:
+            if row[column] in seen:
+                text = f"{self.origin}: {what} {row[column]!r} is there more than once"
+                self.faults.tell(Fault("duplicate id", text))
+            else:
+                seen.add(row[column])
+                kept.append(row)
+        return kept
+
+    def _tell_duplicate_ids(self) -> None:
+        """Annotation ids are not used, so that repeated ones do no harm here; elsewhere they do."""
+        if "duplicate annotation id" not in self.faults.tolerated:
+            return
+        seen: set[Id] = set()
+        for row, identity in enumerate(self.ids):
+            if isinstance(identity, Id) and identity in seen:
+                text = f"{self._named(row)}: an earlier annotation has this id too"
+                self.faults.tell(Fault("duplicate annotation id", text))
+            elif isinstance(identity, Id):
+                seen.add(identity)
 
 
 def _image(row: dict) -> tuple[Id, str, tuple[int, int] | None]:
@@ -238,7 +325,7 @@ def _image(row: dict) -> tuple[Id, str, tuple[int, int] | None]:
     for key in ("height", "width"):
         side = 0 if row.get(key) is None else _number(row[key])
         if side is None or side != int(side):
-            raise _FaultError(f"{key} must be a number of pixels, found {_shown(row[key])}")
+            raise EntryError(f"{key} must be a number of pixels, found {_shown(row[key])}")
         sides.append(int(side))
     return _id(row, "id"), _text(row, "file_name"), (sides[0], sides[1]) if min(sides) > 0 else None
 
@@ -290,7 +377,7 @@ def _id(row: dict, key: str) -> Id:
         return value
     if kind is float and value.is_integer():
         return int(value)
-    raise _FaultError(f"{key} must be a number, found {_shown(value)}" if key in row else f"{key} is missing")
+    raise EntryError(f"{key} must be a number, found {_shown(value)}" if key in row else f"{key} is missing")
 
 
 def _other_form(identity: Id) -> Id | None:
@@ -308,7 +395,7 @@ def _in_order(identity: Id) -> tuple[bool, Id]:
 def _text(row: dict, key: str) -> str:
     value = row.get(key)
     if not isinstance(value, str) or not value:
-        raise _FaultError(f"{key} must be text, found {_shown(value)}" if key in row else f"{key} is missing")
+        raise EntryError(f"{key} must be text, found {_shown(value)}" if key in row else f"{key} is missing")
     return value
 
 
@@ -354,11 +441,3 @@ def _near_miss(row: Any) -> str:
     if isinstance(row, dict) and "segments_info" in row:
         return "; these are panoptic segments, boxes are in the instances files"
     return ""
-
-
-def _refuse_duplicates(values: list[Any], what: str) -> None:
-    seen = set()
-    for value in values:
-        if value in seen:
-            raise DataError(f"{what} {value!r} is there more than once")
-        seen.add(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import os
 from collections import Counter
@@ -18,17 +19,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from defeat_cli.data.annotations import Annotations
-from defeat_cli.data.transforms import Target, Transform, image_size, read_image
+from defeat_cli.data.boxes import FEW_BOXES, clipped_boxes, other_units, without_area
+from defeat_cli.data.faults import Fault, Faults
+from defeat_cli.data.presence import present
+from defeat_cli.data.transforms import Target, Transform, read_image
 from defeat_cli.errors import DataError
 from defeat_cli.text import listed
-
-MIN_SIDE = 0.1
-"""Thinner boxes, in pixels, hold nothing to learn and can vanish when resized."""
-CLIP_NOTICE = 1.0
-"""Boxes that leave the image by less than so many pixels are clipped without a word: COCO's own are rounded so."""
-FEW_BOXES = 3
-LEAVING = 0.2
-"""So many boxes, all of which fit as corners where so large a share leaves the image as sides, are corners."""
 
 
 class Sample(NamedTuple):
@@ -52,11 +48,14 @@ class DetectionDataset(Dataset):
         transforms: applied to each sample in turn.
         seed: of the transforms' random draws, with the epoch and the index.
         layout: how the folder keeps them, a key of `formats.FORMATS`.
+        faults: is told of what is wrong; images at fault are left out where it tolerates that.
 
     Attributes:
         classes: ordered by category id; label `i + 1` is `classes[i]`.
         sizes: (height, width) of each image.
-        notes: one line for each thing that a user should know about this data.
+        opening: notes on how the data was found, before those on what is in it.
+        left_out: images that are annotated and were left out, each with what is wrong with it.
+        digests: [N] int64 that tell images by their pixels; None where they were not all decoded.
 
     Raises:
         DataError: images that are not there, or boxes that are not what they should be.
@@ -70,29 +69,54 @@ class DetectionDataset(Dataset):
         transforms: Sequence[Transform] = (),
         seed: int = 0,
         layout: str = "coco",
+        faults: Faults | None = None,
     ) -> None:
-        self.annotations = annotations
+        faults = faults or Faults()
         self.images = Path(images)
         self.transforms = tuple(transforms)
         self.seed = seed
         self.layout = layout
+        self.train = train
+        self.opening: list[str] = []
+        self.left_out: list[Fault] = []
+        self.digests: np.ndarray | None = None
+        self._take(present(annotations, self.images, faults))
+        faults.tell(other_units(self.annotations))
+
+    def _take(self, annotations: Annotations) -> None:
+        """Become the data set of images that are all there."""
+        self.annotations = annotations
         self.classes = annotations.classes
-        self._refuse_missing()
-        self.sizes = [
-            size or image_size(self.images / name)
-            for size, name in zip(annotations.sizes, annotations.file_names, strict=True)
-        ]
-        _refuse_other_boxes(annotations, self.sizes)
-        self._boxes, clipped = _clip(annotations, self.sizes)
-        degenerate = (self._boxes[:, 2:] - self._boxes[:, :2] < MIN_SIDE).any(axis=1)
+        self.sizes = annotations.sizes
+        self._boxes, clipped = clipped_boxes(annotations)
+        degenerate = without_area(self._boxes)
         used = np.flatnonzero(~degenerate & ~annotations.crowd)
         used = used[np.argsort(annotations.images[used], kind="stable")]
         self._boxes, self._labels = self._boxes[used], annotations.labels[used]
         self._first = np.searchsorted(annotations.images[used], np.arange(len(self) + 1))
-        self.notes = self._notes(train, int(clipped.sum()), int(degenerate.sum()))
+        self._notes = self._described(int(clipped.sum()), int(degenerate.sum()))
 
     def __len__(self) -> int:
         return len(self.annotations.image_ids)
+
+    @property
+    def notes(self) -> list[str]:
+        """One line for each thing that a user should know about this data."""
+        return [*self.opening, *self._notes]
+
+    @property
+    def boxes(self) -> tuple[np.ndarray, np.ndarray]:
+        """The boxes to learn from: [M, 4] xyxy in pixels of their images, and [M] the position of each one's image."""
+        return self._boxes, np.repeat(np.arange(len(self)), np.diff(self._first))
+
+    def without(self, gone: Sequence[int]) -> DetectionDataset:
+        """The same data without the images at these positions."""
+        other = copy.copy(self)
+        for name in ("coco", "_numbers"):
+            vars(other).pop(name, None)
+        other._take(self.annotations.without_images(gone))
+        other.digests = None
+        return other
 
     def __getitem__(self, key: int | tuple[int, int]) -> Sample:
         """The sample at an index, or at (epoch, index): its random changes are others in each epoch.
@@ -180,7 +204,7 @@ class DetectionDataset(Dataset):
         paths = [self.images / name for name in self.annotations.file_names]
         refuse_vanishing(paths, self.sizes, short_sides, long_side)
 
-    def refuse_boxless(self, what: str) -> None:
+    def refuse_boxless(self, what: str, faults: Faults | None = None) -> None:
         """Refuse data that nothing can be learned from nor scored on.
 
         Args:
@@ -192,32 +216,8 @@ class DetectionDataset(Dataset):
         if not len(self._boxes):
             held = len(self.annotations.labels)
             but = f" but {held} crowds or boxes without area" if held else ""
-            raise DataError(
-                f"{self.annotations.origin}: the {what} images have no boxes{but}: nothing to learn or to score"
-            )
-
-    def _refuse_missing(self) -> None:
-        """One listing a folder, not one question a file: there may be 100,000 of them on a network disk."""
-        names = self.annotations.file_names
-        listings = {}
-        for parent in {os.path.dirname(name) for name in names}:
-            try:
-                listings[parent] = set(os.listdir(self.images / parent))
-            except (OSError, ValueError):
-                listings[parent] = set()
-        missing = [name for name in names if os.path.basename(name) not in listings[os.path.dirname(name)]]
-        if missing:
-            share = f"{len(missing)} of its {len(names)} images"
-            raise DataError(f"{self.annotations.origin}: {share} are not in {self.images}: {listed(missing, 3)}")
-        places: dict[str, int] = {}
-        for i, name in enumerate(names):
-            first = places.setdefault(os.path.normpath(name), i)
-            if first != i:
-                ids = self.annotations.image_ids
-                raise DataError(
-                    f"{self.annotations.origin}: image {name} is listed twice, with ids {ids[first]!r} and {ids[i]!r}; "
-                    "put its boxes under one id"
-                )
+            text = f"{self.annotations.origin}: the {what} images have no boxes{but}: nothing to learn or to score"
+            (faults or Faults()).tell(Fault("boxless", text))
 
     def _files(self) -> list[str]:
         """Every image's whole path, links followed up to the folder."""
@@ -231,7 +231,8 @@ class DetectionDataset(Dataset):
         name = os.path.basename(self.file_name(index))
         return (name, self.sizes[index], kinds, self._boxes[mine].tobytes()) if kinds else None
 
-    def _notes(self, train: bool, clipped: int, degenerate: int) -> list[str]:
+    def _described(self, clipped: int, degenerate: int) -> list[str]:
+        train = self.train
         notes = list(self.annotations.notes)
         if clipped and train:
             notes.append(f"{_count(clipped, 'box reaches', 'boxes reach')} beyond the image and is clipped in training")
@@ -270,55 +271,28 @@ def refuse_vanishing(
         )
 
 
-def overlap(train: DetectionDataset, val: DetectionDataset) -> str | None:
-    """What validation images are among the training images, in words; None where there are none.
+def shared_images(train: DetectionDataset, val: DetectionDataset) -> list[int]:
+    """Positions of validation images that are training images too.
 
-    An image is the same where its file is, or where name, size, classes and boxes all are.
+    An image is the same where its file is, where name, size, classes and boxes all are, or where both data sets have
+    `digests` and those are.
     """
     files, contents = set(train._files()), {train._content(i) for i in range(len(train))} - {None}
-    shared = [val.file_name(i) for i, file in enumerate(val._files()) if file in files or val._content(i) in contents]
+    shared = {i for i, file in enumerate(val._files()) if file in files or val._content(i) in contents}
+    if train.digests is not None and val.digests is not None:
+        shared |= set(np.flatnonzero(np.isin(val.digests, train.digests)).tolist())
+    return sorted(shared)
+
+
+def overlap(train: DetectionDataset, val: DetectionDataset) -> str | None:
+    """What validation images are among the training images, in words; None where there are none."""
+    shared = [val.file_name(i) for i in shared_images(train, val)]
     if not shared:
         return None
     return (
         f"{len(shared)} of {len(val)} validation images are training images too ({listed(shared, 3)}): "
         "the figures will be too good"
     )
-
-
-def _refuse_other_boxes(annotations: Annotations, sizes: list[tuple[int, int]]) -> None:
-    """Refuse boxes that are shares of the image or corners, as the set of them tells.
-
-    Raises:
-        DataError: says what they are and what they should be.
-    """
-    boxes = annotations.boxes
-    if not len(boxes):
-        return
-    limits = np.array(sizes, dtype=np.float64)[annotations.images][:, ::-1]
-    shown = f"the first is {boxes[0].round(4).tolist()}"
-    far = boxes[:, :2] + boxes[:, 2:]
-    if far.max() <= 1 and (boxes[:, 2:] > 0).all(axis=1).any() and limits.min() > 2:
-        raise DataError(
-            f"{annotations.origin}: all its {len(boxes)} boxes are within 0..1, so they seem to be shares of the image "
-            f"({shown}); boxes must be in pixels: multiply by width and height"
-        )
-    as_corners = (boxes[:, 2:] > boxes[:, :2]) & (boxes[:, :2] >= -CLIP_NOTICE) & (boxes[:, 2:] <= limits + CLIP_NOTICE)
-    outside = (far > limits + CLIP_NOTICE).any(axis=1)
-    if len(boxes) >= FEW_BOXES and as_corners.all() and outside.mean() > LEAVING:
-        raise DataError(
-            f"{annotations.origin}: {outside.sum()} of its {len(boxes)} boxes leave their images, and all fit as "
-            f"corners [x1, y1, x2, y2] ({shown}); boxes must be [x, y, width, height]"
-        )
-
-
-def _clip(annotations: Annotations, sizes: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
-    """[A, 4] float32 xyxy inside the images, and [A] bool of those that were noticeably outside."""
-    boxes = annotations.boxes.copy()
-    boxes[:, 2:] += boxes[:, :2]
-    heights, widths = np.array(sizes, dtype=np.float64).reshape(-1, 2)[annotations.images].T
-    limits = np.stack([widths, heights, widths, heights], axis=1)
-    inside = boxes.clip(0, limits)
-    return inside.astype(np.float32), (np.abs(inside - boxes) > CLIP_NOTICE).any(axis=1)
 
 
 def _count(number: int, one: str, many: str) -> str:

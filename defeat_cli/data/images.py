@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
 
+from defeat_cli.data.faults import Fault, Faults
 from defeat_cli.errors import DataError
 from defeat_cli.text import listed
 
@@ -79,8 +80,18 @@ def nearest(paths: Sequence[str], wanted: Sequence[str]) -> list[str]:
     return [path for path in paths if shared(path) == most]
 
 
+def leaves(name: str, folder: Path) -> bool:
+    """Whether a file name leads out of the folder that it is relative to. Links are not looked at: they are there
+    because somebody put them there."""
+    if ".." not in name and not os.path.isabs(name):
+        return False
+    base = os.path.abspath(folder)
+    place = os.path.normpath(os.path.join(base, name))
+    return os.path.commonpath([base, place]) != base
+
+
 def place_images(
-    names: Sequence[str], folders: Sequence[Path], beneath: Path, origin: str
+    names: Sequence[str], folders: Sequence[Path], beneath: Path, origin: str, faults: Faults
 ) -> tuple[list[str], Path, list[str]]:
     """Where the images are that annotations name.
 
@@ -89,30 +100,36 @@ def place_images(
         folders: tried first, in this order: the one in which most of the names are files.
         beneath: where no folder has any, this one is searched for files whose paths end as the names do.
         origin: the annotations, for messages.
+        faults: is told of names that several files answer to.
 
     Returns:
-        File names, the folder that they are relative to, and notes.
+        File names, the folder that they are relative to, and notes. A name that leads out of the folder stays as it is.
 
     Raises:
         DataError: no image is found, or several answer to one name.
     """
     sample = [names[i * len(names) // min(SAMPLE, len(names))] for i in range(min(SAMPLE, len(names)))]
-    found = {folder: sum(os.path.isfile(folder / name) for name in sample) for folder in dict.fromkeys(folders)}
+    found = {folder: sum(_is_inside(folder, name, beneath) for name in sample) for folder in dict.fromkeys(folders)}
     best = max(found, key=found.__getitem__)
     if found[best]:
-        return list(names), best, []
+        if not any(leaves(name, best) for name in names):
+            return list(names), best, []
+        # `../images/a.jpg` of a file in annotations: from the whole data set's folder on it leads nowhere else.
+        return [os.path.relpath(os.path.join(best, name), beneath) for name in names], beneath, []
+    # An absolute name is one of another machine, as labelling tools write them: only its end is looked for.
+    climbing = {name for name in names if not os.path.isabs(name) and leaves(name, best)}
     index = FileIndex(beneath)
     placed = []
     for name in names:
         parts = parts_of(name)
-        candidates = nearest(index.by_name.get(parts[-1], []) if parts else [], parts)
+        candidates = [] if name in climbing else nearest(index.by_name.get(parts[-1], []) if parts else [], parts)
         if len(candidates) > 1:
-            raise DataError(
-                f"{origin}: image {name!r} can be {' or '.join(candidates[:3])} in {beneath}; "
-                "name the folder by data.train_images, data.val_images"
-            )
+            text = f"{origin}: image {name!r} can be {' or '.join(candidates[:3])} in {beneath}"
+            faults.tell(Fault("ambiguous", f"{text}; name the folder by data.train_images, data.val_images"))
         placed.append(candidates[0] if candidates else None)
     missing = [name for name, path in zip(names, placed, strict=True) if path is None]
+    if len(missing) == len(names) and climbing:
+        return list(names), best, []  # whoever opens the data refuses them
     if len(missing) == len(names):
         there = [str(folder) for folder in found if folder.is_dir()]
         raise DataError(
@@ -123,3 +140,9 @@ def place_images(
     example = next((name, path) for name, path in zip(names, placed, strict=True) if path is not None)
     note = f"images were found by the ends of their names: {example[0]} is {PurePosixPath(example[1])}"
     return [name if path is None else path for name, path in zip(names, placed, strict=True)], beneath, [note]
+
+
+def _is_inside(folder: Path, name: str, beneath: Path) -> bool:
+    """Whether a name is that of a file in a folder, or elsewhere beneath the whole."""
+    inside = not leaves(name, folder) or not leaves(os.path.abspath(folder / name), beneath)
+    return inside and os.path.isfile(folder / name)

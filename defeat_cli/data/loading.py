@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Iterator
-from itertools import cycle, islice
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,36 +18,34 @@ from defeat_cli.errors import DataError
 PREFETCH = 4
 """Batches that each loader process reads ahead."""
 
+Keys = list[tuple[int, int]]
+"""What a batch is made of: (epoch, index) of each image."""
+
 LoadedBatch = tuple[list[Tensor], list[Target], list[int]]
 
 
-class BatchOrder(Sampler[list[tuple[int, int]]]):
+class BatchOrder(Sampler[Keys]):
     """Batches of an epoch as lists of (epoch, index), shuffled by (seed, epoch) alone.
 
     Landscape and portrait images go into batches apart, so that padding is small. What is left over of both is joined,
-    so that every image is seen in every epoch; one batch of an epoch can be smaller. With several replicas each gets as
-    many batches: where they do not divide, the first ones of the epoch are repeated.
+    so that every image is seen in every epoch; one batch of an epoch can be smaller. `sharing.StepOrder` shares them
+    out over processes.
 
     Args:
         sizes: (height, width) of each image.
-        batch_size: images a batch, for each replica.
-        rank, replicas: which of how many processes this is.
+        batch_size: images a batch.
     """
 
-    def __init__(
-        self, sizes: list[tuple[int, int]], batch_size: int, seed: int = 0, rank: int = 0, replicas: int = 1
-    ) -> None:
+    def __init__(self, sizes: Sequence[tuple[int, int]], batch_size: int, seed: int = 0) -> None:
         self.landscape = np.array([width >= height for height, width in sizes])
         self.batch_size = batch_size
         self.seed = seed
-        self.rank = rank
-        self.replicas = replicas
         self.set_epoch(0)
 
     @property
     def batches_per_epoch(self) -> int:
-        """Batches that this replica gets in a whole epoch."""
-        return math.ceil(math.ceil(len(self.landscape) / self.batch_size) / self.replicas)
+        """Batches of a whole epoch."""
+        return math.ceil(len(self.landscape) / self.batch_size)
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         """Choose the epoch, counted from 0, and how many of its batches are done already and not to be loaded again."""
@@ -58,7 +55,7 @@ class BatchOrder(Sampler[list[tuple[int, int]]]):
     def __len__(self) -> int:
         return max(0, self.batches_per_epoch - self.start)
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[Keys]:
         rng = np.random.default_rng((self.seed, self.epoch))
         order = rng.permutation(len(self.landscape))
         batches, rest = [], []
@@ -68,9 +65,16 @@ class BatchOrder(Sampler[list[tuple[int, int]]]):
             rest.extend(group[full:])
         batches.extend(rest[i : i + self.batch_size] for i in range(0, len(rest), self.batch_size))
         batches = [batches[i] for i in rng.permutation(len(batches))]
-        batches = list(islice(cycle(batches), self.batches_per_epoch * self.replicas))
-        mine = batches[self.rank :: self.replicas][self.start :]
-        return iter([[(self.epoch, int(index)) for index in batch] for batch in mine])
+        return iter([[(self.epoch, int(index)) for index in batch] for batch in batches[self.start :]])
+
+    def images_of(self, batch: Keys) -> int:
+        """Labelled images of a batch."""
+        return len(batch)
+
+    def cut(self, batch: Keys, into: int) -> list[Keys]:
+        """A batch in so many pieces, of sizes that differ by one at most; in fewer where it has not as many images."""
+        into = min(into, len(batch))
+        return [batch[i::into] for i in range(into)]
 
 
 class Loader(DataLoader):
@@ -83,7 +87,7 @@ class Loader(DataLoader):
             collate_fn=collate,
             persistent_workers=workers > 0,
             prefetch_factor=PREFETCH if workers > 0 else None,
-            worker_init_fn=_leave_signals,
+            worker_init_fn=leave_signals,
             **settings,
         )
 
@@ -100,14 +104,16 @@ def training_loader(
     workers: int,
     seed: int = 0,
     *,
-    rank: int = 0,
-    replicas: int = 1,
+    share: Callable[[BatchOrder], Sampler[Keys]] = lambda order: order,
 ) -> Loader:
     """Shuffled batches; `loader.batch_sampler.set_epoch(epoch, start)` chooses which.
 
-    What is in a batch depends on (seed, epoch, rank, replicas), not on the number of workers.
+    What is in a batch depends on (seed, epoch), not on the number of workers.
+
+    Args:
+        share: which of the batches, or of their pieces, this process gets; see `sharing.StepOrder`.
     """
-    order = BatchOrder(dataset.sizes, batch_size, seed, rank, replicas)
+    order = share(BatchOrder(dataset.sizes, batch_size, seed))
     return Loader(dataset, workers, batch_sampler=order)
 
 
@@ -128,7 +134,7 @@ def collate(samples: list[Sample | DataError]) -> LoadedBatch | DataError:
     return list(images), list(targets), list(image_ids)
 
 
-def _leave_signals(_: int) -> None:
+def leave_signals(_: int) -> None:
     """Ctrl-C reaches every process of a terminal, and a batch system warns all: the main one saves and ends."""
     for name in ("SIGINT", "SIGHUP", "SIGUSR1"):
         if hasattr(signal, name):

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from defeat_cli.data.dataset import DetectionDataset
+from defeat_cli.data.faults import IMAGE_RULES, Faults
 from defeat_cli.data.formats import FORMATS
 from defeat_cli.data.formats.splits import NAMES
 from defeat_cli.data.images import SUFFIXES
@@ -17,6 +18,8 @@ from defeat_cli.data.transforms import RandomFlip
 from defeat_cli.errors import DataError
 from defeat_cli.text import listed
 
+SPOKEN = {"train": "training", "val": "validation", "test": "test", "all": "data set's"}
+"""What messages call a split's images."""
 FOREIGN = {
     ".csv": "CSV files (as of TensorFlow or RetinaNet exports)",
     ".tfrecord": "TFRecords",
@@ -39,12 +42,13 @@ def open_split(
     val_fraction: float | None = None,
     split_seed: int = 0,
     classes: Sequence[str] | None = None,
+    faults: Faults | None = None,
 ) -> DetectionDataset:
     """One split of a data set in any of the layouts.
 
     Args:
         path: folder, or a COCO file.
-        split: `train`, `val` or `test`.
+        split: `train`, `val` or `test`; `all` for what is not divided.
         format: a key of `FORMATS`, or `auto` to see from the folder.
         annotations, images: what the user names, relative to `path`; see the layouts' `read`. Where `val_fraction` is
             given, those of the training data for both.
@@ -54,26 +58,30 @@ def open_split(
         val_fraction: share of the training images that is set apart for validation; None takes the layout's own.
         split_seed: decides which images these are.
         classes: names to keep; None keeps all.
+        faults: is told of what is wrong; what it tolerates is left out.
 
     Raises:
+        NoSplitError: no such split there.
         DataError: no data there, or data that cannot be used.
     """
-    if split not in NAMES:
+    faults = faults or Faults()
+    if split not in NAMES and split != "all":
         raise DataError(f"no split {split!r}; use {', '.join(NAMES)}")
     path = Path(path)
     if not os.path.exists(path):
         raise DataError(f"{path}: no such folder")
     name, path, notes = _recognised(path, format, annotations)
-    divided = val_fraction is not None and split != "test"
-    content, folder = FORMATS[name].read(path, "all" if divided else split, annotations, images)
+    divided = val_fraction is not None and split in ("train", "val")
+    content, folder = FORMATS[name].read(path, "all" if divided else split, annotations, images, faults)
     if divided:
         content = divide(content, split, val_fraction, split_seed)
     if classes is not None:
         content = keep_classes(content, classes)
     transforms = [RandomFlip(flip)] if train and flip else []
-    dataset = DetectionDataset(content, folder, train, transforms, seed, layout=name)
-    dataset.refuse_boxless({"train": "training", "val": "validation"}.get(split, split))
-    dataset.notes[:0] = notes
+    dataset = DetectionDataset(content, folder, train, transforms, seed, layout=name, faults=faults)
+    dataset.refuse_boxless(SPOKEN[split], faults)
+    dataset.opening = notes
+    dataset.left_out = [fault for fault in faults.found if fault.rule in IMAGE_RULES]
     return dataset
 
 

@@ -33,7 +33,7 @@ def divide(annotations: Annotations, split: str, fraction: float, seed: int) -> 
     count = min(max(round(fraction * total), 1), total - 1)
     chosen = np.sort(shuffled[:count] if split == "val" else shuffled[count:])
     note = f"data.val_fraction sets {count} of {total} images apart for validation"
-    return _of_images(annotations, chosen, note)
+    return annotations.of_images(chosen, note)
 
 
 def keep_classes(annotations: Annotations, names: Sequence[str]) -> Annotations:
@@ -58,25 +58,5 @@ def keep_classes(annotations: Annotations, names: Sequence[str]) -> Annotations:
         classes=[annotations.classes[label - 1] for label in kept],
         category_ids=[annotations.category_ids[label - 1] for label in kept],
         notes=(*annotations.notes, note),
-        **_rows(annotations, rows, labels=new_label[annotations.labels[rows]]),
+        **annotations.columns(rows, labels=new_label[annotations.labels[rows]]),
     )
-
-
-def _of_images(annotations: Annotations, chosen: np.ndarray, note: str) -> Annotations:
-    place = np.full(len(annotations.file_names), -1)
-    place[chosen] = np.arange(len(chosen))
-    rows = np.flatnonzero(place[annotations.images] >= 0)
-    return dataclasses.replace(
-        annotations,
-        image_ids=[annotations.image_ids[i] for i in chosen],
-        file_names=[annotations.file_names[i] for i in chosen],
-        sizes=[annotations.sizes[i] for i in chosen],
-        notes=(*annotations.notes, note),
-        **_rows(annotations, rows, images=place[annotations.images[rows]]),
-    )
-
-
-def _rows(annotations: Annotations, rows: np.ndarray, **changed: np.ndarray) -> dict[str, np.ndarray]:
-    """Some of the annotations, with columns that change."""
-    columns = ("images", "labels", "boxes", "areas", "crowd")
-    return {name: getattr(annotations, name)[rows] for name in columns} | changed

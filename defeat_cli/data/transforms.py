@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from defeat_cli.data.faults import ImageError
 from defeat_cli.errors import DataError
 
 Target = dict[str, Tensor]
@@ -57,7 +59,7 @@ def read_image(path: Path, expected_size: tuple[int, int] | None = None) -> Tens
         [3, H, W] uint8.
 
     Raises:
-        DataError: the file is missing, broken, of a mode that has no clear 8-bit meaning, or not of the expected size.
+        ImageError: the file is missing, broken, of a mode that has no clear 8-bit meaning, or not of the expected size.
     """
     try:
         with Image.open(path) as image:
@@ -69,12 +71,9 @@ def read_image(path: Path, expected_size: tuple[int, int] | None = None) -> Tens
                 image.info.pop(key, None)
             pixels = _as_rgb(ImageOps.exif_transpose(image) if turn else image)
     except Exception as error:  # Pillow's decoders raise nearly every kind of exception on broken files
-        raise DataError(f"{path}: {_reason(error)}") from error
+        raise _image_error(path, error) from error
     if expected_size is not None and (pixels.height, pixels.width) != tuple(expected_size):
-        raise DataError(
-            f"{path}: is {pixels.width}x{pixels.height}, but its annotations say {expected_size[1]}x{expected_size[0]} "
-            "(width x height); boxes would not fit. Correct width and height, or leave both out"
-        )
+        raise _other_size(path, (pixels.height, pixels.width), expected_size)
     return torch.from_numpy(np.array(pixels)).permute(2, 0, 1).contiguous()
 
 
@@ -82,13 +81,29 @@ def image_size(path: Path) -> tuple[int, int]:
     """(height, width) that `read_image` gives, from the file's header.
 
     Raises:
-        DataError: the file is missing, or no image.
+        ImageError: the file is missing, or no image.
     """
+    return _header_sizes(path)[1]
+
+
+def check_header(path: Path, expected_size: tuple[int, int]) -> None:
+    """What `read_image` refuses of a file, as far as its header tells.
+
+    Raises:
+        ImageError: the file is missing, no image, or not of the expected (height, width).
+    """
+    sizes = _header_sizes(path)
+    if tuple(expected_size) not in sizes:
+        raise _other_size(path, sizes[1], expected_size)
+
+
+def _header_sizes(path: Path) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(height, width) as stored, and after the turn that EXIF asks for."""
     try:
         with Image.open(path) as image:
-            return _upright_size(image)
+            return (image.height, image.width), _upright_size(image)
     except Exception as error:  # as above
-        raise DataError(f"{path}: {_reason(error)}") from error
+        raise _image_error(path, error) from error
 
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:
@@ -113,13 +128,26 @@ def _as_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, DataError):
-        return str(error)
+def _image_error(path: Path, error: Exception) -> ImageError:
+    """What a failure to read an image means."""
     if isinstance(error, FileNotFoundError):
-        return "is not there"
+        return ImageError.of("missing", f"{path}: is not there")
+    if isinstance(error, DataError):
+        return ImageError.of("unreadable", f"{path}: {error}")
+    with contextlib.suppress(OSError, ValueError):
+        if path.stat().st_size == 0:
+            return ImageError.of("empty", f"{path}: is an empty file, of zero bytes")
     if isinstance(error, UnidentifiedImageError):
-        return "is not an image that can be read"
+        return ImageError.of("unreadable", f"{path}: is not an image that can be read")
     if isinstance(error, MemoryError):
-        return "cannot be read: there is not enough memory for it"
-    return f"cannot be read: {error}"
+        return ImageError.of("unreadable", f"{path}: cannot be read: there is not enough memory for it")
+    short = isinstance(error, OSError) and "truncated" in str(error).lower()
+    return ImageError.of("truncated" if short else "unreadable", f"{path}: cannot be read: {error}")
+
+
+def _other_size(path: Path, size: tuple[int, int], expected: tuple[int, int]) -> ImageError:
+    return ImageError.of(
+        "size",
+        f"{path}: is {size[1]}x{size[0]}, but its annotations say {expected[1]}x{expected[0]} (width x height); boxes "
+        "would not fit. Correct width and height, or leave both out",
+    )

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 
 from defeat_cli.data.dataset import DetectionDataset, Sample, refuse_vanishing
+from defeat_cli.data.faults import Fault, Faults, ImageError
 from defeat_cli.data.images import SUFFIXES, FileIndex, is_image
-from defeat_cli.data.loading import BatchOrder, Loader
+from defeat_cli.data.loading import BatchOrder, Keys, Loader
 from defeat_cli.data.transforms import Transform, image_size, read_image
 from defeat_cli.errors import DataError
 from defeat_cli.text import listed
@@ -24,18 +26,22 @@ class ImageFolder(Dataset):
     """The images of a folder and its subfolders, in the order of their names. Their targets are None.
 
     Args:
+        faults: is told of images whose headers cannot be read, which are left out where it tolerates that.
         transforms, seed: as of the labelled images, with the pass over the folder in place of the epoch.
 
     Attributes:
         names: paths relative to the folder.
         sizes: (height, width) of each image.
-        left_out: how many other files the folder holds; hidden ones do not count.
+        others: how many other files the folder holds; hidden ones do not count.
+        left_out: images that cannot be read and were left out, each with what is wrong with it.
 
     Raises:
         DataError: no such folder, no image in it, or images that cannot be read, by their headers.
     """
 
-    def __init__(self, folder: Path, transforms: Sequence[Transform] = (), seed: int = 0) -> None:
+    def __init__(
+        self, folder: Path, transforms: Sequence[Transform] = (), seed: int = 0, faults: Faults | None = None
+    ) -> None:
         self.folder = Path(folder)
         self.transforms = tuple(transforms)
         self.seed = seed
@@ -43,11 +49,11 @@ class ImageFolder(Dataset):
             raise DataError(f"data.unlabelled: {folder}: no such folder")
         files = FileIndex(self.folder, lambda name: not name.startswith(".")).paths
         self.names = [name for name in files if is_image(name)]
-        self.left_out = len(files) - len(self.names)
+        self.others = len(files) - len(self.names)
         if not self.names:
             suffixes = ", ".join(sorted(SUFFIXES))
             raise DataError(f"data.unlabelled: {folder}: no images in this folder; files ending in {suffixes} count")
-        self.sizes = self._read_sizes()
+        self.names, self.sizes = self._read_sizes(faults or Faults())
 
     def __len__(self) -> int:
         return len(self.names)
@@ -78,16 +84,25 @@ class ImageFolder(Dataset):
         alike = {path.name for path in theirs}
         return sum(_identity(self.folder / n) in known for n in self.names if os.path.basename(n) in alike)
 
-    def _read_sizes(self) -> list[tuple[int, int]]:
-        sizes, broken = [], []
+    def _read_sizes(self, faults: Faults) -> tuple[list[str], list[tuple[int, int]]]:
+        """Names and sizes of the images whose headers can be read."""
+        sizes, broken = {}, []
         for name in self.names:
             try:
-                sizes.append(image_size(self.folder / name))
-            except DataError as error:
-                broken.append(str(error))
-        if broken:
-            raise DataError(f"data.unlabelled: {listed(broken, 3)}. Mend them, or move them elsewhere")
-        return sizes
+                sizes[name] = image_size(self.folder / name)
+            except ImageError as error:
+                broken.append(Fault(error.rule, str(error), self.folder / name))
+        shown = listed([fault.text for fault in broken], 3)
+        faults.tell(broken, f"data.unlabelled: {shown}. Mend them, or move them elsewhere")
+        self.left_out = broken
+        return list(sizes), list(sizes.values())
+
+    def without(self, gone: Collection[int]) -> ImageFolder:
+        """The same images without those at some positions."""
+        other = copy.copy(self)
+        other.names = [name for i, name in enumerate(self.names) if i not in gone]
+        other.sizes = [size for i, size in enumerate(self.sizes) if i not in gone]
+        return other
 
 
 class Mixed(Dataset):
@@ -126,21 +141,28 @@ class MixedOrder(BatchOrder):
         unlabelled_sizes: Sequence[tuple[int, int]],
         unlabelled_batch: int,
         seed: int = 0,
-        rank: int = 0,
-        replicas: int = 1,
     ) -> None:
-        super().__init__(sizes, batch_size, seed, rank, replicas)
+        super().__init__(sizes, batch_size, seed)
         # Another seed: two sets of equal length are not to be shuffled alike.
         self.unlabelled = BatchOrder(unlabelled_sizes, unlabelled_batch, seed + 1)
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[Keys]:
         first, passes = self.epoch * self.batches_per_epoch + self.start, {}
         for number, batch in enumerate(super().__iter__(), start=first):
-            done, place = divmod(number * self.replicas + self.rank, self.unlabelled.batches_per_epoch)
+            done, place = divmod(number, self.unlabelled.batches_per_epoch)
             if done not in passes:
                 self.unlabelled.set_epoch(done)
                 passes = {done: list(self.unlabelled)}
             yield batch + [(done, len(self.landscape) + index) for _, index in passes[done][place]]
+
+    def images_of(self, batch: Keys) -> int:
+        return sum(index < len(self.landscape) for _, index in batch)
+
+    def cut(self, batch: Keys, into: int) -> list[Keys]:
+        """Each piece has labelled images, and its part of the unlabelled ones."""
+        labelled = self.images_of(batch)
+        into = min(into, labelled)
+        return [batch[:labelled][i::into] + batch[labelled:][i::into] for i in range(into)]
 
 
 def mixed_loader(
@@ -151,11 +173,10 @@ def mixed_loader(
     workers: int,
     seed: int = 0,
     *,
-    rank: int = 0,
-    replicas: int = 1,
+    share: Callable[[BatchOrder], Sampler[Keys]] = lambda order: order,
 ) -> Loader:
     """As `training_loader`, with unlabelled images at the end of each batch, whose targets are None."""
-    order = MixedOrder(labelled.sizes, batch_size, unlabelled.sizes, unlabelled_batch, seed, rank, replicas)
+    order = share(MixedOrder(labelled.sizes, batch_size, unlabelled.sizes, unlabelled_batch, seed))
     return Loader(Mixed(labelled, unlabelled), workers, batch_sampler=order)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from urllib.request import Request, urlopen
 
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torchvision.models import WeightsEnum
@@ -39,6 +40,19 @@ CLASSIFIERS = ("fc.", "classifier.")
 
 PREFIXES = ("features.", "trunk_output.")
 """Containers of torchvision's classifiers that a backbone's own keys leave out."""
+
+
+class FrozenNorm(FrozenBatchNorm2d):
+    """torchvision's frozen BatchNorm, which leaves half precision as it is.
+
+    torchvision multiplies by float32 constants, so that under autocast all that follows up to the next convolution is
+    float32: twice the memory, and a pass over the map for each of scale, shift and cast.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype not in (torch.float16, torch.bfloat16):
+            return super().forward(x)
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
 
 
 @dataclass(frozen=True)
@@ -133,7 +147,7 @@ def _stem_end(body: nn.Module, names: list[str]) -> int:
 def _with_frozen_norms(module: nn.Module) -> nn.Module:
     """The module with each BatchNorm replaced by one whose statistics and affine parameters are constants."""
     if isinstance(module, nn.BatchNorm2d):
-        frozen = FrozenBatchNorm2d(module.num_features, eps=module.eps)
+        frozen = FrozenNorm(module.num_features, eps=module.eps)
         frozen.load_state_dict(module.state_dict())
         return frozen
     for name, child in module.named_children():

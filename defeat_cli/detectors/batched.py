@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler, Matcher
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork
-from torchvision.ops import MultiScaleRoIAlign, batched_nms, box_iou, roi_align
+from torchvision.ops import batched_nms, box_iou
 
 MAX_ELEMENTS = 1 << 22
 """Pairs of boxes and candidates that are compared at once; images are taken together as far as it reaches."""
@@ -290,24 +290,6 @@ def sample_regions(
     sampled = torch.cat([positive, negative]).sort().values
     of_boxes = F.pad(torch.cat(boxes), (0, 0, 0, 1))[index[sampled]]
     return tuple(list(part.split(taken)) for part in (candidates[sampled], labels[sampled], of_boxes))
-
-
-def pool(pooling: nn.Module, features: dict[str, Tensor], boxes: Sequence[Tensor], sizes: Sequence) -> Tensor:
-    """`pooling(features, boxes, sizes)`, where that is torchvision's with levels set, with one wait for all levels."""
-    if type(pooling) is not MultiScaleRoIAlign or len(pooling.featmap_names) == 1:
-        return pooling(features, list(boxes), list(sizes))
-    every, counts = torch.cat(list(boxes)), torch.tensor([len(of_image) for of_image in boxes])
-    images = torch.arange(len(boxes), dtype=every.dtype).repeat_interleave(counts)
-    regions = torch.cat([images.to(every.device, non_blocking=True)[:, None], every], dim=1)
-    maps = [feature for name, feature in features.items() if name in pooling.featmap_names]
-    levels, order = pooling.map_levels([every]).sort(stable=True)
-    ends = torch.searchsorted(levels, on_device(list(range(len(maps))), levels.device), right=True).tolist()
-    regions = regions[order]
-    pooled = maps[0].new_zeros(len(every), maps[0].shape[1], *pooling.output_size)
-    for feature, scale, first, end in zip(maps, pooling.scales, [0, *ends], ends, strict=False):
-        of_level = roi_align(feature, regions[first:end], pooling.output_size, scale, pooling.sampling_ratio)
-        pooled[order[first:end]] = of_level.to(pooled.dtype)
-    return pooled
 
 
 def is_plain(rpn: nn.Module, heads: nn.Module) -> bool:

@@ -235,9 +235,10 @@ class TorchvisionDetector(Detector, Stages, RegionClassifier, CellClassifier):
 
     def __init__(self, model: nn.Module, classes: Sequence[str]) -> None:
         super().__init__(model, classes)
-        # Kept on the device and in double precision, so that they round to what torchvision computes with.
+        # Kept on the model's device and in double precision, so that they round to what torchvision computes with.
+        device = next(model.parameters()).device
         for name in ("image_mean", "image_std"):
-            values = torch.tensor(getattr(model.transform, name), dtype=torch.float64)
+            values = torch.tensor(getattr(model.transform, name), dtype=torch.float64).to(device)
             self.register_buffer(name, values[:, None, None], persistent=False)
         self._anchors: tuple[tuple, Tensor] | None = None
 

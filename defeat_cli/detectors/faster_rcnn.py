@@ -13,11 +13,12 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import fastrcnn_loss
 from torchvision.models.detection.rpn import RegionProposalNetwork, concat_box_prediction_layers
+from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import initLevelMapper
 
 from defeat_cli.config.architecture import Architecture
 from defeat_cli.detectors.backbones import build_backbone
-from defeat_cli.detectors.batched import filter_proposals, is_plain, pool, proposal_losses, sample_regions
+from defeat_cli.detectors.batched import filter_proposals, is_plain, proposal_losses, sample_regions
 from defeat_cli.detectors.contract import (
     Batch,
     Detector,
@@ -33,6 +34,7 @@ from defeat_cli.detectors.conventions import (
     build_roi_pool,
     transform_settings,
 )
+from defeat_cli.detectors.pooling import RoIPool
 
 ANCHOR_SIZES = [[32.0], [64.0], [128.0], [256.0], [512.0]]
 """Anchor sides of P2 to P6, pixels."""
@@ -53,6 +55,8 @@ class FasterRCNNDetector(TorchvisionDetector, TorchvisionAnchors):
             head.register_forward_hook(_outputs_in_float32)
         # torchvision takes the strides of its levels from the first image that it sees and keeps them: a small one that
         # is half padding would get them wrong for all that follow.
+        if type(model.roi_heads.box_roi_pool) is MultiScaleRoIAlign:
+            model.roi_heads.box_roi_pool = RoIPool.like(model.roi_heads.box_roi_pool)
         pool, strides = model.roi_heads.box_roi_pool, dict(zip(self._names, self.strides, strict=True))
         pooled = [stride for name, stride in strides.items() if name in pool.featmap_names]
         pool.scales = [1 / stride for stride in pooled]
@@ -97,7 +101,7 @@ class FasterRCNNDetector(TorchvisionDetector, TorchvisionAnchors):
             return {**head_losses, **rpn_losses}
         proposals, rpn_losses = self._proposals(features, batch)
         boxes, labels, matched = self._sampled(proposals, batch)
-        pooled = pool(heads.box_roi_pool, named, boxes, batch.sizes)
+        pooled = heads.box_roi_pool(named, boxes, batch.sizes)
         logits, deltas = heads.box_predictor(heads.box_head(pooled))
         classifier, box_reg = fastrcnn_loss(logits, deltas, labels, heads.box_coder.encode(matched, boxes))
         return {"loss_classifier": classifier, "loss_box_reg": box_reg, **rpn_losses}
@@ -110,7 +114,7 @@ class FasterRCNNDetector(TorchvisionDetector, TorchvisionAnchors):
     def classify(self, features: list[Tensor], regions: Regions) -> Tensor:
         """[R, K + 1] softmax logits, background first; box deltas are not computed."""
         heads = self.model.roi_heads
-        pooled = pool(heads.box_roi_pool, self._named(features), regions.boxes, regions.sizes)
+        pooled = heads.box_roi_pool(self._named(features), regions.boxes, regions.sizes)
         return heads.box_predictor.cls_score(heads.box_head(pooled).flatten(start_dim=1))
 
     def _proposals(self, features: list[Tensor], batch: Batch) -> tuple[list[Tensor], dict[str, Tensor]]:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from defeat_cli.config.schema import Recipe
+from defeat_cli.detectors.compiling import compile_networks
 from defeat_cli.detectors.contract import Detector
 from defeat_cli.distillation.distiller import Distiller
+from defeat_cli.engine.distributed import ALONE, World
 from defeat_cli.engine.faults import Health
 from defeat_cli.engine.optimization import build_optimizer
 
@@ -27,9 +30,12 @@ class Training:
     seen: how many labelled and how many unlabelled images the student was trained on, one that is seen twice as two.
     sums: running sums of the logged values since the last log line, on the device; counts: how many are in each.
     health: what is remembered of steps that went wrong.
+    parallel: what a step calls for the distiller's losses: the distiller, or what averages its gradients over
+        processes. `seen`, `sums` and `counts` are this process's own; all else is the same on every process.
     """
 
     distiller: Distiller
+    parallel: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     ema: AveragedModel | None = None
@@ -49,8 +55,8 @@ class Training:
         """The student as it is evaluated and exported: averaged where there is an average."""
         return self.ema.module if self.ema is not None else self.distiller.student
 
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values only, for `torch.load(weights_only=True)`."""
+    def state_dict(self, world: World = ALONE) -> dict[str, Any]:
+        """Tensors and plain values only, for `torch.load(weights_only=True)`; all processes have to ask for it."""
         return {
             "student": self.distiller.student.model.state_dict(),
             "terms": self.distiller.terms.state_dict(),
@@ -64,14 +70,16 @@ class Training:
             "judged_at": self.judged_at,
             "stale": self.stale,
             "seconds": self.seconds,
-            "seen": self.seen,
-            "sums": self.sums,
-            "counts": self.counts,
+            "processes": world.gather({"seen": self.seen, "sums": _on_cpu(self.sums), "counts": self.counts}),
             "health": self.health.state_dict(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state; it must come from the same recipe, and name all that trains."""
+    def load_state_dict(self, state: dict[str, Any], world: World = ALONE) -> int:
+        """Go on from a saved state; it must come from the same recipe, and name all that trains.
+
+        Returns:
+            How many processes have saved it. Where they are not as many now, the main one takes over all counts.
+        """
         self.distiller.student.model.load_state_dict(state["student"])
         self.distiller.terms.load_state_dict(state["terms"])
         if self.distiller.balance is not None:
@@ -80,14 +88,30 @@ class Training:
         self.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
-        device = next(self.distiller.parameters()).device
         self.step, self.epochs, self.best_ap = state["step"], state["epochs"], state["best_ap"]
-        self.sums = {name: value.to(device) for name, value in state["sums"].items()}
-        self.counts, self.seconds = dict(state["counts"]), state["seconds"]
-        # Older states do not have these.
-        self.seen = dict(state.get("seen", self.seen))
+        self.seconds = state["seconds"]
+        # Older states have no list of processes, and the oldest no `seen`.
+        every = state.get("processes") or [{"seen": self.seen, **state}]
+        mine = every[world.rank : world.rank + 1] if len(every) == world.size else every if world.is_main else []
+        device = next(self.distiller.parameters()).device
+        self.seen = _added([own["seen"] for own in mine]) or self.seen
+        self.sums = {name: value.to(device) for name, value in _added([own["sums"] for own in mine]).items()}
+        self.counts = _added([own["counts"] for own in mine])
         self.judged_at, self.stale = state.get("judged_at", self.step), state.get("stale", 0)
         self.health.load_state_dict(state.get("health", {}))
+        return len(every)
+
+
+def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.cpu() for name, tensor in tensors.items()}
+
+
+def _added(tables: list[dict[str, Any]]) -> dict[str, Any]:
+    """Sums by name over tables that may lack names."""
+    return {
+        name: sum(table[name] for table in tables if name in table)
+        for name in dict.fromkeys(chain.from_iterable(tables))
+    }
 
 
 def make_ema(student: Detector, decay: float) -> AveragedModel:
@@ -95,9 +119,17 @@ def make_ema(student: Detector, decay: float) -> AveragedModel:
     return AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
 
 
-def begin(recipe: Recipe, distiller: Distiller, device: torch.device) -> Training:
-    """The distiller on its device, with optimizer, loss scaler and, where asked for, an average of the student."""
+def begin(recipe: Recipe, distiller: Distiller, device: torch.device, world: World = ALONE) -> Training:
+    """The distiller on its device, with optimizer, loss scaler and, where asked for, an average of the student.
+
+    In half precision the weights of convolutions lie with the channels side by side, as their kernels want them; in
+    fp32 that gains nothing on a CPU, and would change the rounding.
+    """
     distiller.to(device)
+    if recipe.run.precision != "fp32":
+        distiller.to(memory_format=torch.channels_last)
     scaler = torch.amp.GradScaler(device.type, enabled=recipe.run.precision == "fp16")
     ema = make_ema(distiller.student, recipe.optimizer.ema) if recipe.optimizer.ema is not None else None
-    return Training(distiller, build_optimizer(recipe.optimizer, distiller), scaler, ema)
+    if recipe.run.compile:
+        compile_networks(distiller.student, distiller.teacher)
+    return Training(distiller, world.parallel(distiller), build_optimizer(recipe.optimizer, distiller), scaler, ema)

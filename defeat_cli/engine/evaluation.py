@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Callable
+from itertools import chain, zip_longest
 from typing import Any, Protocol
 
 import torch
@@ -14,9 +15,12 @@ from torch.utils.data import Subset
 
 from defeat_cli.data.dataset import DetectionDataset
 from defeat_cli.data.loading import evaluation_loader
+from defeat_cli.detectors.compiling import uncompiled
 from defeat_cli.detectors.contract import evaluating
 from defeat_cli.distillation.pairing import match_classes
 from defeat_cli.engine import scorers
+from defeat_cli.engine.distributed import ALONE, World
+from defeat_cli.engine.watch import EVALUATING, REST
 from defeat_cli.errors import DataError
 from defeat_cli.text import listed
 
@@ -66,6 +70,16 @@ class CocoEvaluator:
                 if category is not None:
                     self.detections.append({"image_id": image_id, "category_id": category, "bbox": box, "score": score})
 
+    def gather(self, world: World) -> None:
+        """Take in, on the main process, what all of them have found on images that they took in turn."""
+        every = world.gather((self.image_ids, self.detections))
+        if every:
+            turns = zip_longest(*(image_ids for image_ids, _ in every))
+            self.image_ids = [image_id for turn in turns for image_id in turn if image_id is not None]
+            place = {image_id: i for i, image_id in enumerate(self.image_ids)}
+            found = chain.from_iterable(detections for _, detections in every)
+            self.detections = sorted(found, key=lambda detection: place[detection["image_id"]])
+
     def evaluate(self) -> dict[str, Any]:
         """The twelve `FIGURES` over the processed images, and `per_class`: name -> AP (-1 where it has no boxes)."""
         scorer = scorers.score(self.coco, self._results(), self.image_ids)
@@ -106,6 +120,7 @@ def evaluate(
     autocast: torch.dtype | None = None,
     on_image: Callable[[int], None] = lambda images: None,
     keep_detections: list[dict[str, Any]] | None = None,
+    world: World = ALONE,
 ) -> dict[str, Any]:
     """Detect on one image at a time, as plain torchvision does in use, and score the result.
 
@@ -114,23 +129,28 @@ def evaluate(
     Args:
         dataset: images with their ground truth, or some of them.
         workers: loader processes.
-        autocast: dtype of CUDA autocast, None for full precision.
-        on_image: told the number of images done, 1, after each.
-        keep_detections: a list that the detections are appended to, in COCO results format.
+        autocast: dtype of autocast, None for full precision.
+        on_image: told the number of images done after each, by all processes together.
+        keep_detections: a list that the detections are appended to, in COCO results format; on the main process.
+        world: the processes that share the images out, each of which has to call this.
 
     Returns:
-        The metrics of `CocoEvaluator.evaluate`.
+        The metrics of `CocoEvaluator.evaluate`, the same on every process.
     """
     whole = dataset.dataset if isinstance(dataset, Subset) else dataset
     evaluator = CocoEvaluator(whole.coco, detector.classes)
     is_module = isinstance(detector, nn.Module)
     device = next(detector.parameters()).device if is_module else torch.device("cpu")
     mode = evaluating(detector) if is_module else contextlib.nullcontext()
-    loader = evaluation_loader(dataset, workers, pin_memory=device.type == "cuda")
-    with mode, torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+    mine = dataset if world.size == 1 else Subset(dataset, range(world.rank, len(dataset), world.size))
+    loader = evaluation_loader(mine, workers, pin_memory=device.type == "cuda")
+    with uncompiled(), mode, torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
         for images, _, image_ids in loader:
             evaluator.process(image_ids, detector.detect([image.to(device, non_blocking=True) for image in images]))
-            on_image(len(images))
-    if keep_detections is not None:
+            on_image(len(images) * world.size)
+            world.watch.at(EVALUATING)
+    world.watch.at(REST)
+    evaluator.gather(world)
+    if keep_detections is not None and world.is_main:
         keep_detections.extend(evaluator.detections)
-    return evaluator.evaluate()
+    return world.on_main(evaluator.evaluate)

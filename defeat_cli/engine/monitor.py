@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from statistics import median
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 
 from defeat_cli.distillation.distiller import StepLosses
 from defeat_cli.engine.checkpoint import Training
+from defeat_cli.engine.distributed import World
 
 
 def add(training: Training, losses: StepLosses) -> None:
@@ -24,16 +26,26 @@ def add(training: Training, losses: StepLosses) -> None:
             training.counts[key] = training.counts.get(key, 0) + 1
 
 
-def averages(training: Training) -> dict[str, Any]:
-    """Averages since the last log line, which start anew."""
-    sums = torch.stack(list(training.sums.values())).tolist()
-    figures: dict[str, Any] = {"weighted": {}, "raw": {}, "pull": {}}
-    for key, value in zip(training.sums, sums, strict=True):
-        kind, _, name = key.partition("/")
-        figures[kind][name] = value / training.counts[key]
-    figures["loss"] = sum(figures["weighted"].values())
+def averages(training: Training, world: World) -> dict[str, Any]:
+    """Averages over all processes since the last log line, which start anew; on the main process, nothing elsewhere."""
+    sums = torch.stack(list(training.sums.values())).tolist() if training.sums else []
+    every = world.gather({key: (s, training.counts[key]) for key, s in zip(training.sums, sums, strict=True)})
     training.sums, training.counts = {}, {}
+    if not world.is_main:
+        return {}
+    figures: dict[str, Any] = {"weighted": {}, "raw": {}, "pull": {}}
+    for key in dict.fromkeys(chain.from_iterable(every)):
+        kind, _, name = key.partition("/")
+        found = [own[key] for own in every if key in own]
+        figures[kind][name] = sum(total for total, _ in found) / sum(count for _, count in found)
+    figures["loss"] = sum(figures["weighted"].values())
     return figures
+
+
+def seen(training: Training, world: World) -> dict[str, int]:
+    """How many images of each kind all processes have trained on so far; on the main process, nothing elsewhere."""
+    every = world.gather(training.seen)
+    return {kind: sum(own[kind] for own in every) for kind in training.seen} if world.is_main else {}
 
 
 class Proportion:
@@ -57,10 +69,12 @@ class Proportion:
 
 
 class Clock:
-    """Time spent training, evaluation left out; images per second since the last log line; peak GPU memory."""
+    """Time spent training, evaluation left out; images per second since the last log line, of all processes together;
+    peak GPU memory of the process that needs most."""
 
-    def __init__(self, training: Training) -> None:
+    def __init__(self, training: Training, world: World) -> None:
         self.training = training
+        self.world = world
         self.images = 0
         self.logged_at = training.seconds
         self.since = time.perf_counter()
@@ -78,11 +92,15 @@ class Clock:
         self.since = time.perf_counter()
 
     def speed(self) -> dict[str, float]:
-        """Figures for a log line, counted from the last one."""
+        """Figures for a log line, counted from the last one; on the main process, nothing elsewhere."""
         seconds = self.training.seconds - self.logged_at
-        speed = {"images_per_second": round(self.images / seconds, 2)}
-        if torch.cuda.is_available():
-            speed["memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+        every = self.world.gather((self.images, peak))
+        speed = {}
+        if every:
+            speed["images_per_second"] = round(sum(images for images, _ in every) / seconds, 2)
+            if torch.cuda.is_available():
+                speed["memory_gib"] = round(max(peak for _, peak in every) / 2**30, 2)
         self.images, self.logged_at = 0, self.training.seconds
         return speed
 

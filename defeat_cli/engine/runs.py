@@ -86,16 +86,21 @@ class RunFolder:
             (self / name).unlink(missing_ok=True)
         recipes.save(recipe, self / RECIPE)
 
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe of the run that was begun here."""
+        return recipes.load(str(self / RECIPE))
+
     def holds(self, recipe: Recipe) -> bool:
         """Whether the run that was begun here is one of this recipe."""
         return self.exists and not self._differences(recipe)
 
     def prolonged_by(self, recipe: Recipe) -> bool:
         """Whether the recipe trains for more epochs than the run that was begun here."""
-        return recipe.schedule.epochs > recipes.load(str(self / RECIPE)).schedule.epochs
+        return recipe.schedule.epochs > self.recipe.schedule.epochs
 
     def _differences(self, recipe: Recipe) -> list[str]:
-        before = recipes.load(str(self / RECIPE)).model_dump()
+        before = self.recipe.model_dump()
         return [
             f"{name}: {old!r} there, {new!r} here"
             for name, old, new in _differences(before, recipe.model_dump())
@@ -205,6 +210,7 @@ NOT_COMPARED = {
     "run.device",
     "run.name",
     "data.workers",
+    "data.verify",
     "run.log_every",
     "run.save_every",
     "run.pull_every",

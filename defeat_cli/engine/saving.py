@@ -9,9 +9,11 @@ from contextlib import contextmanager
 from typing import Any
 
 from defeat_cli.engine.checkpoint import Training
+from defeat_cli.engine.distributed import ALONE, World
+from defeat_cli.engine.faults import BadStepError
 from defeat_cli.engine.runs import BEST, LAST, RunFolder
 from defeat_cli.engine.stopping import Asked
-from defeat_cli.errors import RunError
+from defeat_cli.errors import Ended, RunError
 
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -26,6 +28,9 @@ class Saver:
         every: steps, or a time such as `30m`; the recipe's `run.save_every`.
         write: writes a checkpoint of the training under a name in the run folder, with metrics where it was evaluated.
         reporter: says what could not be saved; see `console.Reporter`.
+        world: the processes that train together. `last` and `best` are for all of them, and only the main one writes.
+            An error of one of several saves nothing, as the others are within a step that it no longer takes part in;
+            save for a step that all of them give up.
     """
 
     def __init__(
@@ -35,8 +40,9 @@ class Saver:
         every: int | str,
         write: Callable[[Training, str, dict[str, Any]], None],
         reporter: Any,
+        world: World = ALONE,
     ) -> None:
-        self.training, self.run, self.write, self.reporter = training, run, write, reporter
+        self.training, self.run, self.write, self.reporter, self.world = training, run, write, reporter, world
         self.steps = every if isinstance(every, int) else None
         self.seconds = None if isinstance(every, int) else int(every[:-1]) * SECONDS[every[-1]]
         self.metrics: dict[str, Any] = {}
@@ -77,6 +83,8 @@ class Saver:
 
     def log(self, entry: dict[str, Any] | None = None) -> None:
         """Append a line to the run's metrics; with None only those that were refused before."""
+        if not self.world.is_main:
+            return
         try:
             self.run.log(*([] if entry is None else [entry]))
             self.log_refused = False
@@ -111,7 +119,7 @@ class Saver:
         try:
             yield
         except Exception as error:
-            self._rescue()
+            self._rescue(error)
             if stop():
                 raise stop.interrupted(self.standing) from error
             if isinstance(error, RuntimeError) and (death := re.search(r"DataLoader worker.*?(?=\n|$)", str(error))):
@@ -126,8 +134,9 @@ class Saver:
     def _parameters_move(self, *_: Any) -> None:
         self.moved = True
 
-    def _rescue(self) -> None:
-        if self.saved_step == self.training.step:
+    def _rescue(self, error: Exception) -> None:
+        alone = self.world.size > 1 and not isinstance(error, BadStepError | Ended)
+        if self.saved_step == self.training.step or alone:
             return
         if self.broken:
             self.reporter.warn(
@@ -142,14 +151,15 @@ class Saver:
             self.reporter.warn(self.standing)
 
     def _written(self, name: str) -> bool:
+        written = True
         try:
             self.write(self.training, name, self.metrics)
         except OSError as error:
             self.reporter.warn(
                 f"{_told(error)}. {name} is not saved; training goes on, and what was saved before stays"
             )
-            return False
-        return True
+            written = False
+        return self.world.on_all(written)
 
 
 def _told(error: OSError) -> str:

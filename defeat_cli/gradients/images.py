@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from defeat_cli.data.annotations import Annotations
-from defeat_cli.data.dataset import MIN_SIDE, DetectionDataset
+from defeat_cli.data.boxes import MIN_SIDE
+from defeat_cli.data.dataset import DetectionDataset
 from defeat_cli.data.transforms import read_image
 from defeat_cli.detectors.contract import Batch, Detector, Target
 from defeat_cli.distillation.pairing import match_classes

@@ -3,33 +3,38 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 from defeat_cli.ablation.running import Calls, run_study
 from defeat_cli.ablation.study import Study
 from defeat_cli.config.schema import Recipe
+from defeat_cli.console import counting
 from defeat_cli.engine.stopping import stoppable
 from defeat_cli.jobs import training
 from defeat_cli.session import Session, assemble
 
 
-def ablate(study: Study, *, jobs: int | None = None, sort: str = "AP", quiet: bool = False) -> dict[str, str]:
+def ablate(
+    study: Study, *, jobs: int | None = None, gpus_per_run: int = 1, sort: str = "AP", quiet: bool = False
+) -> dict[str, str]:
     """Run a study; see `run_study`."""
     last: Session | None = None
 
     def check(recipe: Recipe) -> tuple[int, list[str]]:
         nonlocal last
-        last = assemble(recipe, like=last)
+        last = assemble(recipe, like=last, watch=partial(counting, quiet=quiet))
         return last.steps, [note.text for note in last.notes if note.warning]
 
     def obtain_teacher(recipe: Recipe, folder: Path) -> str | None:
         trained_here = recipe.teacher.checkpoint is None and recipe.teacher.recipe is not None
         return training.train_teacher(recipe, folder, quiet=quiet) if trained_here else None
 
+    calls = Calls(check, obtain_teacher, partial(command, processes=gpus_per_run))
     with stoppable(lambda: "the study is stopped; the same command goes on with it"):
-        return run_study(study, Calls(check, obtain_teacher, command), jobs=jobs, sort=sort, quiet=quiet)
+        return run_study(study, calls, jobs=jobs, gpus_per_run=gpus_per_run, sort=sort, quiet=quiet)
 
 
-def command(folder: Path, epoch: int) -> list[str]:
+def command(folder: Path, epoch: int, processes: int = 1) -> list[str]:
     """What trains the run in a folder up to an epoch."""
-    return [sys.executable, "-m", "defeat_cli.jobs.worker", str(folder), str(epoch)]
+    return [sys.executable, "-m", "defeat_cli.jobs.worker", str(folder), str(epoch), str(processes)]

@@ -25,6 +25,11 @@ SOURCE = (
 )
 """Settings of `data` that say where images and boxes are, and so belong together."""
 
+READING = ("data.workers", "data.verify", "data.on_bad_image")
+"""Settings of how images are read."""
+KEPT = (*SOURCE, "workers", "on_bad_image")
+"""Settings of `data` that a checkpoint's own recipe has for whoever says nothing else."""
+
 DETECTOR = (*(f"student.{name}" for name in (*STRUCTURE, *INFERENCE)), *(f"data.{side}" for side in SIZES))
 
 
@@ -74,9 +79,9 @@ def ask(
 def _data(given: Mapping[str, Given], named: Recipe, weights: Weights, checkpoint: str) -> tuple[Data, list[str]]:
     """The data section in force. A folder on the command line is read as it is, and never drawn."""
     remembered = (weights.recipe or {}).get("data") or {}  # checked as a mapping when it was read
-    own = {name: remembered[name] for name in (*SOURCE, "workers") if remembered.get(name) is not None}
+    own = {name: remembered[name] for name in KEPT if remembered.get(name) is not None}
     sections = {name.split(".")[1] for name in given if name.startswith("data.")}
-    spoken = {name: getattr(named.data, name) for name in (*SOURCE, "workers") if name in sections}
+    spoken = {name: getattr(named.data, name) for name in KEPT if name in sections}
     notes = []
     if isinstance(own.get("path"), str):
         own["path"] = _found(own["path"], weights, checkpoint)

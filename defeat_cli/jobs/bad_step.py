@@ -27,12 +27,16 @@ class _Part(BaseModel):
 
 
 class Arguments(_Part):
-    """What `backward` takes besides the batches, and the learning rate; `strength` by term."""
+    """What `backward` takes besides the batches, and the learning rate; `strength` by term.
+
+    parts: places of the batches among those of the step; several processes share them, and this one had these.
+    """
 
     seed: int
     strength: dict[str, float | None]
     measure: bool
     lr: float
+    parts: list[int] = []
 
 
 class State(_Part):

@@ -25,6 +25,7 @@ from defeat_cli.export.runtime import SUFFIX
 from defeat_cli.files import write_json
 from defeat_cli.jobs.opening import Opened, open_finder
 from defeat_cli.jobs.training import batches_of, tell
+from defeat_cli.precision import AUTOCAST
 
 MIB = 2**20
 
@@ -53,11 +54,12 @@ def bench_step(recipe: Recipe, *, rounds: int, trace: Path | None = None, quiet:
     """
     reporter = Reporter("bench", quiet)
     session = sessions.assemble(recipe)
+    recipe = session.recipe
     tell(session, reporter)
     training = begin(recipe, session.distiller, session.device)
     loader = batches_of(session)
     batches, loaded = read_batches(loader, rounds)
-    autocast = sessions.AUTOCAST[recipe.run.precision]
+    autocast = AUTOCAST[recipe.run.precision]
     settings = {"clip_norm": recipe.optimizer.clip_norm, "autocast": autocast}
     cost = measure_step(training, batches, rounds, settings=settings, trace=trace)
     ran_on = machine(session.device)

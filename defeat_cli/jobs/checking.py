@@ -5,27 +5,21 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
-from torchvision.ops import box_iou
 
 from defeat_cli.benchmark.detectors import gflops
 from defeat_cli.config.schema import Recipe
-from defeat_cli.console import Reporter
-from defeat_cli.data.dataset import DetectionDataset
-from defeat_cli.detectors.contract import Anchored, Detector
+from defeat_cli.console import Reporter, counting
+from defeat_cli.detectors.contract import Detector
 from defeat_cli.distillation.distiller import Distiller
 from defeat_cli.distillation.pairing import match_classes
 from defeat_cli.jobs.estimate import images_a_batch, of_training, training_bytes
 from defeat_cli.jobs.training import count_pseudo_labels, score_teacher, tell
 from defeat_cli.memory import told
 from defeat_cli.session import Session, assemble
-
-FITTED_IMAGES = 32
-GOOD_ANCHOR_FIT = 0.55
-"""RetinaNet takes anchors from IoU 0.5 on, the RPN from 0.7 on or the best: below this most boxes have few."""
+from defeat_cli.verifying import anchor_fit
 
 
 @dataclass(frozen=True)
@@ -43,7 +37,7 @@ def check(recipe: Recipe) -> Check:
         DefeatError: the run could not be started.
     """
     reporter = Reporter("check")
-    session = assemble(recipe, doing=reporter.doing)
+    session = assemble(recipe, doing=reporter.doing, watch=counting)
     tell(session, reporter)
     with told(lambda: of_training(session)):
         return _checked(session, reporter)
@@ -64,16 +58,12 @@ def _checked(session: Session, reporter: Reporter) -> Check:
         "detectors": {name: _describe(d, images) for name, d in detectors.items() if d is not None},
         "terms": terms,
         "pull": pull,
+        "notes": [{"text": note.text, "warning": note.warning} for note in session.notes],
         "memory_gib": round(training_bytes(distiller, images, targets, recipe, a_batch) / 2**30, 2),
     }
-    if isinstance(student, Anchored):
-        facts["anchor_fit"] = _anchor_fit(student, data)
-        if facts["anchor_fit"] < GOOD_ANCHOR_FIT:
-            reporter.warn(
-                f"the student's anchors fit the boxes badly: the best anchor of a box has an IoU of "
-                f"{facts['anchor_fit']:.2f} with it on average. Set student.anchor_sizes to the sizes of objects "
-                "after resizing"
-            )
+    fitting = anchor_fit(student, data, recipe.data)
+    if fitting is not None:
+        facts["anchor_fit"] = fitting.mean
     tables = [_detectors_table(facts["detectors"])]
     if teacher is not None:
         facts["levels"] = [
@@ -100,21 +90,6 @@ def _describe(detector: Detector, images: list[Tensor]) -> dict[str, Any]:
         "gflops": round(gflops(detector.eval(), images), 2),
         "levels": [(level.stride, level.channels) for level in detector.levels],
     }
-
-
-@torch.no_grad()
-def _anchor_fit(student: Detector, data: DetectionDataset) -> float:
-    """Mean over boxes of the best IoU that any anchor has with them, on some training images spread over the data."""
-    student.eval()
-    best = []
-    for i in range(min(FITTED_IMAGES, len(data))):
-        image, target, _ = data[i * len(data) // min(FITTED_IMAGES, len(data))]
-        device = next(student.parameters()).device
-        batch = student.prepare([image.to(device)], [target])
-        anchors = torch.cat(student.anchors(student.features(batch), batch))
-        if len(batch.targets[0]["boxes"]):
-            best.append(box_iou(batch.targets[0]["boxes"], anchors).amax(dim=1))
-    return torch.cat(best).mean().item() if best else 1.0
 
 
 def _losses(

@@ -21,9 +21,9 @@ from defeat_cli.console import Reporter, counting, new_table
 from defeat_cli.data.transforms import read_image
 from defeat_cli.detectors.contract import evaluating, in_unit_range
 from defeat_cli.errors import DataError, DefeatError
+from defeat_cli.export.fewer_bits import Precision
 from defeat_cli.export.graph import FORMATS, INPUTS, OUTPUTS, SUFFIXES, Graph, Input
 from defeat_cli.export.parity import BOX_TOLERANCE, SCORE_TOLERANCE, Comparison, Detections, compare
-from defeat_cli.export.precision import Precision
 from defeat_cli.export.runtime import OnnxDetector, as_input
 from defeat_cli.files import replacing, require_place_for_file
 from defeat_cli.gradients.images import find_images, images_of

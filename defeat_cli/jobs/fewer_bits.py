@@ -19,8 +19,8 @@ from defeat_cli.data.dataset import DetectionDataset
 from defeat_cli.data.transforms import read_image
 from defeat_cli.engine.evaluation import evaluate
 from defeat_cli.errors import DataError
+from defeat_cli.export.fewer_bits import Precision, to_half, to_int8
 from defeat_cli.export.graph import Input
-from defeat_cli.export.precision import Precision, to_half, to_int8
 from defeat_cli.export.runtime import OnnxDetector, as_input
 
 CALIBRATED = 64

@@ -13,9 +13,10 @@ from defeat_cli.config.schema import validate
 from defeat_cli.console import new_table
 from defeat_cli.detectors.zoo import build_detector
 from defeat_cli.engine.checkpoint import begin
-from defeat_cli.engine.step import backward
+from defeat_cli.engine.step import backward, whole
 from defeat_cli.errors import CheckpointError
 from defeat_cli.jobs.bad_step import Content, Values, load, values_of
+from defeat_cli.precision import AUTOCAST
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ def replay(path: Path, device: str | None = None, teacher: str | None = None) ->
         seed=arguments.seed,
         strength=arguments.strength,
         measure=arguments.measure,
-        autocast=session.AUTOCAST[recipe.run.precision],
+        autocast=AUTOCAST[recipe.run.precision],
+        share=whole(len(content.batches), arguments.parts),
     )
     return Replay(content, values_of(losses, gradients, distiller))

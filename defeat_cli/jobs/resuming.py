@@ -12,6 +12,7 @@ from defeat_cli.checkpoints.reading import read
 from defeat_cli.config import schema as recipes
 from defeat_cli.data.fingerprint import Fingerprint, changes, fingerprint
 from defeat_cli.engine.checkpoint import Training
+from defeat_cli.engine.distributed import ALONE, World
 from defeat_cli.engine.runs import BEST, LAST, METRICS, PREVIOUS, RECIPE, RESULTS, STUDENT, RunFolder
 from defeat_cli.errors import CheckpointError, RecipeError, RunError
 from defeat_cli.session import Session
@@ -76,34 +77,50 @@ def newest_state(run: RunFolder, reporter: Any) -> dict[str, Any] | None:
     return None
 
 
-def take_up(run: RunFolder, training: Training, session: Session, reporter: Any, *, changed_data: bool = False) -> None:
+def take_up(
+    run: RunFolder,
+    training: Training,
+    session: Session,
+    reporter: Any,
+    *,
+    changed_data: bool = False,
+    world: World = ALONE,
+) -> None:
     """Bring a training to where its run stands.
 
     Args:
         changed_data: go on with data that changed, from the start of the epoch where the steps of an epoch did too.
+        world: the processes that train together, each of which has to call this; the main one reads the files.
 
     Raises:
         RunError: no state can be read, or the data changed.
     """
-    content = newest_state(run, reporter)
+    content = world.on_main(lambda: newest_state(run, reporter))
     if content is None:
-        run.forget_after(0, 0)
+        world.on_main(lambda: run.forget_after(0, 0))
         return
-    training.load_state_dict(content["training"])
+    before = training.load_state_dict(content["training"], world)
     step = training.step
-    different = changes(content.get("data", {}), fingerprints(session))
+    if before != world.size:
+        reporter.note(f"{run.path}: {before} processes until step {step}, {world.size} from there on")
+    different = world.on_main(lambda: changes(content.get("data", {}), fingerprints(session)))
     if different:
         _other_data(run, training, session, different, reporter, changed_data)
-    if "log" not in content or not run.rewind(content["log"]):  # older states have no seal
+    if world.is_main and ("log" not in content or not run.rewind(content["log"])):  # older states have no seal
         run.forget_after(step, training.judged_at)
         if "log" in content:
             reporter.warn(f"{run / METRICS}: not what was written; the lines in it that can be read are kept")
-    if training.best_ap > -math.inf:
-        try:
-            native.load(run / BEST)
-        except CheckpointError as error:
-            reporter.warn(f"{error}. The best student from here on takes its place")
-            training.best_ap = -math.inf
+    if training.best_ap > -math.inf and not world.on_main(lambda: _best_is_whole(run, reporter)):
+        training.best_ap = -math.inf
+
+
+def _best_is_whole(run: RunFolder, reporter: Any) -> bool:
+    try:
+        native.load(run / BEST)
+    except CheckpointError as error:
+        reporter.warn(f"{error}. The best student from here on takes its place")
+        return False
+    return True
 
 
 def best_or_last(run: RunFolder, training: Training, reporter: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,17 +15,20 @@ from defeat_cli import session
 from defeat_cli.config.schema import Recipe, validate
 from defeat_cli.console import Reporter, counting, errors_table, metrics_table
 from defeat_cli.data.dataset import DetectionDataset
+from defeat_cli.data.opening import SPOKEN
 from defeat_cli.detectors.loading import load_detector
 from defeat_cli.engine.detection_errors import error_report
 from defeat_cli.engine.evaluation import Finder, evaluate
 from defeat_cli.engine.voc_ap import voc_ap50
-from defeat_cli.errors import DataError
+from defeat_cli.errors import DataError, RunError
 from defeat_cli.export.runtime import SUFFIX
 from defeat_cli.files import write_json
-from defeat_cli.jobs.asked import DETECTOR, Asked, ask, data_settings
+from defeat_cli.jobs.asked import DETECTOR, READING, Asked, ask, data_settings
 from defeat_cli.jobs.estimate import of_detecting
 from defeat_cli.jobs.opening import open_exported
 from defeat_cli.memory import told
+from defeat_cli.precision import AUTOCAST, choose_precision
+from defeat_cli.verifying import note_on_left_out, verify
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ def score(
             subject.detector,
             data,
             workers=session.loader_processes(recipe.data.workers),
-            autocast=session.AUTOCAST[subject.precision],
+            autocast=AUTOCAST[subject.precision],
             on_image=advance,
             keep_detections=detections,
         )
@@ -111,17 +115,17 @@ class _Subject:
 def _from_checkpoint(
     checkpoint: str, recipe_name: str | None, changes: dict[str, Any], split: str, reporter: Reporter
 ) -> _Subject:
-    settings = (*DETECTOR, *data_settings(split, changes), "data.workers", "run.device", "run.precision")
+    settings = (*DETECTOR, *data_settings(split, changes), *READING, "run.device", "run.precision")
     asked = ask(checkpoint, recipe_name, changes, command="eval", settings=settings)
     recipe = asked.recipe
     device = session.choose_device(recipe.run.device, recipe.run.precision)
     precision = _precision(asked, device, reporter)
     data = session.open_data(recipe.data, split, train=False)
     loaded = load_detector(asked.weights, asked.given, classes=data.classes)
-    resize = loaded.detector.model.transform
-    data.refuse_vanishing(resize.min_size, resize.max_size)
-    for note in [*asked.notes, *data.notes]:
+    for note in asked.notes:
         reporter.note(note)
+    resize = loaded.detector.model.transform
+    data = _read(data, recipe, split, (resize.min_size, resize.max_size), reporter)
     loaded.tell(reporter)
     return _Subject(loaded.detector.to(device), recipe, device, precision, data)
 
@@ -129,26 +133,39 @@ def _from_checkpoint(
 def _exported(
     checkpoint: str, recipe_name: str | None, changes: dict[str, Any], split: str, reporter: Reporter
 ) -> _Subject:
-    settings = (*data_settings(split, changes), "data.workers", "run.device")
+    settings = (*data_settings(split, changes), *READING, "run.device")
     opened = open_exported(checkpoint, recipe_name, changes, "eval", settings)
     if opened.recipe.data.path is None:
         raise DataError(f"{checkpoint}: an exported file does not know where its data is; give a folder with --data")
     data = session.open_data(opened.recipe.data, split, train=False)
     card = opened.detector.card
-    data.refuse_vanishing([card.short_side], card.long_side)
+    data = _read(data, opened.recipe, split, ([card.short_side], card.long_side), reporter)
+    return _Subject(opened.detector, opened.recipe, opened.device, "fp32", data)
+
+
+def _read(
+    data: DetectionDataset, recipe: Recipe, split: str, sides: tuple[Sequence[int], int], reporter: Reporter
+) -> DetectionDataset:
+    """The data with every image read before the first is scored; sides: the short ones and the long one."""
+    spoken, workers = SPOKEN[split], session.loader_processes(recipe.data.workers)
+    data = verify(data, recipe.data, spoken, workers, partial(counting, quiet=reporter.quiet))
+    data.refuse_vanishing(*sides)
     for note in data.notes:
         reporter.note(note)
-    return _Subject(opened.detector, opened.recipe, opened.device, "fp32", data)
+    if left_out := note_on_left_out(data.left_out, len(data), spoken):
+        reporter.warn(left_out)
+    return data
 
 
 def _precision(asked: Asked, device: torch.device, reporter: Reporter) -> str:
     """As it was said, else as the run evaluated that the checkpoint comes from, where the device can."""
     if "run.precision" in asked.given:
-        return asked.recipe.run.precision
+        return choose_precision(asked.recipe.run.precision, device)
     run = (asked.weights.recipe or {}).get("run")
-    remembered = {name: value for name, value in run.items() if name == "precision"} if isinstance(run, dict) else {}
+    remembered = {"precision": run.get("precision", "fp32") if isinstance(run, dict) else "fp32"}
     trained = validate({"run": remembered}, f"{asked.weights.origin}: the recipe in it").run.precision
-    if trained == "fp32" or device.type == "cuda":
-        return trained
-    reporter.warn(f"its own run evaluated in {trained}, which needs a CUDA device; here it is fp32")
-    return "fp32"
+    try:
+        return choose_precision(trained, device)
+    except RunError:
+        reporter.warn(f"its own run evaluated in {trained}, which this {device.type} does not have; here it is fp32")
+        return "fp32"

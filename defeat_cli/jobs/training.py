@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from defeat_cli import session as sessions
 from defeat_cli.checkpoints import native
 from defeat_cli.config import schema as recipes
 from defeat_cli.config.schema import Recipe, Teacher
-from defeat_cli.console import Reporter, percent, spoken_counts
+from defeat_cli.console import Reporter, counting, percent, spoken_counts
 from defeat_cli.data.loading import Loader, training_loader
+from defeat_cli.data.sharing import StepOrder, pieces
 from defeat_cli.data.unlabelled import mixed_loader
 from defeat_cli.detectors.contract import Detector
 from defeat_cli.distillation.pairing import match_classes
 from defeat_cli.engine.checkpoint import Training, begin
 from defeat_cli.engine.curves import draw_curves
 from defeat_cli.engine.detection_errors import error_report
+from defeat_cli.engine.distributed import ALONE, World
 from defeat_cli.engine.evaluation import evaluate
 from defeat_cli.engine.faults import ADVICE, BadStepError, refuse_broken
 from defeat_cli.engine.locking import locked, refuse_locked
 from defeat_cli.engine.loop import fit
+from defeat_cli.engine.monitor import seen
 from defeat_cli.engine.runs import BAD_STEP, BEST, CURVES, LAST, PREVIOUS, RESULTS, STUDENT, SUMMARY, RunFolder
 from defeat_cli.engine.speed import milliseconds_per_image
 from defeat_cli.engine.stopping import stoppable
@@ -34,6 +40,7 @@ from defeat_cli.jobs import bad_step, resuming
 from defeat_cli.jobs.estimate import of_detecting, of_training
 from defeat_cli.jobs.summary import write_summary
 from defeat_cli.memory import told
+from defeat_cli.precision import AUTOCAST
 from defeat_cli.session import Session, assemble
 
 NEAR_ZERO_AP = 0.01
@@ -50,6 +57,7 @@ def train(
     title: str = "student",
     until: int | None = None,
     known_teacher: Callable[[], dict[str, Any] | None] = lambda: None,
+    world: World = ALONE,
 ) -> dict[str, Any]:
     """Run a recipe in a folder, to the end.
 
@@ -59,6 +67,7 @@ def train(
         changed_data: resume on data that is not what it was.
         until: epoch after whose evaluation the run stops, saved; None goes on to the last.
         known_teacher: gives the teacher's figures on the validation images where somebody has them already.
+        world: the processes that train together, each of which has to call this. Only the main one uses the folder.
 
     Returns:
         What `results.json` holds: `student`, and `teacher` and `plain` where there are any, each with COCO figures.
@@ -73,44 +82,103 @@ def train(
         raise RunError("--resume and --overwrite contradict each other; give one of them")
     if changed_data and not resume:
         raise RunError("--changed-data: is about a run that is resumed; add --resume")
-    has_teacher_run = recipe.teacher.recipe is not None and RunFolder(folder / "teacher").exists
-    if resume and not run.exists and not has_teacher_run:
-        raise RunError(f"{folder}: holds no run to resume; leave --resume out to start one")
     with stoppable(lambda: _standing(run)):
-        refuse_locked(folder)
-        if resume and run.exists:
-            resuming.mend(run, reporter)
-        run.check(recipe, resume=resume, overwrite=overwrite)
-        prolonged = resume and run.exists and run.prolonged_by(recipe)
-        if prolonged:
-            text = f"{folder}: goes on to {recipe.schedule.epochs} epochs, by the learning rates of that schedule"
-            reporter.note(text)
-        elif resume and run.finished:
-            reporter.note(f"{folder}: is finished already; more epochs are possible: --set schedule.epochs=N")
-            return run.results()
-        session = assemble(recipe, doing=reporter.doing)
+        world.on_main(lambda: _enter(run, recipe, reporter, resume))
+        recipe = _settled(recipe, run if resume else None, world)
+        done = world.on_main(lambda: _look(run, recipe, reporter, resume, overwrite))
+        if done is not None:
+            return done
+        prolonged = world.on_main(lambda: resume and run.exists and run.prolonged_by(recipe))
+        session = assemble_together(recipe, world, reporter)
         if not session.teacher_is_trained:
-            teacher = train_teacher(recipe, folder, overwrite, quiet, changed_data)
-            session = assemble(recipe, teacher=teacher, doing=reporter.doing)
+            teacher = train_teacher(recipe, folder, overwrite, quiet, changed_data, world)
+            session = assemble_together(recipe, world, reporter, teacher)
         tell(session, reporter)
-        teacher_ap = score_teacher(session, reporter, known_teacher)
+        tell_share(recipe, world, reporter)
+        teacher_ap = score_teacher(session, reporter, known_teacher, world)
         count_pseudo_labels(session, reporter)
-        with locked(folder):
-            run.open(recipe, resume=resume, overwrite=overwrite)
-            training = begin(recipe, session.distiller, session.device)
+        with locked(folder) if world.is_main else nullcontext():
+            world.on_main(lambda: run.open(recipe, resume=resume, overwrite=overwrite))
+            training = begin(recipe, session.distiller, session.device, world)
             if resume:
-                resuming.take_up(run, training, session, reporter, changed_data=changed_data)
+                resuming.take_up(run, training, session, reporter, changed_data=changed_data, world=world)
             if prolonged:
                 training.stale = 0  # to go on was asked for
-            _fit(session, run, training, reporter, teacher_ap, until)
-            results = _finish(session, run, training, reporter, known_teacher)
+            _fit(session, run, training, reporter, teacher_ap, until, world)
+            results = _finish(session, run, training, reporter, known_teacher, world)
             if recipe.run.compare_plain and session.teacher is not None:
-                plain = _sub_run(plain_recipe(recipe), run / "plain", overwrite, quiet, "plain student", changed_data)
+                plain = _sub_run(
+                    plain_recipe(recipe), run / "plain", overwrite, quiet, "plain student", changed_data, world
+                )
                 results["plain"] = plain["student"]
-            write_summary(run / SUMMARY, recipe.run.name or folder.name, results)
-            write_json(run / RESULTS, results)
-            (run / PREVIOUS).unlink(missing_ok=True)
-            return results
+            if world.is_main:
+                write_summary(run / SUMMARY, recipe.run.name or folder.name, results)
+                write_json(run / RESULTS, results)
+                (run / PREVIOUS).unlink(missing_ok=True)
+            return world.on_all(results)
+
+
+def _enter(run: RunFolder, recipe: Recipe, reporter: Reporter, resume: bool) -> None:
+    """Make sure that a folder can be worked in, and that what it says of its own run can be read."""
+    has_teacher_run = recipe.teacher.recipe is not None and RunFolder(run / "teacher").exists
+    if resume and not run.exists and not has_teacher_run:
+        raise RunError(f"{run.path}: holds no run to resume; leave --resume out to start one")
+    refuse_locked(run.path)
+    if resume and run.exists:
+        resuming.mend(run, reporter)
+
+
+def _settled(recipe: Recipe, run: RunFolder | None, world: World) -> Recipe:
+    """A recipe with the precision that it is run with: that of a run which is gone on with, or the device's."""
+
+    def precision() -> str:
+        return sessions.settled(recipe, run.recipe if run is not None and run.exists else None).run.precision
+
+    settled = recipe.run.model_copy(update={"precision": world.on_main(precision)})
+    return recipe.model_copy(update={"run": settled})
+
+
+def _look(run: RunFolder, recipe: Recipe, reporter: Reporter, resume: bool, overwrite: bool) -> dict[str, Any] | None:
+    """Find out whether a recipe can be run in a folder; its results where that has been done already."""
+    run.check(recipe, resume=resume, overwrite=overwrite)
+    if resume and run.exists and run.prolonged_by(recipe):
+        text = f"{run.path}: goes on to {recipe.schedule.epochs} epochs, by the learning rates of that schedule"
+        reporter.note(text)
+    elif resume and run.finished:
+        reporter.note(f"{run.path}: is finished already; more epochs are possible: --set schedule.epochs=N")
+        return run.results()
+    return None
+
+
+def assemble_together(recipe: Recipe, world: World, reporter: Reporter, teacher: str | None = None) -> Session:
+    """A session on every process, with what processes that share its batches have to have.
+
+    Raises:
+        DefeatError: as `assemble`; or these processes cannot share the recipe's device or its batches.
+    """
+    watch = partial(counting, quiet=reporter.quiet)
+    session = world.main_first(lambda: assemble(recipe, teacher=teacher, doing=reporter.doing, watch=watch))
+    world.check_device(session.device)
+    pieces(recipe.data.batch_size, recipe.optimizer.accumulate, world.size)
+    if recipe.student.sync_bn and world.size > 1:
+        if session.device.type != "cuda":
+            raise RunError("student.sync_bn: torch has it for CUDA devices only; leave it out on the CPU")
+        session.student.model = nn.SyncBatchNorm.convert_sync_batchnorm(session.student.model)
+    return session
+
+
+def tell_share(recipe: Recipe, world: World, reporter: Reporter) -> None:
+    """Print how a step is shared out; nothing for a process alone."""
+    if world.size == 1:
+        return
+    size, batches = recipe.data.batch_size, recipe.optimizer.accumulate
+    cut = pieces(size, batches, world.size)
+    parts = f"{batches} batches of {size}" if batches > 1 else f"a batch of {size}"
+    cutting = f", each cut into {cut}" if cut > 1 else ""
+    reporter.note(
+        f"{world.size} processes share each step's {size * batches} images ({parts}{cutting}), which optimizer.lr "
+        f"{recipe.optimizer.lr:g} is for"
+    )
 
 
 def _standing(run: RunFolder) -> str:
@@ -124,33 +192,51 @@ def _finish(
     training: Training,
     reporter: Reporter,
     known_teacher: Callable[[], dict[str, Any] | None],
+    world: World,
 ) -> dict[str, Any]:
     """Write what a finished run leaves, all but its results, which are returned."""
+    results = {"student": world.on_main(lambda: _export(session, run, training, reporter)["metrics"])}
+    results["training_seconds"] = round(training.seconds, 1)
+    if left_out := images_left_out(session):
+        results["left_out"] = left_out
+    if training.step < session.steps:
+        results["stopped_early_at_step"] = training.step
+    timed = {"student": training.evaluated}
+    if session.unlabelled is not None:
+        results["seen"] = world.on_all(seen(training, world))
+        text = f"trained on {spoken_counts(results['seen'])} images, each time that one was seen"
+        reporter.note(f"{reporter.title}: {text}")
+    if session.teacher is not None and match_classes(session.validation_data.classes, session.teacher.classes):
+        results["teacher"] = world.on_main(known_teacher)
+        if results["teacher"] is None:
+            results["teacher"] = score(session, session.teacher, reporter, world=world)
+            timed["teacher"] = session.teacher
+    precision = AUTOCAST[session.recipe.run.precision]
+    if world.is_main:
+        # One right after the other, so that whatever else the machine is doing slows both.
+        results["ms_per_image"] = {
+            who: milliseconds_per_image(detector, session.validation_data, precision) for who, detector in timed.items()
+        }
+        draw_curves(run.metrics(), run / CURVES, list(session.distiller.terms))
+    return results
+
+
+def _export(session: Session, run: RunFolder, training: Training, reporter: Reporter) -> dict[str, Any]:
+    """Write the best epoch's student for plain torchvision; its checkpoint."""
     recipe = session.recipe
     run.log()  # lines that could not be written before
     best = resuming.best_or_last(run, training, reporter)
     native.write_atomically(run / STUDENT, native.exported(best, str(run / BEST)))
     write_loader(run / STUDENT, recipe.student, best["classes"], recipe.data.short_side[-1], recipe.data.long_side)
-    results: dict[str, Any] = {"student": best["metrics"], "training_seconds": round(training.seconds, 1)}
-    if training.step < session.steps:
-        results["stopped_early_at_step"] = training.step
-    timed = {"student": training.evaluated}
+    return best
+
+
+def images_left_out(session: Session) -> dict[str, list[str]]:
+    """The files that `data.on_bad_image: skip` left out, of the splits that have any."""
+    splits = {"training": session.training_data, "validation": session.validation_data}
     if session.unlabelled is not None:
-        text = f"trained on {spoken_counts(training.seen)} images, each time that one was seen"
-        reporter.note(f"{reporter.title}: {text}")
-        results["seen"] = training.seen
-    if session.teacher is not None and match_classes(session.validation_data.classes, session.teacher.classes):
-        results["teacher"] = known_teacher()
-        if results["teacher"] is None:
-            results["teacher"] = score(session, session.teacher, reporter)
-            timed["teacher"] = session.teacher
-    precision = sessions.AUTOCAST[recipe.run.precision]
-    # One right after the other, so that whatever else the machine is doing slows both.
-    results["ms_per_image"] = {
-        who: milliseconds_per_image(detector, session.validation_data, precision) for who, detector in timed.items()
-    }
-    draw_curves(run.metrics(), run / CURVES, list(session.distiller.terms))
-    return results
+        splits["unlabelled"] = session.unlabelled
+    return {name: [str(fault.image) for fault in data.left_out] for name, data in splits.items() if data.left_out}
 
 
 def plain_recipe(recipe: Recipe) -> Recipe:
@@ -163,12 +249,13 @@ def plain_recipe(recipe: Recipe) -> Recipe:
 
 
 def _sub_run(
-    recipe: Recipe, folder: Path, overwrite: bool, quiet: bool, title: str, changed_data: bool
+    recipe: Recipe, folder: Path, overwrite: bool, quiet: bool, title: str, changed_data: bool, world: World
 ) -> dict[str, Any]:
     """A run that another needs: begun, gone on with, or taken as it is where it is finished."""
     run = RunFolder(folder)
-    anew = overwrite and run.exists and not run.holds(recipe)
-    resume = run.exists and not anew
+    recipe = _settled(recipe, run, world)
+    anew = world.on_main(lambda: overwrite and run.exists and not run.holds(recipe))
+    resume = world.on_main(lambda: run.exists) and not anew
     return train(
         recipe,
         folder,
@@ -177,11 +264,17 @@ def _sub_run(
         changed_data=changed_data and resume,
         quiet=quiet,
         title=title,
+        world=world,
     )
 
 
 def train_teacher(
-    recipe: Recipe, folder: Path, overwrite: bool = False, quiet: bool = False, changed_data: bool = False
+    recipe: Recipe,
+    folder: Path,
+    overwrite: bool = False,
+    quiet: bool = False,
+    changed_data: bool = False,
+    world: World = ALONE,
 ) -> str:
     """Train the teacher that `teacher.recipe` names, in `folder/teacher`, where it is not there yet.
 
@@ -194,7 +287,7 @@ def train_teacher(
     Reporter("teacher", quiet).note(
         f"no --teacher: training one by the recipe {recipe.teacher.recipe}, in {folder / 'teacher'}"
     )
-    _sub_run(sessions.teacher_recipe(recipe), folder / "teacher", overwrite, quiet, "teacher", changed_data)
+    _sub_run(sessions.teacher_recipe(recipe), folder / "teacher", overwrite, quiet, "teacher", changed_data, world)
     return str(folder / "teacher" / BEST)
 
 
@@ -205,7 +298,10 @@ def tell(session: Session, reporter: Reporter) -> None:
 
 
 def score_teacher(
-    session: Session, reporter: Reporter, known_teacher: Callable[[], dict[str, Any] | None] = lambda: None
+    session: Session,
+    reporter: Reporter,
+    known_teacher: Callable[[], dict[str, Any] | None] = lambda: None,
+    world: World = ALONE,
 ) -> float | None:
     """Print the teacher's AP on a few validation images, and return it: a teacher that was read wrongly shows here.
 
@@ -218,14 +314,14 @@ def score_teacher(
     if not match_classes(data.classes, teacher.classes):
         reporter.warn("teacher and data share no class name; the teacher's AP cannot be checked")
         return None
-    known = known_teacher()
+    known = world.on_main(known_teacher)
     if known is not None:
         reporter.note(f"teacher: AP {percent(known['AP'])} on the validation images, as another run has found")
         return known["AP"]
     reporter.doing(f"scoring the teacher on {images} validation images")
     teacher.to(session.device)
     few = torch.utils.data.Subset(data, [i * len(data) // images for i in range(images)])
-    ap = score(session, teacher, reporter, subset=few)["AP"]
+    ap = score(session, teacher, reporter, subset=few, world=world)["AP"]
     reporter.note(f"teacher: AP {percent(ap)} on {images} validation images")
     if ap < NEAR_ZERO_AP:
         reporter.warn(
@@ -255,7 +351,9 @@ def count_pseudo_labels(session: Session, reporter: Reporter) -> None:
         )
 
 
-def score(session: Session, detector: Detector, reporter: Reporter, *, subset: Any = None) -> dict[str, Any]:
+def score(
+    session: Session, detector: Detector, reporter: Reporter, *, subset: Any = None, world: World = ALONE
+) -> dict[str, Any]:
     """COCO figures and error types of a detector on the session's validation images, or on some of them."""
     recipe, data = session.recipe, session.validation_data
     chosen = data if subset is None else subset
@@ -264,19 +362,24 @@ def score(session: Session, detector: Detector, reporter: Reporter, *, subset: A
         metrics = evaluate(
             detector,
             chosen,
-            workers=sessions.loader_processes(recipe.data.workers),
-            autocast=sessions.AUTOCAST[recipe.run.precision],
+            workers=sessions.loader_processes(recipe.data.workers, world.local_size),
+            autocast=AUTOCAST[recipe.run.precision],
             on_image=advance,
             keep_detections=detections,
+            world=world,
         )
-    metrics["errors"] = error_report(detections, data.coco).to_dict()
+    metrics["errors"] = world.on_main(lambda: error_report(detections, data.coco).to_dict())
     return metrics
 
 
-def batches_of(session: Session) -> Loader:
-    """Training batches of a session, unlabelled images beside them where there are any."""
+def batches_of(session: Session, world: World = ALONE) -> Loader:
+    """Training batches of a session, or a process's share of them, with unlabelled images where there are any."""
     recipe, data = session.recipe, session.training_data
-    settings = {"workers": sessions.loader_processes(recipe.data.workers), "seed": recipe.run.seed}
+    settings = {
+        "workers": sessions.loader_processes(recipe.data.workers, world.local_size),
+        "share": partial(StepOrder, accumulate=recipe.optimizer.accumulate, rank=world.rank, size=world.size),
+        "seed": recipe.run.seed,
+    }
     if session.unlabelled is None:
         return training_loader(data, recipe.data.batch_size, **settings)
     beside = recipe.data.unlabelled_a_batch
@@ -290,13 +393,14 @@ def _fit(
     reporter: Reporter,
     teacher_ap: float | None,
     until: int | None,
+    world: World,
 ) -> None:
     """Train to the last epoch or `until`, saving checkpoints in our own format."""
     recipe, data = session.recipe, session.training_data
-    loader = batches_of(session)
+    loader = batches_of(session, world)
 
     saved: int | None = None
-    begun_on = resuming.fingerprints(session)
+    begun_on = resuming.fingerprints(session) if world.is_main else {}
 
     def save(training: Training, name: str, metrics: dict[str, Any]) -> None:
         nonlocal saved
@@ -308,9 +412,13 @@ def _fit(
             "terms": training.distiller.terms.state_dict(),
             "metrics": metrics,
         }
+        # Nobody goes on from best.pt, which would be three times as large.
+        state = training.state_dict(world) if name == LAST else None
+        if not world.is_main:
+            return
         keep = None
-        if name == LAST:  # nobody goes on from best.pt, which would be three times as large
-            content |= {"training": training.state_dict(), "data": begun_on, "log": run.log_seal()}
+        if state is not None:
+            content |= {"training": state, "data": begun_on, "log": run.log_seal()}
             keep = run / PREVIOUS
         try:
             native.save(run / name, content, keep)
@@ -326,7 +434,7 @@ def _fit(
 
     def evaluated(student: Detector) -> dict[str, Any]:
         nonlocal warned
-        metrics = score(session, student, reporter)
+        metrics = score(session, student, reporter, world=world)
         if teacher_ap is not None and metrics["AP"] >= teacher_ap and not warned:
             warned = True
             reporter.warn(
@@ -350,8 +458,9 @@ def _fit(
                 evaluate=evaluated,
                 save=save,
                 reporter=reporter,
-                autocast=sessions.AUTOCAST[recipe.run.precision],
+                autocast=AUTOCAST[recipe.run.precision],
                 until=until,
+                world=world,
             )
     except BadStepError as bad:
         raise _told(bad, session, run, training, saved) from None

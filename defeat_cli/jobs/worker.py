@@ -1,7 +1,8 @@
-"""One run of a study in a process of its own: `python -m defeat_cli.jobs.worker FOLDER EPOCH`.
+"""One run of a study in a process of its own: `python -m defeat_cli.jobs.worker FOLDER EPOCH [PROCESSES]`.
 
 Trains the recipe.yaml in the folder up to an epoch, from wherever the run stands, as `defeat train --resume` would. The
 process that started it holds the other end of its stdin: when that closes, whatever the reason, the run stops, saved.
+With several processes this one starts them, and they train.
 """
 
 from __future__ import annotations
@@ -14,27 +15,37 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
+
 from defeat_cli.config import schema as recipes
 from defeat_cli.config.schema import Recipe
+from defeat_cli.console import console
+from defeat_cli.engine.launching import launch, started_by_another
 from defeat_cli.engine.runs import RECIPE, RunFolder
 from defeat_cli.engine.stopping import stop_requested
-from defeat_cli.errors import Interrupted
+from defeat_cli.errors import Ended, Interrupted
 from defeat_cli.jobs import training
+from defeat_cli.jobs.together import working_together
 
 STOPPED = 130
 
 
-def main(folder: Path, epoch: int) -> int:
+def main(folder: Path, epoch: int, processes: int = 1) -> int:
     """Exit status: 0 trained up to the epoch, STOPPED saved and stopped before. Errors leave as tracebacks."""
-    threading.Thread(target=_stop_when_alone, daemon=True).start()
+    if not started_by_another():
+        threading.Thread(target=_stop_when_alone, daemon=True).start()
+        if processes > 1:
+            return launch(processes, [__spec__.name, str(folder), str(epoch)])
     recipe = recipes.load(str(folder / RECIPE))
-    teacher = partial(known_teacher, recipe, folder)
+    known = partial(known_teacher, recipe, folder)
     try:
         # A batch system asks every process to stop, and then the study asks us again: that is one request.
-        with stop_requested(patient=True):
-            training.train(recipe, folder, resume=True, until=epoch, known_teacher=teacher)
+        with stop_requested(patient=True), working_together() as world:
+            training.train(recipe, folder, resume=True, until=epoch, known_teacher=known, world=world)
+    except Ended:
+        return 1
     except Interrupted as stop:
-        print(stop, flush=True)
+        console.print(escape(str(stop)), soft_wrap=True)
         reached = any(entry["kind"] == "eval" and entry["epoch"] >= epoch for entry in RunFolder(folder).metrics())
         return 0 if reached else STOPPED
     return 0
@@ -62,4 +73,4 @@ def _stop_when_alone() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2])))
+    sys.exit(main(Path(sys.argv[1]), *map(int, sys.argv[2:])))

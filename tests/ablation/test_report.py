@@ -28,7 +28,7 @@ def evaluation(epoch, ap, background=100):
         "background_false_positives": {"score": 0.3, "count": background, "per_image": 1.0},
         "types": {name: {"count": 1, "dap": 0.01} for name in ERROR_TYPES},
     }
-    return {"kind": "eval", "epoch": epoch, **figures, "errors": errors}
+    return {"kind": "eval", "step": 2 * epoch, "epoch": epoch, **figures, "errors": errors}
 
 
 def finished(variant, seed, ap, background=100, seconds=60.0, teacher=None, best=None):

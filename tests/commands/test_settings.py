@@ -229,6 +229,7 @@ def leaves(settings: dict, prefix: str = "") -> list[str]:
 EFFECTIVE = {
     "eval": {
         *("data.path", "data.format", "data.val_annotations", "data.val_images", "data.workers"),
+        *("data.verify", "data.on_bad_image"),
         *("data.val_fraction", "data.split_seed", "data.classes"),
         *("data.short_side", "data.long_side", "run.device", "run.precision"),
         *(f"data.shapes.{name}" for name in ("train_images", "val_images", "size", "seed")),
@@ -337,11 +338,11 @@ def test_images_without_boxes_cannot_be_scored(defeat, checkpoints, shapes, tmp_
 
 def test_the_precision_of_its_own_run_is_said_where_the_device_does_not_have_it(defeat, checkpoints, tmp_path):
     content = torch.load(checkpoints["fcos"], weights_only=True)
-    content["recipe"]["run"] = {"precision": "bf16"}
+    content["recipe"]["run"] = {"precision": "fp16"}
     torch.save(content, tmp_path / "x.pt")
-    assert "evaluated in bf16" in defeat("eval", tmp_path / "x.pt", "--device", "cpu")
+    assert "evaluated in fp16" in defeat("eval", tmp_path / "x.pt", "--device", "cpu")
     options = ["--device", "cpu", "--set", "run.precision=fp32"]
-    assert "bf16" not in defeat("eval", tmp_path / "x.pt", *options)
+    assert "fp16" not in defeat("eval", tmp_path / "x.pt", *options)
 
 
 def test_data_that_a_checkpoint_remembers_and_no_one_knows_is_one_message(defeat, checkpoints, tmp_path):

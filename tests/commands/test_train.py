@@ -188,7 +188,7 @@ def test_validation_images_without_boxes_are_refused_before_anything_is_trained(
         (["-r", "{tiny}", "--variant", "fg-onyl"], "did you mean fg-only"),
         (["-r", "{tiny}", "--device", "cuda:9"], "cuda:9"),
         (["-r", "{tiny}", "--device", "gpu"], "gpu"),
-        (["-r", "{tiny}", "--set", "run.precision=bf16"], "needs a CUDA device"),
+        (["-r", "{tiny}", "--set", "run.precision=fp16"], "needs a CUDA device"),
         (["-r", "{tiny}", "--student-weights", "{tiny}"], "tiny.yaml"),
     ],
 )

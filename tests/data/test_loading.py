@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -65,24 +63,6 @@ def test_start_leaves_out_what_is_done() -> None:
     assert list(order) == []
     order.set_epoch(3)
     assert len(order) == 6
-
-
-@pytest.mark.parametrize("replicas", [2, 3, 4, 8])
-def test_replicas_share_an_epoch(replicas: int) -> None:
-    shares = [BatchOrder(SIZES, 4, seed=9, rank=rank, replicas=replicas) for rank in range(replicas)]
-    for share in shares:
-        share.set_epoch(1)
-    alone = BatchOrder(SIZES, 4, seed=9)
-    alone.set_epoch(1)
-    lengths = {len(list(share)) for share in shares}
-    assert lengths == {len(shares[0])} == {-(-6 // replicas)}
-    seen = Counter(chain.from_iterable(indices(share) for share in shares))
-    assert set(seen) == set(range(22))
-    if 6 % replicas == 0:
-        assert set(seen.values()) == {1}
-    # Side by side, the shares are the epoch of one process, begun again where it ran out.
-    together = [batch for step in zip(*shares, strict=True) for batch in step]
-    assert together == (list(alone) * 2)[: len(together)]
 
 
 @pytest.fixture(scope="module")

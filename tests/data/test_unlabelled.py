@@ -39,7 +39,7 @@ def test_a_folder_gives_its_images_and_those_of_its_subfolders(folder):
     images = ImageFolder(folder)
     assert images.names == ["a.PNG", "b.png", "deep/er/c.bmp"]
     assert images.sizes == [(16, 12), (8, 12), (8, 12)]
-    assert images.left_out == 1
+    assert images.others == 1
     image, target, name = images[0, 0]
     assert image.tolist() == np.array(Image.open(folder / "a.PNG")).transpose(2, 0, 1).tolist()
     assert target is None
@@ -146,11 +146,16 @@ def test_a_folder_smaller_than_a_batch_gives_all_its_images_each_time():
     assert [sorted(index for _, index in batch if index >= 5) for batch in order] == [[5, 6]] * 3
 
 
-def test_replicas_share_the_cycle():
-    orders = [MixedOrder([(10, 20)] * 8, 2, MORE, 3, seed=3, rank=rank, replicas=2) for rank in range(2)]
-    whole = epoch_of(MixedOrder([(10, 20)] * 8, 2, MORE, 3, seed=3), 1)
-    assert [batch for step in zip(*(epoch_of(o, 1) for o in orders), strict=True) for batch in step] == whole
-    assert Counter(index for batch in whole for _, index in batch if index >= 8) == dict.fromkeys(range(8, 12), 2)
+def test_pieces_of_a_batch_have_labelled_images_and_their_part_of_the_others():
+    order = MixedOrder([(10, 20)] * 7, 4, [(10, 20)] * 5, 3)
+    whole, last = sorted(order, key=lambda batch: -order.images_of(batch))
+    assert [order.images_of(batch) for batch in (whole, last)] == [4, 3]
+    for batch in (whole, last):
+        cut = order.cut(batch, 2)
+        assert sorted(chain(*cut)) == sorted(batch)
+        assert [order.images_of(keys) for keys in cut] == [2, order.images_of(batch) - 2]
+        assert max(map(len, cut)) - min(map(len, cut)) <= 2
+    assert [order.images_of(keys) for keys in order.cut(last, 8)] == [1, 1, 1]
 
 
 def test_batches_do_not_depend_on_loader_processes(shapes, folder):

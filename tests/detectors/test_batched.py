@@ -9,7 +9,7 @@ from tiny import build
 from torchvision.models.detection import FCOS
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler, Matcher
 from torchvision.models.detection.roi_heads import RoIHeads
-from torchvision.ops import MultiScaleRoIAlign, box_iou
+from torchvision.ops import box_iou
 
 from defeat_cli.detectors import batched
 from defeat_cli.engine.transfer import to_device
@@ -129,24 +129,6 @@ def test_regions_and_their_targets():
         of_objects = torch.cat(labels) > 0
         encoded = torch.cat(heads.box_coder.encode(found[2], found[0]))
         assert torch.equal(encoded[of_objects], torch.cat(wanted)[of_objects])
-
-
-@pytest.mark.parametrize("side", [30.0, 500.0])
-def test_pooling_and_its_gradient(side):
-    """Boxes of all sizes, and of so few that some levels have none."""
-    sizes = [(512, 512), (512, 400)]
-    features = {str(i): torch.rand(2, 3, 128 >> i, 128 >> i).requires_grad_() for i in range(4)} | {
-        "pool": torch.rand(1)
-    }
-    pooling = MultiScaleRoIAlign(["0", "1", "2", "3"], 5, 2)
-    boxes = boxes_of((40, 25), 0, side=side)
-    expected = pooling(features, boxes, sizes)
-    found = batched.pool(pooling, features, boxes, sizes)
-    assert torch.equal(found, expected)
-    weights = torch.rand_like(found)
-    maps = [features[str(i)] for i in range(4)]
-    gradients = [torch.autograd.grad((pooled * weights).sum(), maps) for pooled in (found, expected)]
-    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
 
 
 def test_targets_of_resized_images():

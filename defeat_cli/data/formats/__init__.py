@@ -13,8 +13,10 @@ Each has
 
     matches(path) -> bool
         Whether a folder is in this layout; costs no more than a look at some files.
-    read(path, split, annotations=None, images=None) -> tuple[Annotations, Path]
+    read(path, split, annotations=None, images=None, faults=None) -> tuple[Annotations, Path]
         A split (`train`, `val`, `test`; `all` for what can be divided into train and val) and the folder that its file
         names are relative to. `annotations` and `images` are what the user names in place of what the layout says.
-        Raises DataError: no such split (says what is there and what to do), or annotations that cannot be used.
+        `faults` is told of entries at fault; what it tolerates is left out.
+        Raises NoSplitError: no such split (says what is there and what to do). DataError: annotations that cannot be
+        used.
 """

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from defeat_cli.data.annotations import KEYS, Annotations, read_annotations
-from defeat_cli.data.formats.splits import DIVIDE, FOLDERS, NAMES, named_file, part_of, splits_of
+from defeat_cli.data.faults import Faults
+from defeat_cli.data.formats.splits import DIVIDE, FOLDERS, NAMES, NoSplitError, named_file, part_of, splits_of
 from defeat_cli.data.images import place_images
 from defeat_cli.errors import DataError
 from defeat_cli.text import listed
@@ -23,7 +24,9 @@ def matches(path: Path) -> bool:
     return bool(_files(path))
 
 
-def read(path: Path, split: str, annotations: str | None = None, images: str | None = None) -> tuple[Annotations, Path]:
+def read(
+    path: Path, split: str, annotations: str | None = None, images: str | None = None, faults: Faults | None = None
+) -> tuple[Annotations, Path]:
     """See `formats.FORMATS`.
 
     Args:
@@ -34,10 +37,11 @@ def read(path: Path, split: str, annotations: str | None = None, images: str | N
     file = named_file(folder, annotations) if annotations is not None else _file_of(folder, _files(path), split)
     if images is not None and not os.path.isdir(folder / images):
         raise DataError(f"{folder / images}: no such folder (data.{part_of(split)}_images)")
-    content = read_annotations(file)
+    faults = faults or Faults()
+    content = read_annotations(file, faults)
     beneath = folder / (images or ".")
     folders = _folders(folder, file, split) if images is None else [beneath]
-    names, place, notes = place_images(content.file_names, folders, beneath, content.origin)
+    names, place, notes = place_images(content.file_names, folders, beneath, content.origin, faults)
     return content.placed(names, notes), place
 
 
@@ -61,7 +65,7 @@ def _file_of(path: Path, files: Sequence[Path], split: str) -> Path:
         raise DataError(f"{path}: several annotation files can be the {wanted} data: {shown}; name one by {setting}")
     whole = "" if any(splits_of(file.relative_to(path)) for file in files) else f", or {DIVIDE}"
     sought = ", ".join(layout.format(wanted) for layout in LAYOUTS)
-    raise DataError(
+    raise NoSplitError(
         f"{path}: read as COCO, but no {wanted} data there. Looked for {sought}; "
         f"found {shown or 'no COCO file'}. Name it by --set {setting}=FILE{whole}"
     )

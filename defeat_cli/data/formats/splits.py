@@ -20,6 +20,10 @@ DIVIDE = "set a part of the images apart by --set data.val_fraction=0.2"
 """What to do where nothing says which images validate."""
 
 
+class NoSplitError(DataError):
+    """The data has no such split."""
+
+
 def part_of(split: str) -> str:
     """The split whose data and settings serve for a split: of `all`, what is to be divided, it is `train`."""
     return "train" if split == "all" else split

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from defeat_cli.data.annotations import Annotations
-from defeat_cli.data.formats.splits import DIVIDE, part_of
+from defeat_cli.data.faults import Fault, Faults
+from defeat_cli.data.formats.splits import DIVIDE, NoSplitError, part_of
 from defeat_cli.data.formats.voc_xml import Page, collect, image_of, read_page
 from defeat_cli.data.images import FileIndex, is_image
 from defeat_cli.data.reading import read_lines
@@ -34,7 +35,9 @@ def matches(path: Path) -> bool:
     return _has_layout(path) or bool(_years(path))
 
 
-def read(path: Path, split: str, annotations: str | None = None, images: str | None = None) -> tuple[Annotations, Path]:
+def read(
+    path: Path, split: str, annotations: str | None = None, images: str | None = None, faults: Faults | None = None
+) -> tuple[Annotations, Path]:
     """See `formats.FORMATS`.
 
     Args:
@@ -46,15 +49,18 @@ def read(path: Path, split: str, annotations: str | None = None, images: str | N
             f"{path}: is in VOC's layout, whose images are in JPEGImages; leave data.{part_of(split)}_images out"
         )
     found, files, notes, pages = [], [], [], []
+    faults = faults or Faults()
     image_sets = find_image_sets(path, split, annotations)
     for folder in dict.fromkeys(image_set.folder for image_set in image_sets):
-        index, xmls = FileIndex(folder / "JPEGImages"), _Annotations(folder)
+        index, xmls = FileIndex(folder / "JPEGImages"), _Annotations(folder, faults)
         pictures = (folder / "JPEGImages").relative_to(path).as_posix()
         names = [name for image_set in image_sets if image_set.folder == folder for name in xmls.listed(image_set)]
         for name in dict.fromkeys(names):
             page = xmls.page(name)
-            found.append(page)
-            files.append(f"{pictures}/{image_of(page, index, name.split('/')[:-1])}".removeprefix("./"))
+            image = page and image_of(page, index, name.split("/")[:-1], faults)
+            if image:
+                found.append(page)
+                files.append(f"{pictures}/{image}".removeprefix("./"))
         if len(set(names)) < len(names):
             notes.append(f"{len(names) - len(set(names))} lines of the image sets repeat an image, which is read once")
         pages += xmls.all_pages()
@@ -88,7 +94,7 @@ def find_image_sets(path: Path, split: str, named: str | None = None) -> list[Im
             raise DataError(f"{folder}: not in VOC's layout (JPEGImages, Annotations, {IMAGE_SETS}){hint}")
         if not image_set.file.is_file():
             there = sorted(file.stem for file in (folder / IMAGE_SETS).glob("*.txt"))
-            raise DataError(
+            raise NoSplitError(
                 f"{folder / IMAGE_SETS}: no image set {name}; there are: {listed(there, 10) or 'none'}. "
                 f"Name one by data.train_annotations, data.val_annotations, or {DIVIDE}"
             )
@@ -98,12 +104,13 @@ def find_image_sets(path: Path, split: str, named: str | None = None) -> list[Im
 class _Annotations:
     """The annotation files of a folder in VOC's layout, each read once."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, faults: Faults) -> None:
         self.folder = folder / "Annotations"
+        self.faults = faults
         index = FileIndex(self.folder, lambda name: name.lower().endswith(".xml"))
         self.path_of = {path[:-4]: path for path in index.paths}
         self.by_stem = index.by_stem
-        self.pages: dict[str, Page] = {}
+        self.pages: dict[str, Page | None] = {}
 
     def listed(self, image_set: ImageSet) -> list[str]:
         """The images of a set, as the names of annotation files without `.xml`.
@@ -124,28 +131,28 @@ class _Annotations:
             name = next((form for form in forms if form and form in self.path_of), None)
             if name is None:
                 deeper = sorted({path for form in forms if form for path in self.by_stem.get(form, [])})
+                where = f"{image_set.file}:{number}"
                 if len(deeper) > 1:
-                    raise DataError(
-                        f"{image_set.file}:{number}: {stripped} can be {' or '.join(deeper[:3])}; give its folder"
-                    )
+                    text = f"{where}: {stripped} can be {' or '.join(deeper[:3])}; give its folder"
+                    self.faults.tell(Fault("ambiguous", text))
                 if not deeper:
                     missing = self.folder / f"{column[1] if column else stripped}.xml"
-                    raise DataError(
-                        f"{missing}: is listed in an image set ({image_set.file}:{number}), but is not there"
-                    )
+                    text = f"{missing}: is listed in an image set ({where}), but is not there"
+                    self.faults.tell(Fault("entry", text))
+                    continue
                 name = deeper[0][:-4]
             names.append(name)
         return names
 
-    def page(self, name: str) -> Page:
-        """The annotation file of this name, without `.xml`."""
+    def page(self, name: str) -> Page | None:
+        """The annotation file of this name, without `.xml`; None where it cannot be read."""
         if name not in self.pages:
-            self.pages[name] = read_page(self.folder / self.path_of[name])
+            self.pages[name] = read_page(self.folder / self.path_of[name], self.faults)
         return self.pages[name]
 
     def all_pages(self) -> list[Page]:
-        """Every annotation file of the folder."""
-        return [self.page(name) for name in self.path_of]
+        """Every annotation file of the folder that can be read."""
+        return [page for page in map(self.page, self.path_of) if page is not None]
 
 
 def _has_layout(folder: Path) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from defeat_cli.data.annotations import Annotations, from_objects
+from defeat_cli.data.faults import EntryError, Fault, Faults
 from defeat_cli.data.images import FileIndex, nearest, parts_of
 from defeat_cli.data.reading import decoded, read_bytes
 from defeat_cli.errors import DataError
@@ -43,18 +44,36 @@ class Page(NamedTuple):
     objects: list[Object]
 
 
-def read_page(file: Path) -> Page:
+def read_page(file: Path, faults: Faults) -> Page | None:
     """Read an annotation file.
 
-    Raises:
-        DataError: it cannot be read, is no XML (with the line), is of another kind, or lacks a key.
+    Args:
+        faults: is told where it cannot be read, is no XML (with the line), is of another kind, or lacks a key.
+
+    Returns:
+        What it says; None where it cannot be read at all.
     """
+    try:
+        root = _root(file)
+    except DataError as error:
+        faults.tell(Fault("entry", str(error)))
+        return None
+    filename = (root.findtext("filename") or "").strip() or None
+    objects = []
+    for element in root.findall("object"):
+        try:
+            objects.append(_object(element))
+        except EntryError as fault:
+            faults.tell(Fault(fault.rule, f"{file}: {fault}"))
+    return Page(file, filename, _size(root), objects)
+
+
+def _root(file: Path) -> ElementTree.Element:
     root = _parse(file)
     if root.tag != "annotation":
         hint = "; this is CVAT's own format: export Pascal VOC or COCO" if root.tag == "annotations" else ""
         raise DataError(f"{file}: not a VOC annotation: its root is <{root.tag}>, not <annotation>{hint}")
-    filename = (root.findtext("filename") or "").strip() or None
-    return Page(file, filename, _size(root), [_object(element, file) for element in root.findall("object")])
+    return root
 
 
 def collect(
@@ -90,32 +109,32 @@ def collect(
     return from_objects(origin, {i: name for name, i in ids.items()}, sized, objects, [*notes, *said])
 
 
-def image_of(page: Page, index: FileIndex, near: Sequence[str]) -> str:
+def image_of(page: Page, index: FileIndex, near: Sequence[str], faults: Faults) -> str | None:
     """The image of an annotation file: what its <filename> names, else the one that is called like the file itself.
 
     Args:
         index: where images are looked for.
         near: folders in which the annotation file lies: of several images the one in such folders is taken.
+        faults: is told where several images answer.
 
     Returns:
-        Path relative to the index's folder; where there is no such image, the one that is missing.
-
-    Raises:
-        DataError: several images answer.
+        Path relative to the index's folder; where there is no such image, the one that is missing; None where it is not
+        clear which.
     """
     stem = page.file.stem
     named = (parts_of(page.filename or "") or [""])[-1]
     stem_named = os.path.splitext(named)[0] or stem
     by_name, by_stem = index.by_name.get(named, []), index.by_stem.get(stem, [])
     if by_name and by_stem and stem_named != stem:
-        raise DataError(
-            f"{page.file}: is it of {by_name[0]}, its <filename>, or of {by_stem[0]}, which is called like it? "
-            "Rename one, or correct <filename>"
-        )
+        text = f"{page.file}: is it of {by_name[0]}, its <filename>, or of {by_stem[0]}, which is called like it?"
+        faults.tell(Fault("ambiguous", f"{text} Rename one, or correct <filename>"))
+        return None
     found = _nearest(by_name or by_stem or index.by_stem.get(stem_named, []), "/".join(near))
     if len(found) > 1:
         why = "its <filename> names both" if by_name else f"its <filename> is {page.filename!r}, which is not there"
-        raise DataError(f"{page.file}: its image can be {' or '.join(found[:3])}: {why}; correct <filename>")
+        text = f"{page.file}: its image can be {' or '.join(found[:3])}: {why}; correct <filename>"
+        faults.tell(Fault("ambiguous", text))
+        return None
     return found[0] if found else "/".join([*near, named if named and stem_named == stem else f"{stem}.jpg"])
 
 
@@ -148,17 +167,17 @@ def _size(root: ElementTree.Element) -> tuple[int, int] | None:
     return (height, width) if height and width else None
 
 
-def _object(element: ElementTree.Element, file: Path) -> Object:
+def _object(element: ElementTree.Element) -> Object:
     name = (element.findtext("name") or "").strip()
     if not name:
-        raise DataError(f"{file}: an object has no name")
+        raise EntryError("an object has no name")
     corners = [_number(element.findtext(f"bndbox/{key}")) for key in CORNERS]
     if None in corners:
         found = ", ".join(str(element.findtext(f"bndbox/{key}")) for key in CORNERS)
-        raise DataError(f"{file}: object {name}: bndbox must hold the numbers {', '.join(CORNERS)}; found {found}")
+        raise EntryError(f"object {name}: bndbox must hold the numbers {', '.join(CORNERS)}; found {found}", "numbers")
     difficult = DIFFICULT.get((element.findtext("difficult") or "").strip().lower())
     if difficult is None:
-        raise DataError(f"{file}: object {name}: difficult must be 0 or 1, found {element.findtext('difficult')!r}")
+        raise EntryError(f"object {name}: difficult must be 0 or 1, found {element.findtext('difficult')!r}")
     x1, y1, x2, y2 = corners
     return Object(name, [x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1], difficult)
 

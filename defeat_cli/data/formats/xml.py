@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path, PurePosixPath
 
 from defeat_cli.data.annotations import Annotations
+from defeat_cli.data.faults import Faults
 from defeat_cli.data.formats import voc
-from defeat_cli.data.formats.splits import DIVIDE, NAMES, part_of, splits_of
+from defeat_cli.data.formats.splits import DIVIDE, NAMES, NoSplitError, part_of, splits_of
 from defeat_cli.data.formats.voc_xml import collect, image_of, read_page
 from defeat_cli.data.images import FileIndex
 from defeat_cli.errors import DataError
@@ -23,7 +24,9 @@ def matches(path: Path) -> bool:
     return False
 
 
-def read(path: Path, split: str, annotations: str | None = None, images: str | None = None) -> tuple[Annotations, Path]:
+def read(
+    path: Path, split: str, annotations: str | None = None, images: str | None = None, faults: Faults | None = None
+) -> tuple[Annotations, Path]:
     """See `formats.FORMATS`. Folders called like splits make the splits; without them there is one undivided whole.
 
     Args:
@@ -41,17 +44,24 @@ def read(path: Path, split: str, annotations: str | None = None, images: str | N
     if any(split_of.values()):
         chosen = [xml for xml in xmls.paths if split_of[xml] == {wanted}]
     elif split != "all" and annotations is None:
-        raise DataError(f"{path}: its {len(chosen)} XML files are not divided into train and val; {DIVIDE}")
+        raise NoSplitError(f"{path}: its {len(chosen)} XML files are not divided into train and val; {DIVIDE}")
     if not chosen:
         there = sorted({name for splits in split_of.values() for name in splits})
-        raise DataError(
+        raise NoSplitError(
             f"{path}: no XML files in a folder called {' or '.join(NAMES[wanted])}; there is {', '.join(there)}. "
             f"Name a folder by data.{wanted}_annotations"
         )
-    pages = {xml: read_page(xmls.folder / xml) for xml in xmls.paths}
+    faults = faults or Faults()
+    pages = {xml: page for xml in xmls.paths if (page := read_page(xmls.folder / xml, faults)) is not None}
     index = FileIndex(path / (images or "."))
-    files = [image_of(pages[xml], index, _folders(xmls.folder / xml, index.folder)) for xml in chosen]
-    return collect([pages[xml] for xml in chosen], files, list(pages.values()), str(xmls.folder)), index.folder
+    files = {
+        xml: image_of(pages[xml], index, _folders(xmls.folder / xml, index.folder), faults)
+        for xml in chosen
+        if xml in pages
+    }
+    files = {xml: image for xml, image in files.items() if image is not None}
+    found = [pages[xml] for xml in files]
+    return collect(found, list(files.values()), list(pages.values()), str(xmls.folder)), index.folder
 
 
 def _is_xml(name: str) -> bool:

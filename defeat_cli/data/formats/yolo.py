@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from defeat_cli.data.annotations import Annotations, from_objects, kind_of
-from defeat_cli.data.formats.splits import DIVIDE, NAMES, named_file, part_of, splits_of
-from defeat_cli.data.images import FileIndex, parts_of
+from defeat_cli.data.faults import EntryError, Fault, Faults, ImageError
+from defeat_cli.data.formats.splits import DIVIDE, NAMES, NoSplitError, named_file, part_of, splits_of
+from defeat_cli.data.images import FileIndex, leaves, parts_of
 from defeat_cli.data.reading import read_lines, read_yaml
 from defeat_cli.data.transforms import image_size
 from defeat_cli.errors import DataError
@@ -41,7 +42,9 @@ def matches(path: Path) -> bool:
     return _config_file(path) is not None
 
 
-def read(path: Path, split: str, annotations: str | None = None, images: str | None = None) -> tuple[Annotations, Path]:
+def read(
+    path: Path, split: str, annotations: str | None = None, images: str | None = None, faults: Faults | None = None
+) -> tuple[Annotations, Path]:
     """See `formats.FORMATS`.
 
     Args:
@@ -51,21 +54,27 @@ def read(path: Path, split: str, annotations: str | None = None, images: str | N
     file = named_file(path, annotations) if annotations is not None else _config_file(path)
     if file is None:
         raise DataError(f"{path}: no data.yaml, nor a list of class names ({', '.join(NAME_LISTS)})")
+    faults = faults or Faults()
     config = _read_config(file)
     notes: list[str] = []
-    files = _images(path, config, split, images)
+    files = _images(path, config, split, images, faults)
     if len(set(files)) < len(files):
         notes.append(f"{len(files) - len(set(files))} images are listed twice, and read once")
         files = list(dict.fromkeys(files))
+    folder = _common_folder(path, files)
     sized, objects, unlabelled = [], [], []
     for image in files:
-        size = image_size(Path(image))
+        try:
+            size = image_size(Path(image))
+        except ImageError as error:
+            faults.tell(Fault(error.rule, str(error), Path(image)))
+            continue
         label = _label_file(image)
         if label is None:
             unlabelled.append(image)
         else:
-            objects += [(len(sized), kind, box, False) for kind, box in _read_labels(label, size, config)]
-        sized.append((os.path.relpath(image, path).replace(os.sep, "/"), size))
+            objects += [(len(sized), kind, box, False) for kind, box in _read_labels(label, size, config, faults)]
+        sized.append((os.path.relpath(image, folder).replace(os.sep, "/"), size))
     if len(unlabelled) == len(files):
         raise DataError(
             f"{config.file}: none of the {len(files)} {split} images has a label file; for {files[0]} looked for "
@@ -74,7 +83,15 @@ def read(path: Path, split: str, annotations: str | None = None, images: str | N
     if unlabelled:
         share = f"{len(unlabelled)} of {len(files)} images have no label file ({listed(unlabelled, 3)})"
         notes.append(f"{share}; they are taken for images without objects")
-    return from_objects(f"{config.file} ({split})", config.names, sized, objects, notes), path
+    return from_objects(f"{config.file} ({split})", config.names, sized, objects, notes), folder
+
+
+def _common_folder(path: Path, files: Sequence[str]) -> Path:
+    """The data set's folder, or the one around it in which the images are too: data.yaml may name others."""
+    parents = {os.path.dirname(os.path.abspath(file)) for file in files}
+    base = os.path.abspath(path)
+    common = os.path.commonpath([base, *parents])
+    return path if common == base else Path(common)
 
 
 def _config_file(path: Path) -> Path | None:
@@ -161,7 +178,7 @@ def _existing(folder: Path, base: str, entry: str, what: str) -> str:
     raise DataError(f"{what}: {entry!r} is not there; looked for {listed([str(place) for place in places[1:]], 4)}")
 
 
-def _images(path: Path, config: Config, split: str, named: str | None) -> list[str]:
+def _images(path: Path, config: Config, split: str, named: str | None, faults: Faults) -> list[str]:
     """The image files of a split.
 
     Raises:
@@ -178,23 +195,23 @@ def _images(path: Path, config: Config, split: str, named: str | None) -> list[s
         chosen = [image for image in index.paths if splits[image] == {wanted}]
         if not chosen and not any(splits.values()) and not config.entries:
             if split != "all":
-                raise DataError(f"{path}: its images are not divided into train and val; {DIVIDE}")
+                raise NoSplitError(f"{path}: its images are not divided into train and val; {DIVIDE}")
             chosen = index.paths
         if not chosen:
             where = f"{config.file} has no key {wanted}, and " if config.entries else ""
-            raise DataError(
+            raise NoSplitError(
                 f"{path}: no {wanted} images: {where}there are none in a folder called {' or '.join(NAMES[wanted])}; "
                 f"name one by data.{wanted}_images, or {DIVIDE}"
             )
         return [str(path / image) for image in chosen]
-    files = [file for source in sources for file in _expand(source)]
+    files = [file for source in sources for file in _expand(source, path, faults)]
     if not files:
         raise DataError(f"{config.file}: no images in {listed(sources, 3)} ({wanted})")
     return files
 
 
-def _expand(source: str) -> list[str]:
-    """The images of a folder, or of a text file that lists them."""
+def _expand(source: str, path: Path, faults: Faults) -> list[str]:
+    """The images of a folder, or of a text file that lists them, all within the data set's folder or the file's."""
     if os.path.isdir(source):
         return [os.path.join(source, image) for image in FileIndex(Path(source)).paths]
     if not source.endswith(".txt"):
@@ -209,8 +226,12 @@ def _expand(source: str) -> list[str]:
             ]
             file = next((place for place in places if os.path.isfile(place)), None)
             if file is None:
-                raise DataError(f"{source}:{number}: {line.strip()!r} is not there")
-            files.append(os.path.normpath(file))
+                faults.tell(Fault("missing", f"{source}:{number}: {line.strip()!r} is not there"))
+            elif all(leaves(os.path.abspath(file), folder) for folder in (path, Path(source).parent)):
+                text = f"{source}:{number}: {line.strip()!r} lies outside of {path}; only its own images are read"
+                faults.tell(Fault("climbs", text))
+            else:
+                files.append(os.path.normpath(file))
     return files
 
 
@@ -226,40 +247,47 @@ def _label_file(image: str) -> str | None:
     return next((place for place in _label_places(image) if os.path.isfile(place)), None)
 
 
-def _read_labels(file: str, size: tuple[int, int], config: Config) -> list[tuple[int, list[float]]]:
+def _read_labels(file: str, size: tuple[int, int], config: Config, faults: Faults) -> list[tuple[int, list[float]]]:
     """Class id and box [x, y, width, height] in pixels of each line.
 
-    Raises:
-        DataError: names the file and the line at fault.
+    Args:
+        faults: is told of a file, or a line of it, at fault.
     """
     objects = []
-    for number, line in enumerate(read_lines(Path(file)), start=1):
+    try:
+        lines = read_lines(Path(file))
+    except DataError as error:
+        faults.tell(Fault("entry", str(error)))
+        return []
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             objects.append(_object(line.split(), size, config))
-        except ValueError as fault:
-            raise DataError(f"{file}:{number}: {fault}") from None
+        except EntryError as fault:
+            faults.tell(Fault(fault.rule, f"{file}:{number}: {fault}"))
     return objects
 
 
 def _object(words: Sequence[str], size: tuple[int, int], config: Config) -> tuple[int, list[float]]:
-    """One line; a ValueError says what is wrong with it."""
+    """One line; a `EntryError` says what is wrong with it."""
     shown = " ".join(words[:7]) + (" …" if len(words) > 7 else "")
     try:
         values = [float(word) for word in words]
     except ValueError:
-        raise ValueError(f"must be numbers, class x y w h; found {shown!r}") from None
+        raise EntryError(f"must be numbers, class x y w h; found {shown!r}", "numbers") from None
     if len(values) == 6 and not config.keypoints:
-        raise ValueError(f"has 6 numbers: with a score behind each box these are detections, not labels ({shown})")
+        raise EntryError(f"has 6 numbers: with a score behind each box these are detections, not labels ({shown})")
     polygon = len(values) >= 7 and len(values) % 2 == 1 and not config.keypoints
     if len(values) != 5 and not polygon and not (config.keypoints and len(values) > 5):
-        raise ValueError(f"must be class x y w h, or class and the points x y of a polygon; found {shown!r}")
+        raise EntryError(f"must be class x y w h, or class and the points x y of a polygon; found {shown!r}")
     if not values[0].is_integer() or int(values[0]) not in config.names:
-        raise ValueError(f"class {words[0]} is not one of the {len(config.names)} classes of {config.file.name}")
+        text = f"class {words[0]} is not one of the {len(config.names)} classes of {config.file.name}"
+        raise EntryError(text, "unknown category")
     shares = values[1:] if polygon else values[1:5]
     if not all(math.isfinite(share) and 1 - BEYOND <= share <= BEYOND for share in shares):
-        raise ValueError(f"x y w h must be shares of the image within 0..1, found {shown!r}")
+        rule = "units" if all(map(math.isfinite, shares)) else "numbers"
+        raise EntryError(f"x y w h must be shares of the image within 0..1, found {shown!r}", rule)
     height, width = size
     if polygon:
         xs, ys = shares[0::2], shares[1::2]

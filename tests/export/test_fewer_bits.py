@@ -10,7 +10,7 @@ from defeat_cli.export.graph import Graph, to_onnx
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
-from defeat_cli.export.precision import to_half, to_int8  # noqa: E402
+from defeat_cli.export.fewer_bits import to_half, to_int8  # noqa: E402
 from defeat_cli.export.runtime import OnnxDetector, as_input  # noqa: E402
 
 CLASSES = ["cat", "dog"]
