@@ -31,6 +31,7 @@ from defeat_cli.distillation.unlabelled import PseudoLabels
 from defeat_cli.errors import DataError, RecipeError, RunError, TermError
 from defeat_cli.precision import choose_precision
 from defeat_cli.starting import start_from
+from defeat_cli.tracking import require_trackers
 from defeat_cli.verifying import Watch, faults_of, notes_on, notes_on_unlabelled, unwatched, verify, verify_unlabelled
 
 
@@ -100,6 +101,7 @@ def assemble(
     """
     recipe = settled(recipe)
     device = choose_device(recipe.run.device)
+    require_trackers(recipe.run.track)
     if recipe.run.compile:
         require_compiler(device)
     notes: list[Note] = []
@@ -343,7 +345,7 @@ def teacher_recipe(recipe: Recipe) -> Recipe:
     """The recipe of the teacher that `teacher.recipe` names, on this recipe's data and device."""
     own = recipes.load(recipe.teacher.recipe)
     own.data = recipe.data.labelled_only().model_copy(update={"batch_size": own.data.batch_size})
-    own.run.device = recipe.run.device
+    own.run.device, own.run.track = recipe.run.device, recipe.run.track
     return own
 
 

@@ -27,10 +27,15 @@ ALLOWED = {
     "gradients": {"gradients", "distillation", "detectors", "data", "config", "errors", "files", "text"},
     "audit": {"audit", "distillation", "data", "errors", "text"},
     "export": {"export", "detectors", "config", "errors", "files"},
-    "ablation": {"ablation", "engine", "config", "console", "errors", "files", "tables", "text"},
+    "ablation": {"ablation", "pages", "engine", "config", "console", "errors", "files", "tables", "text"},
     "starting": {"distillation", "detectors", "checkpoints", "config", "errors", "text"},
+    "tracking": {"tracking", "engine", "errors", "files"},
+    "pages": {"pages", "engine", "detectors", "data", "config", "console", "errors", "files", "tables", "text"},
     "verifying": {"audit", "detectors", "data", "config", "errors", "text"},
-    "session": {"precision", "starting", "verifying", "audit", "distillation", "detectors", "data", "config", "errors"},
+    "session": {
+        *("tracking", "precision", "starting", "verifying", "audit"),
+        *("distillation", "detectors", "data", "config", "errors"),
+    },
 }
 """What each part may import of ours. Parts not named here stand on top and may import anything."""
 

@@ -39,6 +39,11 @@ class SweepPoint(Variant):
         """What all points of one sweep have in common."""
         return (self.base, *self.settings)
 
+    @property
+    def said(self) -> str:
+        """Its settings as a user reads them."""
+        return ", ".join(f"{key}={shown(value)}" for key, value in self.settings.items())
+
 
 def choose(
     names: Sequence[str], known: Mapping[str, Variant], groups: Mapping[str, Sequence[str]], recipe: Recipe

@@ -11,6 +11,7 @@ from typing import Any
 from rich.markup import escape
 
 from defeat_cli.ablation.choice import short, shown
+from defeat_cli.ablation.power import MOST, POWER, seeds_needed
 from defeat_cli.ablation.rows import (
     APS,
     BACKGROUND,
@@ -20,6 +21,7 @@ from defeat_cli.ablation.rows import (
     Outcome,
     Row,
     Sweep,
+    at_equal_recall,
     main_rows,
     sweeps,
     teacher_ap,
@@ -53,8 +55,13 @@ class Report:
     def sheets(self) -> list[Sheet]:
         """All tables, none wider than 80 columns save by long names."""
         rows = self.main_rows
-        found = [_main_sheet(rows), _figures_sheet(rows), _background_sheet(rows), _errors_sheet(rows)]
-        return [sheet for sheet in [*found, *map(_sweep_sheet, self.sweeps)] if sheet.cells]
+        found = [_main_sheet(rows), _seeds_sheet(rows), _figures_sheet(rows), _background_sheet(rows)]
+        found += [*_equal_recall_sheets(rows, self.outcomes), _errors_sheet(rows)]
+        return [sheet for sheet in [*found, *self.sweep_sheets()] if sheet.cells]
+
+    def sweep_sheets(self) -> list[Sheet]:
+        """A table of each sweep's values."""
+        return [_sweep_sheet(sweep) for sweep in self.sweeps]
 
     def show(self) -> None:
         """Print the tables and how to read them."""
@@ -72,6 +79,7 @@ class Report:
         parts.append(over if len(seeds) > 1 else f"seed {seeds[0]} alone")
         if len(seeds) > 2:
             parts.append("Δ is paired by seed, with its 95% confidence interval; * where that leaves out 0")
+            parts.append("the seeds needed are those of a paired t-test at 5%, were Δ and its sd what they are here")
         if any(sweep.best for sweep in self.sweeps):
             parts.append("of a sweep the best value stands in the other tables, chosen by its AP on the same images")
         found = (o.evaluations[-1].get("errors") for o in self.outcomes if o.results)
@@ -140,13 +148,30 @@ class Report:
 
 def _main_sheet(rows: Sequence[Row]) -> Sheet:
     header = ["variant", "AP", "Δ AP to none", "at best", "time"]
-    cells = [
-        [row.variant, *_ap_cells(row), _cell(row, "best_AP"), _duration(row.measured.get(SECONDS))] for row in rows
-    ]
+    cells = [[row.variant, *ap_cells(row), _cell(row, "best_AP"), duration(row.measured.get(SECONDS))] for row in rows]
     if any(row.finished < row.runs for row in rows):
         header.append("runs")
         cells = [[*line, f"{row.finished} of {row.runs}"] for line, row in zip(cells, rows, strict=True)]
     return Sheet("AP and training time", header, cells)
+
+
+def _seeds_sheet(rows: Sequence[Row]) -> Sheet:
+    """What a study would need that means to show the differences that this one found."""
+    cells = []
+    for row in rows:
+        delta = row.measured["AP"].delta if "AP" in row.measured else None
+        if delta is not None and delta.deviation is not None:
+            needed = seeds_needed(delta.mean, delta.deviation)
+            cells.append(
+                [
+                    row.variant,
+                    difference(row.measured["AP"], 100, 1),
+                    f"{100 * delta.deviation:.1f}",
+                    f"over {MOST}" if needed is None else str(needed),
+                ]
+            )
+    title = f"Seeds needed to see such a difference with a chance of {POWER:.0%}"
+    return Sheet(title, ["variant", "Δ AP to none", "its sd", "seeds"], cells)
 
 
 def _figures_sheet(rows: Sequence[Row]) -> Sheet:
@@ -158,8 +183,19 @@ def _figures_sheet(rows: Sequence[Row]) -> Sheet:
 
 def _background_sheet(rows: Sequence[Row]) -> Sheet:
     measured = [(row.variant, row.measured[BACKGROUND]) for row in rows if BACKGROUND in row.measured]
-    cells = [[name, _spread(entry, 1, 0), _difference(entry, 1, 0)] for name, entry in measured]
-    return Sheet("Background false positives", ["variant", "number", "Δ to none"], cells)
+    cells = [[name, _spread(entry, 1, 0), difference(entry, 1, 0)] for name, entry in measured]
+    return Sheet("Background false positives at one score", ["variant", "number", "Δ to none"], cells)
+
+
+def _equal_recall_sheets(rows: Sequence[Row], outcomes: Sequence[Outcome]) -> list[Sheet]:
+    names = {row.variant for row in rows}
+    sheets = []
+    for recall, entries in at_equal_recall(outcome for outcome in outcomes if outcome.variant in names).items():
+        found = [(row.variant, entries[row.variant]) for row in rows if row.variant in entries]
+        cells = [[name, _spread(entry, 1, 0), difference(entry, 1, 0)] for name, entry in found]
+        title = f"Background false positives at an equal recall, of {recall:.0%} of the objects"
+        sheets.append(Sheet(title, ["variant", "number", "Δ to none"], cells))
+    return sheets
 
 
 def _errors_sheet(rows: Sequence[Row]) -> Sheet:
@@ -174,7 +210,7 @@ def _sweep_sheet(sweep: Sweep) -> Sheet:
     cells = []
     for point, row in sweep.points:
         line = [shown(value) for value in point.settings.values()]
-        line += _ap_cells(row) if row.finished else [_spread(row.ap, 100, 1), "-"]
+        line += ap_cells(row) if row.finished else [_spread(row.ap, 100, 1), "-"]
         cells.append([*line, _cell(row, "best_AP"), str(row.epoch), "best" if row is sweep.best else ""])
     keys = [short(key) for key in sweep.keys]
     if len(set(keys)) < len(keys):
@@ -183,8 +219,8 @@ def _sweep_sheet(sweep: Sweep) -> Sheet:
     return Sheet(f"{sweep.base} over {listed(sweep.keys)}", header, cells)
 
 
-def _ap_cells(row: Row) -> list[str]:
-    return [_cell(row, "AP"), _difference(row.measured.get("AP"), 100, 1)]
+def ap_cells(row: Row) -> list[str]:
+    return [_cell(row, "AP"), difference(row.measured.get("AP"), 100, 1)]
 
 
 def _cell(row: Row, name: str) -> str:
@@ -198,7 +234,7 @@ def _spread(entry: Measured | None, scale: float, digits: int) -> str:
     return f"{scale * entry.mean:.{digits}f}{deviation}"
 
 
-def _difference(entry: Measured | None, scale: float, digits: int) -> str:
+def difference(entry: Measured | None, scale: float, digits: int) -> str:
     """Δ with its interval, and a star where that leaves out 0."""
     if entry is None or entry.delta is None:
         return "-"
@@ -214,7 +250,7 @@ def _difference(entry: Measured | None, scale: float, digits: int) -> str:
     return f"{numbers[0]} [{numbers[1]}, {numbers[2]}]{'*' if delta.clear else ' '}"
 
 
-def _duration(entry: Measured | None) -> str:
+def duration(entry: Measured | None) -> str:
     if entry is None:
         return "-"
     minutes, seconds = divmod(round(entry.mean), 60)

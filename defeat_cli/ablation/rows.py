@@ -120,6 +120,29 @@ def _measures(evaluations: Sequence[dict[str, Any]], results: dict[str, Any]) ->
     return values | {SECONDS: results["training_seconds"]}
 
 
+def at_equal_recall(outcomes: Iterable[Outcome]) -> dict[float, dict[str, Measured]]:
+    """Background false positives by variant, at the highest recall that every finished run reaches, and at half of it.
+
+    Each run has there a score threshold of its own: one score means another thing to each detector.
+
+    Returns:
+        By recall; empty where there is none that all reach, or runs were scored before this was measured.
+    """
+    counts: dict[str, dict[int, dict[float, int]]] = {}
+    for run in outcomes:
+        if run.results is not None:
+            reached = run.evaluations[-1].get("errors", {}).get("background_at_recall", [])
+            counts.setdefault(run.variant, {})[run.seed] = {entry["recall"]: entry["count"] for entry in reached}
+    recalls = [set(reached) for by_seed in counts.values() for reached in by_seed.values()]
+    common = sorted(set.intersection(*recalls)) if recalls else []
+    found = {}
+    for recall in dict.fromkeys((common[(len(common) - 1) // 2], common[-1])) if common else ():
+        values = {name: {seed: reached[recall] for seed, reached in runs.items()} for name, runs in counts.items()}
+        baseline = values.get(BASELINE)
+        found[recall] = {name: measured(v, baseline if name != BASELINE else None) for name, v in values.items()}
+    return found
+
+
 def teacher_ap(outcomes: Iterable[Outcome]) -> float | None:
     """The teacher's AP, which each run with a teacher reports."""
     return next((o.results["teacher"]["AP"] for o in outcomes if o.results and o.results.get("teacher")), None)

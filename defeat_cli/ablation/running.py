@@ -22,9 +22,10 @@ from defeat_cli.engine.locking import locked, refuse_locked
 from defeat_cli.engine.runs import RunFolder
 from defeat_cli.errors import DefeatError, TermError
 from defeat_cli.files import require_place_for_file, require_place_for_folder
+from defeat_cli.pages.study import write_study
 from defeat_cli.text import listed
 
-FILES = ("study.csv", "study.json", "study.md", "study.png", "sweeps.png")
+FILES = ("study.csv", "study.json", "study.md", "study.html", "study.png", "sweeps.png")
 """The report."""
 
 
@@ -95,7 +96,7 @@ def run_study(
     for name in FILES:
         require_place_for_file(study.folder / name)
     refuse_locked(study.folder)
-    steps = _check(study, calls, reporter)
+    steps = check_study(study, calls, reporter)
     study = replace(study, variants={name: study.variants[name] for name in steps})
     with locked(study.folder) as lock:
         study.save()
@@ -135,7 +136,7 @@ def _task(run: PlannedRun, now: Standing, steps: Mapping[str, int]) -> Task:
     return Task(run, epoch, steps[run.variant] * epoch // whole)
 
 
-def _check(study: Study, calls: Calls, reporter: Reporter) -> dict[str, int]:
+def check_study(study: Study, calls: Calls, reporter: Reporter) -> dict[str, int]:
     """Check a run of each variant, so that what cannot work is found now.
 
     Returns:
@@ -211,15 +212,20 @@ def stopped_text(now: Standing) -> str:
 
 
 def write_report(study: Study, sort: str = "AP") -> Report:
-    """Write study.csv, .json, .md and .png, and sweeps.png where there are sweeps, from what the run folders hold."""
+    """Write study.csv, .json, .md, .html and .png, and sweeps.png where there are sweeps, from what the runs hold."""
     outcomes = study.outcomes()
     budget = "" if study.budget is None else f"each sweep may cost {study.budget:g} whole trainings with each seed"
     notes = [text for text in (budget, stopped_text(study.standing(outcomes))) if text]
     title = f"{study.folder.name}: {study.recipe.run.name}, {study.recipe.schedule.epochs} epochs"
     report = Report(title, study.variants, outcomes, summarize(outcomes, sort), notes)
     report.write(study.folder)
+    pictures = {"AP of each variant": study.folder / "study.png"}
     draw_study(outcomes, report.main_rows, title, study.folder / "study.png")
     if report.sweeps:
+        pictures["AP over the values of each sweep"] = study.folder / "sweeps.png"
         baseline = next(row.measured.get("AP") for row in report.rows if row.variant == BASELINE)
         draw_sweeps(report.sweeps, baseline, study.folder / "sweeps.png")
+    summaries = {row.variant: study.variants[row.variant].summary for row in report.main_rows}
+    page = study.folder / "study.html"
+    write_study(page, title, report.sheets(), legend=report.legend(), pictures=pictures, variants=summaries)
     return report

@@ -13,11 +13,12 @@ MIN_PAIRS = 3
 
 @dataclass(frozen=True)
 class Delta:
-    """A mean difference, with its 95% confidence interval where there are enough pairs."""
+    """A mean difference; with enough pairs their standard deviation and the mean's 95% confidence interval."""
 
     mean: float
     low: float | None = None
     high: float | None = None
+    deviation: float | None = None
 
     @property
     def clear(self) -> bool:
@@ -54,8 +55,9 @@ def paired_delta(values: Mapping[int, float], baseline: Mapping[int, float]) -> 
     middle = fmean(differences)
     if len(differences) < MIN_PAIRS:
         return Delta(middle)
-    half = t_quantile(len(differences) - 1) * stdev(differences) / math.sqrt(len(differences))
-    return Delta(middle, middle - half, middle + half)
+    spread = stdev(differences)
+    half = t_quantile(len(differences) - 1) * spread / math.sqrt(len(differences))
+    return Delta(middle, middle - half, middle + half, spread)
 
 
 def t_quantile(freedom: int, coverage: float = 0.95) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -26,10 +26,14 @@ from defeat_cli.console import console
 from defeat_cli.errors import DefeatError
 from defeat_cli.text import listed
 
+if TYPE_CHECKING:
+    from defeat_cli.config.protocol import Protocol
+
 NAMES = "Variants (see --list): neck fg-only/bg-only …; or a sweep: neck:alpha_bg=1,4,16. Two settings make a grid."
 ALONE = {
     "list_variants": {"variants"},
     "report_only": {"output", "sort"},
+    "protocol": {"variants", "recipe", "teacher", "data", "output", "jobs", "gpus_per_run", "sort", "device", "set_"},
     "show_masks": {"recipe", "teacher", "data", "output", "device", "set_"},
 }
 """Options that make another command of this one, and the options that have an effect then."""
@@ -43,9 +47,20 @@ def ablate(
     recipe: RecipeOption = None,
     teacher: TeacherOption = None,
     data: DataOption = None,
-    seeds: Annotated[str, typer.Option(help="Seeds, e.g. 0,1,2. Three or more give confidence intervals.")] = "0",
+    seeds: Annotated[
+        str | None, typer.Option(help="Seeds, e.g. 0,1,2; three or more give intervals. 0, or a protocol's 10 … 14.")
+    ] = None,
     budget: Annotated[
         float | None, typer.Option(help="Whole trainings a seed that a sweep may cost: worse values stop early.")
+    ] = None,
+    protocol: Annotated[
+        Path | None, typer.Option(help="YAML: variants, tuning_seeds, seeds, budget, equal_time. One page comes of it.")
+    ] = None,
+    tuning_seeds: Annotated[
+        str | None, typer.Option(help="By a protocol: sweeps choose on these seeds, --seeds are reported.")
+    ] = None,
+    equal_time: Annotated[
+        str | None, typer.Option(help="By a protocol: a plain student gets this variant's time; best, or off.")
     ] = None,
     variants: VariantsOption = None,
     output: OutputOption = None,
@@ -103,9 +118,20 @@ def ablate(
     chosen = settled(chosen, before.recipe if before.exists else None)
 
     groups = [name for name, wanted in (("--all-masks", all_masks), ("--all-methods", all_methods)) if wanted]
-    compared, optional = choose([*(names or []), *groups], known, GROUPS, chosen)
-    study = plan(folder, compared, whole_numbers("--seeds", seeds), chosen, budget, optional)
-    failures = run(study, jobs=jobs, gpus_per_run=gpus_per_run, sort=sort, quiet=quiet)
+    wanted = [*(names or []), *groups]
+    followed = protocol_of(
+        protocol, wanted, seeds=seeds, tuning_seeds=tuning_seeds, budget=budget, equal_time=equal_time
+    )
+    compared, optional = choose(followed.variants if followed else wanted, known, GROUPS, chosen)
+    how = {"jobs": jobs, "gpus_per_run": gpus_per_run, "sort": sort, "quiet": quiet}
+    if followed:
+        from defeat_cli.ablation.protocol import prepare
+        from defeat_cli.jobs.following import follow
+
+        failures = follow(prepare(folder, followed, compared, optional, chosen), **how)
+    else:
+        study = plan(folder, compared, whole_numbers("--seeds", seeds or "0"), chosen, budget, optional)
+        failures = run(study, **how)
     show_report(folder, sort)
     if failures:
         raise typer.Exit(1)
@@ -120,6 +146,28 @@ def refuse_idle(ctx: typer.Context) -> None:
             raise DefeatError(f"{said[name]}: has no use for {listed(sorted(said[key] for key in idle))}; leave it out")
 
 
+def protocol_of(
+    file: Path | None,
+    names: list[str],
+    *,
+    seeds: str | None,
+    tuning_seeds: str | None,
+    budget: float | None,
+    equal_time: str | None,
+) -> Protocol | None:
+    """The protocol of a file or of options; None where a plain study was asked for."""
+    from defeat_cli.config import protocol as protocols
+
+    if file is not None:
+        return protocols.read(file)
+    if tuning_seeds is None and equal_time is None:
+        return None
+    numbers = {"seeds": seeds, "tuning_seeds": tuning_seeds}
+    said = {key: whole_numbers(f"--{key.replace('_', '-')}", text) for key, text in numbers.items() if text is not None}
+    said |= {key: value for key, value in (("budget", budget), ("equal_time", equal_time)) if value is not None}
+    return protocols.make({"variants": names, **said}, "the protocol of the command line")
+
+
 def whole_numbers(option: str, text: str) -> list[int]:
     """`0,1,2` as numbers."""
     try:
@@ -132,9 +180,15 @@ def show_report(folder: Path | None, sort: str) -> None:
     """Write and print the report of the study in a folder."""
     if folder is None:
         raise DefeatError("--report-only: name the study's folder with --output")
+    from defeat_cli.ablation.protocol_page import is_protocol, write_page
     from defeat_cli.ablation.running import write_report
     from defeat_cli.ablation.study import read_study
 
+    if is_protocol(folder):
+        for report in write_page(folder, sort)[-1:]:
+            report.show()
+        console.print(f"written to {folder}/: report.md and report.html, one page of it all", soft_wrap=True)
+        return
     report = write_report(read_study(folder), sort)
     report.show()
     files = ["study.csv", "study.json", "study.md", "study.png", *(["sweeps.png"] if report.sweeps else [])]

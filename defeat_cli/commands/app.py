@@ -10,7 +10,7 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from defeat_cli import __version__
-from defeat_cli.commands import ablate, bench, check, convert, export, gradmap, init, predict, train
+from defeat_cli.commands import ablate, bench, check, convert, export, gradmap, init, predict, report, train
 from defeat_cli.commands import eval as evaluation
 from defeat_cli.commands.next_steps import next_steps
 from defeat_cli.console import console, errors
@@ -94,6 +94,7 @@ app.command("bench")(bench.bench)
 app.command("convert")(convert.convert)
 app.command("predict")(predict.predict)
 app.command("export")(export.export)
+app.command("report")(report.report)
 
 
 def main() -> None:

@@ -115,7 +115,7 @@ def train(
             world=world,
         )
         show(results_sheet(results))
-        files = "student.pth (for torchvision), best.pt, results.json and results.md, curves.png"
+        files = "report.html, student.pth (for torchvision), best.pt, results.json and .md, model_card.md, curves.png"
         console.print(f"written to {folder}/: {files}", soft_wrap=True)
 
 

@@ -280,6 +280,8 @@ class Run(Section):
     """Steps between measurements of the terms' pulls, which cost about half a step; 0 measures none."""
     save_every: Interval = 1000
     """Steps between saves of last.pt, or the time, e.g. `30m` or `2h`; it is saved after each epoch too."""
+    track: list[Literal["tensorboard", "wandb", "mlflow"]] = []
+    """Where the run can be watched too; `pip install 'defeat-cli[track]'` has them all."""
     compare_plain: bool = False
     """Also train the same student without a teacher, and report it beside the distilled one."""
     teacher_check_images: Annotated[int, Field(ge=0)] = 50

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,18 @@ def draw_curves(metrics: list[dict[str, Any]], path: Path, terms: Sequence[str] 
         figure.savefig(temporary, dpi=120)
 
 
-def curves(metrics: list[dict[str, Any]], terms: Sequence[str] = ()) -> Figure:
-    """A picture of what metrics.jsonl holds: detection losses, the terms' with and without their weights, and AP.
+@dataclass(frozen=True)
+class Panel:
+    """curves: by name, its (step, value) points. log: whether values are to be on a logarithmic scale."""
+
+    title: str
+    curves: dict[str, list[tuple[int, float]]]
+    log: bool = False
+    from_zero: bool = False
+
+
+def panels(metrics: list[dict[str, Any]], terms: Sequence[str] = ()) -> list[Panel]:
+    """What metrics.jsonl holds: detection losses, the terms' with and without their weights, their pulls, and AP.
 
     Args:
         terms: names of the distillation terms.
@@ -32,35 +43,40 @@ def curves(metrics: list[dict[str, Any]], terms: Sequence[str] = ()) -> Figure:
     def of_term(name: str) -> bool:
         return any(name == term or name.startswith(f"{term}_") for term in terms) and "/" not in name
 
-    panels = [("detection losses", "weighted", _names(steps, "weighted", lambda name: not of_term(name)))]
-    if weighted := _names(steps, "weighted", of_term):
-        panels.append(("distillation, weighted", "weighted", weighted))
-        panels.append(("distillation, unweighted", "raw", _names(steps, "raw", of_term)))
+    def of(kind: str, wanted: Callable[[str], bool]) -> dict[str, list[tuple[int, float]]]:
+        found: dict[str, list[tuple[int, float]]] = {}
+        for entry in steps:
+            for name, value in entry.get(kind, {}).items():
+                if wanted(name):
+                    found.setdefault(name, []).append((entry["step"], value))
+        return found
 
-    if pull := _names(steps, "pull", of_term):
-        panels.append(("pull of each term against the detection loss's", "pull", pull))
+    made = [Panel("detection losses", of("weighted", lambda name: not of_term(name)))]
+    if weighted := of("weighted", of_term):
+        made.append(Panel("distillation, weighted", weighted))
+        made.append(Panel("distillation, unweighted", of("raw", of_term), log=True))
+    if pull := of("pull", of_term):
+        made.append(Panel("pull of each term against the detection loss's", pull, log=True))
+    ap = {name: [(entry["step"], 100 * entry[name]) for entry in evaluations] for name in ("AP", "AP50")}
+    ap = {name: points for name, points in ap.items() if points}
+    return [*made, Panel("COCO AP on the validation images, %", ap, from_zero=True)]
 
-    figure = Figure(figsize=(5 * (len(panels) + 1), 4), layout="constrained")
+
+def curves(metrics: list[dict[str, Any]], terms: Sequence[str] = ()) -> Figure:
+    """A picture of the `panels`, side by side."""
+    made = panels(metrics, terms)
+    figure = Figure(figsize=(5 * len(made), 4), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, len(panels) + 1, squeeze=False)[0]
-    for axis, (title, kind, names) in zip(axes, panels, strict=False):
-        for name in names:
-            points = [(entry["step"], entry[kind][name]) for entry in steps if name in entry.get(kind, {})]
-            axis.plot(*zip(*points, strict=True), label=name, linewidth=1.3)
-        _label(axis, title)
-        if kind in ("raw", "pull") and names:
+    for axis, panel in zip(figure.subplots(1, len(made), squeeze=False)[0], made, strict=True):
+        marks = {"marker": "o", "markersize": 3} if panel.from_zero else {"linewidth": 1.3}
+        for name, points in panel.curves.items():
+            axis.plot(*zip(*points, strict=True), label=name, **marks)
+        _label(axis, panel.title)
+        if panel.log and panel.curves:
             axis.set_yscale("log")
-    for figure_name in ("AP", "AP50"):
-        points = [(entry["step"], 100 * entry[figure_name]) for entry in evaluations]
-        if points:
-            axes[-1].plot(*zip(*points, strict=True), marker="o", markersize=3, label=figure_name)
-    _label(axes[-1], "COCO AP on the validation images, %")
-    axes[-1].set_ylim(bottom=0)
+        if panel.from_zero:
+            axis.set_ylim(bottom=0)
     return figure
-
-
-def _names(entries: list[dict[str, Any]], kind: str, wanted: Any) -> list[str]:
-    return list(dict.fromkeys(name for entry in entries for name in entry.get(kind, {}) if wanted(name)))
 
 
 def _label(axis: Axes, title: str) -> None:

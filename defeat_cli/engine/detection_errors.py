@@ -32,6 +32,7 @@ mended, and that it sorts detections on crowds too.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -48,6 +49,8 @@ ERROR_TYPES = ("classification", "localisation", "both", "duplicate", "backgroun
 FOREGROUND_IOU, BACKGROUND_IOU = 0.5, 0.1  # t_f, t_b
 MAX_DETECTIONS = 100  # counted per image and class, as COCO does
 RECALLS = np.linspace(0, 1, 101)
+EQUAL_RECALLS = tuple(percent / 100 for percent in range(5, 100, 5))
+"""At which detectors are compared by their background false positives: a score means another thing to each of them."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +61,15 @@ class ErrorReport:
     types: for each of ERROR_TYPES its `count`, and `dap`, the AP50 that it costs.
     special: `dap` of all `false_positives` and of all `false_negatives`, whatever their type.
     background_false_positives: `count` of background errors at or above `score`, and their number `per_image`.
+    background_at_recall: the same, for each of EQUAL_RECALLS that is reached, at the highest `score` from which on a
+        share `recall` of all objects is found.
     """
 
     ap50: float
     types: dict[str, dict[str, float]]
     special: dict[str, dict[str, float]]
     background_false_positives: dict[str, float]
+    background_at_recall: list[dict[str, float]]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, for JSON."""
@@ -136,18 +142,32 @@ def error_report(detections: list[dict[str, Any]], ground_truth: Any, score: flo
     found = _read_detections(detections, objects)
     findings = _sorted_out(found, objects)
     ap50, costs = _costs(findings, found.label, objects)
-    background = int((findings.errors["background"] & (found.score >= score)).sum())
+
+    def background_from(score: float) -> dict[str, float]:
+        count = int((findings.errors["background"] & (found.score >= score)).sum())
+        return {"score": score, "count": count, "per_image": count / len(objects.image_index)}
+
     counts = {name: int(error.sum()) for name, error in {**findings.errors, "missed": findings.missed}.items()}
     return ErrorReport(
         ap50=ap50,
         types={name: {"count": counts[name], "dap": costs[name]} for name in ERROR_TYPES},
         special={name: {"dap": costs[name]} for name in ("false_positives", "false_negatives")},
-        background_false_positives={
-            "score": score,
-            "count": background,
-            "per_image": background / len(objects.image_index),
-        },
+        background_false_positives=background_from(score),
+        background_at_recall=[
+            {"recall": recall, **background_from(reached)}
+            for recall, reached in _scores_at_recalls(found, findings, objects)
+        ],
     )
+
+
+def _scores_at_recalls(found: _Detections, findings: _Findings, objects: _Objects) -> Iterator[tuple[float, float]]:
+    """Each recall that is reached, over all classes and images, and the highest score from which on it is."""
+    right = found.score[findings.right]  # highest first
+    asked_for = int((~objects.crowd).sum())
+    for recall in EQUAL_RECALLS:
+        needed = math.ceil(recall * asked_for - 1e-9)
+        if needed <= len(right):
+            yield recall, float(right[needed - 1])
 
 
 def _sorted_out(found: _Detections, objects: _Objects) -> _Findings:

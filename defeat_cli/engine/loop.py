@@ -18,7 +18,7 @@ from defeat_cli.engine.monitor import Clock, Pace, Proportion, add, averages, se
 from defeat_cli.engine.optimization import learning_rate_text, lr_factor
 from defeat_cli.engine.runs import RunFolder
 from defeat_cli.engine.saving import Saver
-from defeat_cli.engine.step import TrainingBatch, train_step
+from defeat_cli.engine.step import Step, TrainingBatch, train_step
 from defeat_cli.engine.stopping import stop_requested
 from defeat_cli.engine.watch import LOADING, REST
 from defeat_cli.errors import Interrupted
@@ -54,7 +54,6 @@ def fit(
     epochs, order = recipe.schedule.epochs, loader.batch_sampler
     steps_per_epoch = order.steps_per_epoch
     steps = steps_per_epoch * epochs
-    schedule, terms = recipe.schedule.model_dump(), recipe.distillation.terms
     clock, proportion, pace = Clock(training, world), Proportion(reporter), Pace(training, steps)
     saver = Saver(training, run, recipe.run.save_every, save, reporter, world)
     judge = Judge(training, saver, recipe.run, steps_per_epoch, evaluate, reporter, clock.paused)
@@ -72,47 +71,27 @@ def fit(
                     if judge.impatient:
                         saver.last()
                         return
-                lr = recipe.optimizer.lr * lr_factor(training.step, steps_per_epoch=steps_per_epoch, **schedule)
-                strength = {
-                    name: settings.strength(training.step, steps, recipe.distillation.warmup_steps)
-                    for name, settings in terms.items()
-                }
-                due = bool(recipe.run.pull_every) and training.step % recipe.run.pull_every == 0
-                measure = due or training.distiller.balancing(training.step, recipe.distillation.warmup_steps)
+                asked = _asked(training, recipe, steps_per_epoch, steps)
                 with saver.step():
-                    made = train_step(
-                        training,
-                        batches,
-                        seed=recipe.run.seed,
-                        lr=lr,
-                        strength=strength,
-                        clip_norm=recipe.optimizer.clip_norm,
-                        autocast=autocast,
-                        measure=measure,
-                        skip_nonfinite=recipe.optimizer.skip_nonfinite,
-                        share=share,
-                        world=world,
-                    )
+                    made = train_step(training, batches, **asked, autocast=autocast, share=share, world=world)
                     if made.left_out is None and made.losses:
                         for losses in made.losses:
                             add(training, losses)
                         training.health.look(made.losses[-1], made.raw, steps, training.step - 1)
                     batches = batches[: len(made.losses)]
                     clock.tick(sum(len(images) for images, _, _ in batches))
-                    _count(training, batches, distilled=any(factor is not None for factor in strength.values()))
+                    distilled = any(factor is not None for factor in asked["strength"].values())
+                    _count(training, batches, distilled=distilled)
                 world.watch.at(REST)
                 if made.left_out is not None:
                     saver.log({"kind": "left out", "step": training.step, "epoch": epoch + 1, "reason": made.left_out})
                     reporter.left_out(training.step - 1, made.left_out)
-                if not measure and (seconds := pace.known()) is not None:
+                if not asked["measure"] and (seconds := pace.known()) is not None:
                     reporter.paced(seconds, steps - training.step)
                 if training.step % recipe.run.log_every == 0 and any(world.most(bool(training.sums))):
-                    entry = {"kind": "train", "step": training.step, "epoch": epoch + 1, "lr": lr, "strength": strength}
-                    entry |= averages(training, world) | clock.speed()
-                    if made.left_out is None:
-                        entry["gradient"] = made.gradients.largest(training.distiller)
-                    if training.health.left_out:
-                        entry["left_out"] = training.health.left_out
+                    entry = {"kind": "train", "step": training.step, "epoch": epoch + 1}
+                    entry |= {"lr": asked["lr"], "strength": asked["strength"]}
+                    entry |= _figures(training, made, world, clock)
                     if recipe.data.unlabelled is not None:
                         entry["seen"] = seen(training, world)
                     if world.is_main:
@@ -136,6 +115,34 @@ def fit(
                 return
             if training.epochs == until and until < epochs:
                 raise Interrupted(f"{run.path}: epoch {until} of {epochs} is saved; --resume goes on from there")
+
+
+def _asked(training: Training, recipe: Recipe, steps_per_epoch: int, steps: int) -> dict[str, Any]:
+    """What the recipe asks of the next step, as `train_step` takes it."""
+    step, distillation = training.step, recipe.distillation
+    schedule = recipe.schedule.model_dump()
+    due = bool(recipe.run.pull_every) and step % recipe.run.pull_every == 0
+    return {
+        "seed": recipe.run.seed,
+        "lr": recipe.optimizer.lr * lr_factor(step, steps_per_epoch=steps_per_epoch, **schedule),
+        "strength": {
+            name: settings.strength(step, steps, distillation.warmup_steps)
+            for name, settings in distillation.terms.items()
+        },
+        "clip_norm": recipe.optimizer.clip_norm,
+        "measure": due or training.distiller.balancing(step, distillation.warmup_steps),
+        "skip_nonfinite": recipe.optimizer.skip_nonfinite,
+    }
+
+
+def _figures(training: Training, made: Step, world: World, clock: Clock) -> dict[str, Any]:
+    """What a log line tells of the steps since the last one, and of this step's gradients."""
+    figures = averages(training, world) | clock.speed()
+    if made.left_out is None:
+        figures["gradient"] = made.gradients.largest(training.distiller)
+    if training.health.left_out:
+        figures["left_out"] = training.health.left_out
+    return figures
 
 
 def _steps(loader: Any, world: World, first: int) -> Iterator[tuple[Share, list[TrainingBatch]]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,26 @@ PREVIOUS = "previous.pt"
 """What last.pt was before it was saved anew, while the run is unfinished."""
 STUDENT, LOADER, RESULTS, CURVES = "student.pth", "load_student.py", "results.json", "curves.png"
 SUMMARY = "results.md"
-RUN_FILES = (RECIPE, METRICS, LAST, PREVIOUS, BEST, STUDENT, LOADER, RESULTS, SUMMARY, CURVES, BAD_STEP)
+REPORT, CARD = "report.html", "model_card.md"
+TRACKING = "tracking.json"
+"""What the run's trackers have of it so far."""
+RUN_FILES = (
+    *(RECIPE, METRICS, TRACKING, LAST, PREVIOUS, BEST, STUDENT, LOADER, RESULTS, SUMMARY, CURVES, REPORT, CARD),
+    BAD_STEP,
+)
+EVENTS = "tensorboard"
+"""Folder of TensorBoard's event files."""
 
 
 class RunFolder:
-    """One run's folder."""
+    """One run's folder.
+
+    watchers: called with each line of metrics.jsonl once it is written.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.watchers: list[Callable[[dict[str, Any]], None]] = []
         self._unwritten: list[dict[str, Any]] = []
 
     def __truediv__(self, name: str) -> Path:
@@ -84,6 +96,8 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         for name in RUN_FILES:
             (self / name).unlink(missing_ok=True)
+        for file in (self / EVENTS).glob("events.out.tfevents.*"):
+            file.unlink()  # the curves of both runs would be drawn as one
         recipes.save(recipe, self / RECIPE)
 
     @property
@@ -140,7 +154,10 @@ class RunFolder:
             except OSError as error:
                 file.truncate(size)
                 raise OSError(error.errno, error.strerror, str(self / METRICS)) from None
-        self._unwritten = []
+        written, self._unwritten = self._unwritten, []
+        for watcher in self.watchers:
+            for entry in written:
+                watcher(entry)
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl.
@@ -215,6 +232,7 @@ NOT_COMPARED = {
     "run.save_every",
     "run.pull_every",
     "run.patience",
+    "run.track",
     "optimizer.skip_nonfinite",
 }
 """Recipe keys that may change when a run is resumed: they do not change what is computed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +20,19 @@ def ablate(
     study: Study, *, jobs: int | None = None, gpus_per_run: int = 1, sort: str = "AP", quiet: bool = False
 ) -> dict[str, str]:
     """Run a study; see `run_study`."""
+    with interruptible():
+        return run_study(
+            study, calls(quiet, gpus_per_run), jobs=jobs, gpus_per_run=gpus_per_run, sort=sort, quiet=quiet
+        )
+
+
+def interruptible() -> AbstractContextManager[None]:
+    """Within, a signal ends a study with what a user is to know."""
+    return stoppable(lambda: "the study is stopped; the same command goes on with it")
+
+
+def calls(quiet: bool = False, gpus_per_run: int = 1, home: Path | None = None) -> Calls:
+    """Args: home: folder whose `teacher/` holds the teacher that the recipe trains; None takes the study's own."""
     last: Session | None = None
 
     def check(recipe: Recipe) -> tuple[int, list[str]]:
@@ -28,11 +42,9 @@ def ablate(
 
     def obtain_teacher(recipe: Recipe, folder: Path) -> str | None:
         trained_here = recipe.teacher.checkpoint is None and recipe.teacher.recipe is not None
-        return training.train_teacher(recipe, folder, quiet=quiet) if trained_here else None
+        return training.train_teacher(recipe, home or folder, quiet=quiet) if trained_here else None
 
-    calls = Calls(check, obtain_teacher, partial(command, processes=gpus_per_run))
-    with stoppable(lambda: "the study is stopped; the same command goes on with it"):
-        return run_study(study, calls, jobs=jobs, gpus_per_run=gpus_per_run, sort=sort, quiet=quiet)
+    return Calls(check, obtain_teacher, partial(command, processes=gpus_per_run))
 
 
 def command(folder: Path, epoch: int, processes: int = 1) -> list[str]:

@@ -23,8 +23,9 @@ from defeat_cli.engine.evaluation import evaluate
 from defeat_cli.errors import CheckpointError, DataError
 from defeat_cli.export.runtime import SUFFIX
 from defeat_cli.files import write_json
+from defeat_cli.jobs.fitting import batches_of
 from defeat_cli.jobs.opening import Opened, open_finder
-from defeat_cli.jobs.training import batches_of, tell
+from defeat_cli.jobs.training import tell
 from defeat_cli.precision import AUTOCAST
 
 MIB = 2**20

@@ -16,7 +16,8 @@ from defeat_cli.detectors.contract import Detector
 from defeat_cli.distillation.distiller import Distiller
 from defeat_cli.distillation.pairing import match_classes
 from defeat_cli.jobs.estimate import images_a_batch, of_training, training_bytes
-from defeat_cli.jobs.training import count_pseudo_labels, score_teacher, tell
+from defeat_cli.jobs.training import tell
+from defeat_cli.jobs.validating import count_pseudo_labels, score_teacher
 from defeat_cli.memory import told
 from defeat_cli.session import Session, assemble
 from defeat_cli.verifying import anchor_fit

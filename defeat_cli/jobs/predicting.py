@@ -107,10 +107,10 @@ def predict(
             except DataError as error:
                 result.skipped.append(str(error))
             else:
-                found = _find(opened, source, name, image, threshold)
+                found = find(opened, source, name, image, threshold)
                 result.images.append(found)
-                beside = [(second, _find(second, source, name, image, threshold))] if second is not None else []
-                _write_picture(output / f"{name}.jpg", image, [(opened, found), *beside], [checkpoint, teacher])
+                beside = [(second, find(second, source, name, image, threshold))] if second is not None else []
+                write_picture(output / f"{name}.jpg", image, [(opened, found), *beside], [checkpoint, teacher])
                 if crop:
                     _write_crops(output / CROPS, image, found, result.classes)
             advance(1)
@@ -135,7 +135,8 @@ def _of_device(changes: dict[str, Any]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _find(opened: Opened, source: Source, name: str, image: Tensor, threshold: float) -> Found:
+def find(opened: Opened, source: Source, name: str, image: Tensor, threshold: float) -> Found:
+    """The detections in an image from a score on."""
     with told(lambda: of_detecting(opened.detector, opened.device, f"detecting in {source.path}")):
         (output,) = opened.detector.detect([image.to(opened.device)])
     sure = output["scores"] >= threshold
@@ -143,7 +144,7 @@ def _find(opened: Opened, source: Source, name: str, image: Tensor, threshold: f
     return Found(name, source.path, tuple(image.shape[-2:]), boxes.float(), scores.float(), labels)
 
 
-def _write_picture(
+def write_picture(
     path: Path, image: Tensor, detections: Sequence[tuple[Opened, Found]], titles: Sequence[str | None]
 ) -> None:
     """The image with its detections; where there are two detectors, one beside the other, a class of one colour."""

@@ -8,42 +8,33 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from defeat_cli import session as sessions
 from defeat_cli.checkpoints import native
 from defeat_cli.config import schema as recipes
 from defeat_cli.config.schema import Recipe, Teacher
-from defeat_cli.console import Reporter, counting, percent, spoken_counts
-from defeat_cli.data.loading import Loader, training_loader
-from defeat_cli.data.sharing import StepOrder, pieces
-from defeat_cli.data.unlabelled import mixed_loader
-from defeat_cli.detectors.contract import Detector
+from defeat_cli.console import Reporter, counting, spoken_counts
+from defeat_cli.data.sharing import pieces
 from defeat_cli.distillation.pairing import match_classes
 from defeat_cli.engine.checkpoint import Training, begin
 from defeat_cli.engine.curves import draw_curves
-from defeat_cli.engine.detection_errors import error_report
 from defeat_cli.engine.distributed import ALONE, World
-from defeat_cli.engine.evaluation import evaluate
-from defeat_cli.engine.faults import ADVICE, BadStepError, refuse_broken
 from defeat_cli.engine.locking import locked, refuse_locked
-from defeat_cli.engine.loop import fit
 from defeat_cli.engine.monitor import seen
-from defeat_cli.engine.runs import BAD_STEP, BEST, CURVES, LAST, PREVIOUS, RESULTS, STUDENT, SUMMARY, RunFolder
+from defeat_cli.engine.runs import BEST, CURVES, PREVIOUS, RESULTS, STUDENT, SUMMARY, RunFolder
 from defeat_cli.engine.speed import milliseconds_per_image
 from defeat_cli.engine.stopping import stoppable
 from defeat_cli.errors import RunError
 from defeat_cli.export.loader import write_loader
 from defeat_cli.files import write_json
-from defeat_cli.jobs import bad_step, resuming
-from defeat_cli.jobs.estimate import of_detecting, of_training
+from defeat_cli.jobs import reporting, resuming
+from defeat_cli.jobs.fitting import fit_student
 from defeat_cli.jobs.summary import write_summary
-from defeat_cli.memory import told
+from defeat_cli.jobs.validating import count_pseudo_labels, score, score_teacher
+from defeat_cli.jobs.watching import watched
 from defeat_cli.precision import AUTOCAST
 from defeat_cli.session import Session, assemble
-
-NEAR_ZERO_AP = 0.01
 
 
 def train(
@@ -104,8 +95,9 @@ def train(
                 resuming.take_up(run, training, session, reporter, changed_data=changed_data, world=world)
             if prolonged:
                 training.stale = 0  # to go on was asked for
-            _fit(session, run, training, reporter, teacher_ap, until, world)
-            results = _finish(session, run, training, reporter, known_teacher, world)
+            with watched(session, run, reporter, world) as tracking:
+                fit_student(session, run, training, reporter, teacher_ap, until, world, tracking)
+                results = _finish(session, run, training, reporter, known_teacher, world)
             if recipe.run.compare_plain and session.teacher is not None:
                 plain = _sub_run(
                     plain_recipe(recipe), run / "plain", overwrite, quiet, "plain student", changed_data, world
@@ -113,6 +105,7 @@ def train(
                 results["plain"] = plain["student"]
             if world.is_main:
                 write_summary(run / SUMMARY, recipe.run.name or folder.name, results)
+                reporting.write_pages(session, run, results)
                 write_json(run / RESULTS, results)
                 (run / PREVIOUS).unlink(missing_ok=True)
             return world.on_all(results)
@@ -167,20 +160,6 @@ def assemble_together(recipe: Recipe, world: World, reporter: Reporter, teacher:
     return session
 
 
-def tell_share(recipe: Recipe, world: World, reporter: Reporter) -> None:
-    """Print how a step is shared out; nothing for a process alone."""
-    if world.size == 1:
-        return
-    size, batches = recipe.data.batch_size, recipe.optimizer.accumulate
-    cut = pieces(size, batches, world.size)
-    parts = f"{batches} batches of {size}" if batches > 1 else f"a batch of {size}"
-    cutting = f", each cut into {cut}" if cut > 1 else ""
-    reporter.note(
-        f"{world.size} processes share each step's {size * batches} images ({parts}{cutting}), which optimizer.lr "
-        f"{recipe.optimizer.lr:g} is for"
-    )
-
-
 def _standing(run: RunFolder) -> str:
     """What is said where a run is stopped while no step is under way."""
     return f"{run.path}: {'all steps so far are saved; --resume goes on' if run.exists else 'nothing was trained yet'}"
@@ -197,6 +176,7 @@ def _finish(
     """Write what a finished run leaves, all but its results, which are returned."""
     results = {"student": world.on_main(lambda: _export(session, run, training, reporter)["metrics"])}
     results["training_seconds"] = round(training.seconds, 1)
+    results["environment"] = reporting.environment(session.device)
     if left_out := images_left_out(session):
         results["left_out"] = left_out
     if training.step < session.steps:
@@ -297,196 +277,15 @@ def tell(session: Session, reporter: Reporter) -> None:
         (reporter.warn if note.warning else reporter.note)(note.text)
 
 
-def score_teacher(
-    session: Session,
-    reporter: Reporter,
-    known_teacher: Callable[[], dict[str, Any] | None] = lambda: None,
-    world: World = ALONE,
-) -> float | None:
-    """Print the teacher's AP on a few validation images, and return it: a teacher that was read wrongly shows here.
-
-    Where its figures on all of them are known, that is their AP.
-    """
-    teacher, data = session.teacher, session.validation_data
-    images = min(session.recipe.run.teacher_check_images, len(data))
-    if teacher is None or not images:
-        return None
-    if not match_classes(data.classes, teacher.classes):
-        reporter.warn("teacher and data share no class name; the teacher's AP cannot be checked")
-        return None
-    known = world.on_main(known_teacher)
-    if known is not None:
-        reporter.note(f"teacher: AP {percent(known['AP'])} on the validation images, as another run has found")
-        return known["AP"]
-    reporter.doing(f"scoring the teacher on {images} validation images")
-    teacher.to(session.device)
-    few = torch.utils.data.Subset(data, [i * len(data) // images for i in range(images)])
-    ap = score(session, teacher, reporter, subset=few, world=world)["AP"]
-    reporter.note(f"teacher: AP {percent(ap)} on {images} validation images")
-    if ap < NEAR_ZERO_AP:
-        reporter.warn(
-            "the teacher finds next to nothing on these images. Was it trained for these classes, and for images of "
-            "this size and kind?"
-        )
-    return ap
-
-
-def count_pseudo_labels(session: Session, reporter: Reporter) -> None:
-    """Print how many boxes the teacher finds on a few unlabelled images: a threshold too high for it shows here."""
-    folder, distiller = session.unlabelled, session.distiller.to(session.device)
-    images = min(session.recipe.run.teacher_check_images, len(folder)) if folder is not None else 0
-    if not images:
+def tell_share(recipe: Recipe, world: World, reporter: Reporter) -> None:
+    """Print how a step is shared out; nothing for a process alone."""
+    if world.size == 1:
         return
-    boxes = 0
-    for i in range(images):
-        image, _, _ = folder[0, i * len(folder) // images]
-        _, teacher = distiller.views([image.to(session.device)], None)
-        boxes += len(teacher.targets[0]["boxes"])
-    threshold = session.recipe.data.unlabelled_threshold
-    reporter.note(f"unlabelled: the teacher finds {boxes / images:.1f} boxes an image, on {images} of them")
-    if boxes == 0:
-        reporter.warn(
-            f"the teacher finds nothing with a score of {threshold} on unlabelled images: to terms that need boxes "
-            "they are background alone. Lower data.unlabelled_threshold, unless that is what they are"
-        )
-
-
-def score(
-    session: Session, detector: Detector, reporter: Reporter, *, subset: Any = None, world: World = ALONE
-) -> dict[str, Any]:
-    """COCO figures and error types of a detector on the session's validation images, or on some of them."""
-    recipe, data = session.recipe, session.validation_data
-    chosen = data if subset is None else subset
-    detections: list[dict[str, Any]] = []
-    with told(lambda: of_detecting(detector, session.device)), reporter.evaluating(len(chosen)) as advance:
-        metrics = evaluate(
-            detector,
-            chosen,
-            workers=sessions.loader_processes(recipe.data.workers, world.local_size),
-            autocast=AUTOCAST[recipe.run.precision],
-            on_image=advance,
-            keep_detections=detections,
-            world=world,
-        )
-    metrics["errors"] = world.on_main(lambda: error_report(detections, data.coco).to_dict())
-    return metrics
-
-
-def batches_of(session: Session, world: World = ALONE) -> Loader:
-    """Training batches of a session, or a process's share of them, with unlabelled images where there are any."""
-    recipe, data = session.recipe, session.training_data
-    settings = {
-        "workers": sessions.loader_processes(recipe.data.workers, world.local_size),
-        "share": partial(StepOrder, accumulate=recipe.optimizer.accumulate, rank=world.rank, size=world.size),
-        "seed": recipe.run.seed,
-    }
-    if session.unlabelled is None:
-        return training_loader(data, recipe.data.batch_size, **settings)
-    beside = recipe.data.unlabelled_a_batch
-    return mixed_loader(data, session.unlabelled, recipe.data.batch_size, beside, **settings)
-
-
-def _fit(
-    session: Session,
-    run: RunFolder,
-    training: Training,
-    reporter: Reporter,
-    teacher_ap: float | None,
-    until: int | None,
-    world: World,
-) -> None:
-    """Train to the last epoch or `until`, saving checkpoints in our own format."""
-    recipe, data = session.recipe, session.training_data
-    loader = batches_of(session, world)
-
-    saved: int | None = None
-    begun_on = resuming.fingerprints(session) if world.is_main else {}
-
-    def save(training: Training, name: str, metrics: dict[str, Any]) -> None:
-        nonlocal saved
-        refuse_broken(training.distiller, training.step)
-        content = {
-            "recipe": recipe.model_dump(),
-            "classes": data.classes,
-            "student": training.evaluated.model.state_dict(),
-            "terms": training.distiller.terms.state_dict(),
-            "metrics": metrics,
-        }
-        # Nobody goes on from best.pt, which would be three times as large.
-        state = training.state_dict(world) if name == LAST else None
-        if not world.is_main:
-            return
-        keep = None
-        if state is not None:
-            content |= {"training": state, "data": begun_on, "log": run.log_seal()}
-            keep = run / PREVIOUS
-        try:
-            native.save(run / name, content, keep)
-        except OSError:
-            if not (run / PREVIOUS).exists() or not (run / LAST).exists():
-                raise
-            (run / PREVIOUS).unlink()  # the room that it takes may be what is missing
-            native.save(run / name, content, keep)
-        if name == LAST:
-            saved = training.step
-
-    warned = False
-
-    def evaluated(student: Detector) -> dict[str, Any]:
-        nonlocal warned
-        metrics = score(session, student, reporter, world=world)
-        if teacher_ap is not None and metrics["AP"] >= teacher_ap and not warned:
-            warned = True
-            reporter.warn(
-                f"the student (AP {percent(metrics['AP'])}) is as good as its teacher (AP {percent(teacher_ap)}); "
-                "a better teacher has more to give"
-            )
-        return metrics
-
-    def needed() -> str:
-        training.optimizer.zero_grad(set_to_none=True)
-        kept = f". Step {saved} is saved; --resume goes on from there" if saved is not None else ""
-        return of_training(session) + kept
-
-    try:
-        with told(needed):
-            fit(
-                training,
-                loader,
-                run,
-                recipe,
-                evaluate=evaluated,
-                save=save,
-                reporter=reporter,
-                autocast=AUTOCAST[recipe.run.precision],
-                until=until,
-                world=world,
-            )
-    except BadStepError as bad:
-        raise _told(bad, session, run, training, saved) from None
-    finally:
-        reporter.end()
-
-
-def _told(bad: BadStepError, session: Session, run: RunFolder, training: Training, saved: int | None) -> RunError:
-    """What a user is told of a step that was not finite, once it is written to the run's folder."""
-    files = [[str(path) for path in session.files_of(ids, targets)] for _, targets, ids in bad.batches]
-    bad_step.write(
-        run / BAD_STEP,
-        bad,
-        training,
-        files,
-        recipe=session.recipe.model_dump(),
-        classes=session.training_data.classes,
-        teacher=_absolute(session.checkpoint),
+    size, batches = recipe.data.batch_size, recipe.optimizer.accumulate
+    cut = pieces(size, batches, world.size)
+    parts = f"{batches} batches of {size}" if batches > 1 else f"a batch of {size}"
+    cutting = f", each cut into {cut}" if cut > 1 else ""
+    reporter.note(
+        f"{world.size} processes share each step's {size * batches} images ({parts}{cutting}), which optimizer.lr "
+        f"{recipe.optimizer.lr:g} is for"
     )
-    lines = [f"{bad}. {ADVICE}", *(f"images: {', '.join(names)}" for names in files)]
-    lines.append(f"defeat train --replay {run / BAD_STEP} makes this step again, alone")
-    if saved == bad.step:
-        lines.append(f"the state before it is saved in {run / LAST}; --resume goes on from there")
-    return RunError("\n  ".join(lines))
-
-
-def _absolute(checkpoint: str | None) -> str | None:
-    """A checkpoint's path from any folder; a name such as `torchvision:NAME` is left as it is."""
-    return str(Path(checkpoint).resolve()) if checkpoint is not None and Path(checkpoint).exists() else checkpoint

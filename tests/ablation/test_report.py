@@ -28,7 +28,7 @@ def evaluation(epoch, ap, background=100):
         "background_false_positives": {"score": 0.3, "count": background, "per_image": 1.0},
         "types": {name: {"count": 1, "dap": 0.01} for name in ERROR_TYPES},
     }
-    return {"kind": "eval", "step": 2 * epoch, "epoch": epoch, **figures, "errors": errors}
+    return {"kind": "eval", "step": 3 * epoch, "epoch": epoch, **figures, "errors": errors}
 
 
 def finished(variant, seed, ap, background=100, seconds=60.0, teacher=None, best=None):
@@ -268,3 +268,31 @@ def test_an_outcome_is_read_from_a_run_folder(tmp_path):
     (tmp_path / "results.json").write_text('{"training_seconds": 2.0}')
     assert read_outcome("neck", 1, tmp_path).results == {"training_seconds": 2.0}
     assert read_outcome("neck", 1, tmp_path / "nowhere") == Outcome("neck", 1)
+
+
+def with_recalls(outcome, *counts):
+    """Background false positives at recalls of 5%, 10%, … as the last evaluation has them."""
+    entries = [{"recall": 5 * (i + 1) / 100, "score": 0.5, "count": c, "per_image": c} for i, c in enumerate(counts)]
+    outcome.evaluations[-1]["errors"]["background_at_recall"] = entries
+    return outcome
+
+
+def test_background_is_counted_at_a_recall_that_all_reach():
+    none = [with_recalls(finished("none", s, 0.3), 1, 5, 9) for s in range(3)]
+    neck = [with_recalls(finished("neck", s, 0.4), 0, 2 + s, *[7] * s) for s in range(3)]  # seed 0 ends at 10%
+    half, whole = (table for table in report([*none, *neck]).sheets() if "an equal recall" in table.title)
+    assert "10% of the objects" in whole.title
+    # Differences -3, -2, -1: mean -2, half width 4.3027 / sqrt(3) = 2.48.
+    assert whole.cells == [["neck", "3 ± 1", "-2 [-4, +0] "], ["none", "5 ± 0", "-"]]
+    assert "5% of the objects" in half.title
+    assert half.cells == [["neck", "0 ± 0", "-1 [-1, -1]*"], ["none", "1 ± 0", "-"]]
+
+
+def test_runs_that_were_scored_without_recalls_have_no_such_table():
+    assert not [table for table in report().sheets() if "equal recall" in table.title]
+
+
+def test_the_seeds_that_a_difference_needs():
+    # Δ 3 with deviation 1: an effect of 3. Four pairs: λ = 6, t(3) = 3.18; three have a chance of less than 80%.
+    table = next(table for table in report().sheets() if "Seeds needed" in table.title)
+    assert table.cells == [["neck", "+3.0 [+0.5, +5.5]*", "1.0", "4"]]

@@ -18,7 +18,7 @@ from defeat_cli.engine import step as step_of_training
 from defeat_cli.engine.locking import locked
 from defeat_cli.engine.runs import RunFolder
 from defeat_cli.errors import DataError
-from defeat_cli.jobs import training
+from defeat_cli.jobs import validating
 
 
 @pytest.fixture(scope="module")
@@ -239,7 +239,7 @@ def test_a_signal_during_an_evaluation_ends_it_and_the_evaluation_is_made_later(
     seldom, defeat, whole, tmp_path, monkeypatch
 ):
     options = [*seldom, "-o", tmp_path / "run"]
-    evaluate, images = training.evaluate, []
+    evaluate, images = validating.evaluate, []
 
     def interrupted(*positional, on_image, **named):
         def look(number):
@@ -250,7 +250,7 @@ def test_a_signal_during_an_evaluation_ends_it_and_the_evaluation_is_made_later(
 
         return evaluate(*positional, on_image=look, **named)
 
-    monkeypatch.setattr(training, "evaluate", interrupted)
+    monkeypatch.setattr(validating, "evaluate", interrupted)
     assert "step 3 is saved; --resume goes on from there" in defeat(*options, code=143)
     assert len(images) == 2
     assert step_of(tmp_path / "run" / "last.pt") == 3

@@ -16,7 +16,7 @@ from defeat_cli.console import Reporter
 from defeat_cli.data.opening import open_split
 from defeat_cli.detectors.loading import load_detector
 from defeat_cli.engine.evaluation import FIGURES, evaluate
-from defeat_cli.jobs.training import score
+from defeat_cli.jobs.validating import score
 from defeat_cli.session import assemble
 
 CROPS = [(64, 64), (40, 64), (64, 36), (33, 47), (58, 49)]

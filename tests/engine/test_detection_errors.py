@@ -103,6 +103,28 @@ def test_background_and_its_count_at_a_score():
     assert report.special["false_positives"]["dap"] == pytest.approx(0.5)
 
 
+def test_background_at_equal_recall():
+    # Two objects: one is found from 0.8 on, which lets in the background of 0.9 and 0.8, and both from 0.4 on.
+    # Up to 5 .. 50% one object is enough, above it takes two. The wrong one of 0.95 is no background.
+    detections = found(
+        (CAT, NEAR_LEFT, 0.95), (CAT, ELSEWHERE, 0.9), (CAT, LEFT, 0.8), (DOG, ELSEWHERE, 0.8),
+        (DOG, ELSEWHERE, 0.5), (DOG, RIGHT, 0.4), (DOG, ELSEWHERE, 0.3),
+    )  # fmt: skip
+    report = error_report(detections, truth((CAT, LEFT), (DOG, RIGHT), images=2))
+    at = {round(entry["recall"], 2): entry for entry in report.background_at_recall}
+    assert list(at) == [round(0.05 * i, 2) for i in range(1, 20)]
+    assert at[0.5] == {"recall": 0.5, "score": 0.8, "count": 2, "per_image": 1.0}
+    assert at[0.05]["score"] == 0.8
+    assert at[0.55] == {"recall": 0.55, "score": 0.4, "count": 3, "per_image": 1.5}
+
+
+def test_a_recall_that_is_not_reached_has_no_background():
+    crowded = truth((CAT, LEFT), (CAT, RIGHT), (CAT, ELSEWHERE, "crowd"))  # a crowd is not asked for
+    report = error_report(found((CAT, LEFT, 0.9)), crowded)
+    assert report.background_at_recall[-1] == {"recall": 0.5, "score": 0.9, "count": 0, "per_image": 0.0}
+    assert error_report([], crowded).background_at_recall == []
+
+
 def test_missed():
     # Half the objects are found with precision 1: 51 recalls. Asked for that half only: 1.
     report = error_report(found((CAT, LEFT, 0.9)), truth((CAT, LEFT), (CAT, RIGHT)))
@@ -264,4 +286,4 @@ def test_the_report_goes_through_json():
     report = error_report(found((CAT, LEFT, 0.9), (CAT, ELSEWHERE, 0.8)), truth((CAT, LEFT)))
     content = json.loads(json.dumps(report.to_dict()))
     assert content["types"]["background"]["count"] == 1
-    assert set(content) == {"ap50", "types", "special", "background_false_positives"}
+    assert set(content) == {"ap50", "types", "special", "background_false_positives", "background_at_recall"}

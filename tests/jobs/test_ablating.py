@@ -16,7 +16,7 @@ from defeat_cli.data.loading import training_loader
 from defeat_cli.engine.locking import locked
 from defeat_cli.engine.runs import RunFolder
 from defeat_cli.errors import CheckpointError, DataError, RunError
-from defeat_cli.jobs import ablating, training, worker
+from defeat_cli.jobs import ablating, training, validating, worker
 from defeat_cli.session import assemble
 
 
@@ -113,18 +113,25 @@ def test_the_teacher_is_scored_once(tmp_path, base, monkeypatch):
 
     # Neither on a few images at the start nor on all at the end: what is scored is the student.
     scored = []
-    score = training.score
+    evaluate = validating.evaluate
 
-    def counted(session, detector, *rest, **named):
-        scored.append(detector is session.teacher)
-        return score(session, detector, *rest, **named)
+    def counted(detector, *rest, **named):
+        scored.append(detector.levels[0].channels)
+        return evaluate(detector, *rest, **named)
 
-    monkeypatch.setattr(training, "score", counted)
+    monkeypatch.setattr(validating, "evaluate", counted)
     base.schedule.epochs = 1
     results = training.train(
         recipes.validate({**fine.recipe.model_dump()}, ""), fine.folder, quiet=True,
         known_teacher=lambda: worker.known_teacher(fine.recipe, fine.folder),
     )  # fmt: skip
     assert results["teacher"] == {"AP": 0.125}
-    assert scored
-    assert not any(scored)
+    assert set(scored) == {base.student.fpn_channels}  # the teacher has twice as many
+
+
+def test_a_teacher_of_two_studies_is_trained_in_one_place(tmp_path, base, monkeypatch):
+    monkeypatch.setattr(training, "train_teacher", lambda recipe, folder, **options: str(folder / "teacher"))
+    assert ablating.calls(home=tmp_path).obtain_teacher(base, tmp_path / "tuning") is None  # there is one
+    base.teacher.checkpoint, base.teacher.recipe = None, "quickstart_teacher"
+    assert ablating.calls(home=tmp_path).obtain_teacher(base, tmp_path / "tuning") == str(tmp_path / "teacher")
+    assert ablating.calls().obtain_teacher(base, tmp_path / "s") == str(tmp_path / "s" / "teacher")
