@@ -16,6 +16,7 @@ from defeat_cli.ablation.statistics import measured
 from defeat_cli.ablation.study import STUDY, Study, read_study
 from defeat_cli.config import protocol as protocols
 from defeat_cli.config.protocol import Protocol
+from defeat_cli.errors import RunError
 from defeat_cli.tables import Sheet
 from defeat_cli.text import listed
 
@@ -31,11 +32,20 @@ def is_protocol(folder: Path) -> bool:
     return (folder / PROTOCOL).is_file()
 
 
-def write_page(folder: Path, sort: str = "AP") -> list[Report]:
-    """Write report.md and report.html, and the reports of the two studies; returns those, the final one last."""
+def write_page(folder: Path, sort: str = "AP") -> tuple[Report, Sheet | None]:
+    """Write report.md and report.html, and the reports of the two studies.
+
+    Returns:
+        The report of the final study, or of the tuning where that is all there is; the variants at equal time.
+
+    Raises:
+        RunError: no such sort key, or neither study is begun.
+    """
     check_sort(sort)
     protocol = protocols.read(folder / PROTOCOL)
     studies = [read_study(folder / name) for name in (TUNING, FINAL) if (folder / name / STUDY).is_file()]
+    if not studies:
+        raise RunError(f"{folder}: nothing was trained yet; give the command again that began it")
     reports = [write_report(study, sort) for study in studies]
     blocks: list[Block] = []
     title = folder.name
@@ -49,7 +59,7 @@ def write_page(folder: Path, sort: str = "AP") -> list[Report]:
     blocks += [Heading("What was asked"), Verbatim((folder / PROTOCOL).read_text(encoding="utf-8"))]
     blocks.append("recipe.yaml beside this page has every other value that was in force.")
     page.write(folder, PAGE, title, blocks)
-    return reports
+    return reports[-1], equal_time_sheet(studies[-1], reports[-1].main_rows)
 
 
 def _found(study: Study, report: Report, protocol: Protocol) -> Iterator[Block]:
@@ -73,30 +83,31 @@ def _found(study: Study, report: Report, protocol: Protocol) -> Iterator[Block]:
 
 
 def _equal_time(study: Study, rows: Sequence[Row]) -> Iterator[Block]:
-    longer = next((row for row in rows if row.variant == LONGER), None)
-    if longer is None:
+    sheet = equal_time_sheet(study, rows)
+    if sheet is None:
         yield (
             f"There is no {LONGER}: it was not asked for, is yet to come, or would have as many epochs as {BASELINE}. "
             "The times above say what each variant costs."
         )
         return
     yield f"{LONGER} is {study.variants[LONGER].summary}. Times leave evaluations out."
+    yield sheet
+
+
+def equal_time_sheet(study: Study, rows: Sequence[Row]) -> Sheet | None:
+    """Each variant beside the plain student of equal time; None where there is none."""
+    longer = next((row for row in rows if row.variant == LONGER), None)
+    if longer is None:
+        return None
     baseline = longer.measured["AP"].values if "AP" in longer.measured else {}
     cells = []
     for row in rows:
         ap = row.measured.get("AP")
         against = measured(ap.values, baseline if row is not longer else None) if ap else None
         epochs = study.variants[row.variant].overrides.get("schedule.epochs", study.recipe.schedule.epochs)
-        cells.append(
-            [
-                row.variant,
-                str(epochs),
-                duration(row.measured.get(SECONDS)),
-                ap_cells(row)[0],
-                difference(against, 100, 1),
-            ]
-        )
-    yield Sheet(f"AP, and Δ paired by seed to {LONGER}", ["variant", "epochs", "time", "AP", f"Δ to {LONGER}"], cells)
+        figures = [duration(row.measured.get(SECONDS)), ap_cells(row)[0], difference(against, 100, 1)]
+        cells.append([row.variant, str(epochs), *figures])
+    return Sheet(f"AP, and Δ paired by seed to {LONGER}", ["variant", "epochs", "time", "AP", f"Δ to {LONGER}"], cells)
 
 
 def _choice(study: Study, report: Report) -> Iterator[Block]:

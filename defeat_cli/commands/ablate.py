@@ -22,7 +22,7 @@ from defeat_cli.commands.options import (
     overrides,
     recipe_to_train,
 )  # fmt: skip
-from defeat_cli.console import console
+from defeat_cli.console import console, show
 from defeat_cli.errors import DefeatError
 from defeat_cli.text import listed
 
@@ -185,8 +185,10 @@ def show_report(folder: Path | None, sort: str) -> None:
     from defeat_cli.ablation.study import read_study
 
     if is_protocol(folder):
-        for report in write_page(folder, sort)[-1:]:
-            report.show()
+        report, at_equal_time = write_page(folder, sort)
+        report.show()
+        if at_equal_time:
+            show(at_equal_time)
         console.print(f"written to {folder}/: report.md and report.html, one page of it all", soft_wrap=True)
         return
     report = write_report(read_study(folder), sort)

@@ -47,6 +47,7 @@ def test_settings_are_chosen_on_some_seeds_and_reported_on_others(study, tmp_pat
     assert variants["neck"]["overrides"]["distillation.neck.alpha_bg"] == 16
     assert "chosen for neck: distillation.neck.alpha_bg=16" in said
 
+    assert "Δ to none-longer" in said
     page = (folder / "report.md").read_text()
     assert "Trained on seeds 0, 1, 2, none of which had a say in any choice." in page
     assert "highest mean AP at the last epoch on seeds 5" in page
@@ -99,3 +100,8 @@ def test_a_protocol_of_plain_options_that_was_stopped_goes_on(study, tmp_path):
 def test_what_cannot_be_followed_is_refused_before_anything_is_written(study, tmp_path, arguments, message):
     assert message in study(*arguments, code=2)
     assert not (tmp_path / "s").exists()
+
+
+def test_a_study_of_which_nothing_was_trained_has_no_report(tmp_path, defeat):
+    (tmp_path / "protocol.yaml").write_text("variants: [neck]\n")
+    assert "nothing was trained yet" in defeat("ablate", "--report-only", "-o", tmp_path, code=2)
