@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import small_worker
+from html_pages import Page
 
 from defeat_cli.config.variants import GROUPS, VARIANTS
 from defeat_cli.jobs import ablating
@@ -13,10 +14,14 @@ def test_a_study_is_run_and_shown_again(defeat, tiny, teacher, tmp_path, monkeyp
     monkeypatch.setattr(ablating, "command", small_worker.command)
     folder = tmp_path / "s"
     shown = defeat("ablate", "neck:alpha_bg=1,16", "-r", tiny, "-t", teacher, "-o", folder, "--jobs", 2)
-    for name in ("study.csv", "study.json", "study.md", "study.png", "sweeps.png"):
+    for name in ("study.csv", "study.json", "study.md", "study.html", "study.png", "sweeps.png"):
         assert (folder / name).is_file()
     for text in ("Δ AP to none", "neck over distillation", "3 of 3 runs to train", "teacher has AP 50.0", "sweeps.png"):
         assert text in shown
+    page = Page((folder / "study.html").read_text())
+    page.assert_stands_alone()
+    assert len([source for source in page.resources if source.startswith("data:image/png")]) == 2
+    assert {"variant", "none"} <= {row[0] for row in page.tables[0]}
     assert defeat("ablate", "--report-only", "-o", folder) in shown
 
     (folder / "break-full-seed0").touch()
