@@ -14,7 +14,9 @@ from defeat_cli.files import require_place_for_file
 
 
 def evaluate(
-    checkpoint: Annotated[str, typer.Argument(help="A checkpoint of any format, or torchvision:NAME.")],
+    checkpoint: Annotated[
+        str, typer.Argument(help="A checkpoint of any format, torchvision:NAME, or an .onnx file of `defeat export`.")
+    ],
     data: DataOption = None,
     recipe: Annotated[
         str | None,

@@ -21,6 +21,10 @@ def export(
             "--input", help="What the file takes: float [3, H, W] in [0, 1], or uint8 [H, W, 3] as Pillow reads it."
         ),
     ] = "float",
+    half: Annotated[bool, typer.Option("--half", help="Compute in float16; for GPUs.")] = False,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Compute in integers, calibrated on training images; for CPUs.")
+    ] = False,
     images: Annotated[
         list[str] | None, typer.Option(help="Images or a folder to compare on; else the data's. Repeatable.")
     ] = None,
@@ -34,16 +38,20 @@ def export(
     """Write a detector as ONNX or TorchScript: an RGB image of any size in, boxes in its pixels out.
 
     Resizing, normalisation and non-maximum suppression are inside. The file is run and compared with torch; where they
-    differ it is not written, and the exit code is 1.
+    differ it is not written, and the exit code is 1. With --half and --int8 you are told AP on the data's validation
+    images before and after.
     """
     from defeat_cli.errors import DefeatError
     from defeat_cli.jobs import exporting
 
     if images and not check:
         raise DefeatError("--no-check: has no use for --images; leave it out")
+    if half and int8:
+        raise DefeatError("--half and --int8: a file computes in one of them; give one")
     exported = exporting.export(
-        checkpoint, target, form=form, kind=kind, overwrite=overwrite, check=check, images=images or [],
-        recipe_name=recipe, changes=overrides(set_, data__path=data), quiet=quiet,
+        checkpoint, target, form=form, kind=kind,
+        precision="half" if half else "int8" if int8 else "float", overwrite=overwrite, check=check,
+        images=images or [], recipe_name=recipe, changes=overrides(set_, data__path=data), quiet=quiet,
     )  # fmt: skip
     if check:
         show(exported.table())
@@ -55,4 +63,8 @@ def export(
             "[yellow]warning:[/] nothing was detected on these images, so little was compared; name some with --images",
             soft_wrap=True,
         )
+    if exported.costs is not None:
+        show(exported.costs)
+    elif check and (half or int8):
+        errors.print("[yellow]warning:[/] AP before and after is not known without data; name it with --data")
     console.print(f"written: {target}, {exported.size / 2**20:.1f} MiB, input {kind}", soft_wrap=True)

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.ops import FrozenBatchNorm2d
 
 from defeat_cli.detectors.contract import Detector, evaluating
 from defeat_cli.errors import DefeatError
@@ -92,7 +93,7 @@ class Graph(nn.Module):
         super().__init__()
         self.kind = kind
         _refuse_soft_suppression(detector)
-        self.model = copy.deepcopy(detector.model).requires_grad_(False)
+        self.model = _with_plain_norms(copy.deepcopy(detector.model).requires_grad_(False))
         transform, selection = self.model.transform, getattr(self.model, "roi_heads", self.model)
         self.model.transform = TracedTransform(
             transform.min_size,
@@ -123,6 +124,17 @@ class Graph(nn.Module):
         if self.kind == "uint8":
             return torch.full((70, 90, 3), 127, dtype=torch.uint8)
         return torch.full((3, 70, 90), 0.5)
+
+
+def _with_plain_norms(model: nn.Module) -> nn.Module:
+    """The model with ordinary norms in place of frozen ones, which the exporter cannot put into convolutions."""
+    for parent in list(model.modules()):
+        for name, frozen in parent.named_children():
+            if isinstance(frozen, FrozenBatchNorm2d):
+                plain = nn.BatchNorm2d(len(frozen.weight), eps=frozen.eps).requires_grad_(False)
+                plain.load_state_dict({**frozen.state_dict(), "num_batches_tracked": plain.num_batches_tracked})
+                setattr(parent, name, plain.train(frozen.training))
+    return model
 
 
 def _refuse_soft_suppression(detector: Detector) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,19 @@ from rich.table import Table
 from torch import Tensor
 
 from defeat_cli import session
-from defeat_cli.config.schema import Recipe
+from defeat_cli.config.schema import Data, Recipe
 from defeat_cli.console import Reporter, counting, new_table
 from defeat_cli.data.transforms import read_image
 from defeat_cli.detectors.contract import evaluating, in_unit_range
-from defeat_cli.errors import DefeatError
+from defeat_cli.errors import DataError, DefeatError
+from defeat_cli.export.fewer_bits import Precision
 from defeat_cli.export.graph import FORMATS, INPUTS, OUTPUTS, SUFFIXES, Graph, Input
 from defeat_cli.export.parity import BOX_TOLERANCE, SCORE_TOLERANCE, Comparison, Detections, compare
 from defeat_cli.export.runtime import OnnxDetector, as_input
 from defeat_cli.files import replacing, require_place_for_file
 from defeat_cli.gradients.images import find_images, images_of
 from defeat_cli.jobs.estimate import of_detecting
+from defeat_cli.jobs.fewer_bits import cost_table, costs, has_data, in_precision, require_calibration
 from defeat_cli.jobs.opening import open_detector
 from defeat_cli.memory import told
 
@@ -50,11 +52,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Exported:
-    """The file, its size in bytes, and the comparison, which is empty where none was asked for."""
+    """The file, its size in bytes, and the comparison, which is empty where none was asked for.
+
+    costs: of a file in fewer bits, before and after; None where there is no data to know them by.
+    """
 
     target: Path
     size: int
     rows: list[Row]
+    fewer_bits: bool = False
+    costs: Table | None = None
 
     @property
     def agrees(self) -> bool:
@@ -66,9 +73,10 @@ class Exported:
         return any(max(row.comparison.counts) for row in self.rows)
 
     def table(self) -> Table:
-        """What a user sees of the comparison."""
+        """What a user sees of the comparison, which is that of float32 where the file has fewer bits."""
+        name = f"{self.target.name} in float32" if self.fewer_bits else self.target.name
         return new_table(
-            f"{self.target.name} and torch: scores within {SCORE_TOLERANCE:g}, boxes within {BOX_TOLERANCE:g} pixels",
+            f"{name} and torch: scores within {SCORE_TOLERANCE:g}, boxes within {BOX_TOLERANCE:g} pixels",
             ["image", "size", "torch", "file", "Δ score", "Δ box", "unmatched", ""],
             [_cells(row) for row in self.rows],
         )
@@ -95,6 +103,7 @@ def export(
     *,
     form: str = "onnx",
     kind: Input = "float",
+    precision: Precision = "float",
     overwrite: bool = False,
     check: bool = True,
     images: Sequence[str] = (),
@@ -109,6 +118,7 @@ def export(
     Args:
         form: a key of `FORMATS`.
         kind: what the file takes; see `Card.input`.
+        precision: what it computes in; fewer bits are taken of a file that detects the same.
         images: files, folders or patterns to compare on; none takes the recipe's validation images where they are
             there, else drawn noise.
 
@@ -116,9 +126,16 @@ def export(
         DefeatError: the checkpoint, target, format or images cannot be used, or a package is missing.
     """
     _refuse(target, form, kind, overwrite)
+    if precision != "float" and form != "onnx":
+        raise DefeatError(f"--{precision}: files of ONNX only; leave --format {form} out")
     if "run.device" in (changes or {}):
         raise DefeatError("--set run.device: files are made on the CPU and run anywhere; leave it out")
-    opened = open_detector(checkpoint, recipe_name, {**(changes or {}), "run.device": "cpu"}, "export")
+    folder = (changes or {}).get("data.path")
+    if folder is not None and not Path(folder).is_dir():
+        raise DataError(f"{folder}: no such folder")
+    splits = ("train", "val") if precision == "int8" else ("val",)
+    opened = open_detector(checkpoint, recipe_name, {**(changes or {}), "run.device": "cpu"}, "export", splits)
+    require_calibration(precision, opened.recipe.data)
     for note in opened.notes:
         Reporter("export", quiet).note(note)
     graph = Graph(opened.detector, kind).eval()
@@ -132,11 +149,23 @@ def export(
                 rows.append(_compared(name, image, graph, run))
                 advance(1)
     exported = Exported(target, len(content), rows)
+    if precision != "float" and exported.agrees:
+        exported, content = _in_fewer_bits(exported, content, precision, kind, opened.recipe.data, check, quiet)
     if exported.agrees:
         target.parent.mkdir(parents=True, exist_ok=True)
         with replacing(target) as temporary:
             temporary.write_bytes(content)
     return exported
+
+
+def _in_fewer_bits(
+    exported: Exported, content: bytes, precision: Precision, kind: Input, data: Data, check: bool, quiet: bool
+) -> tuple[Exported, bytes]:
+    smaller = in_precision(content, precision, kind, data, quiet)
+    known = None
+    if check and has_data(data):
+        known = cost_table(costs({"float": content, precision: smaller}, data, quiet), data)
+    return replace(exported, size=len(smaller), fewer_bits=True, costs=known), smaller
 
 
 def _refuse(target: Path, form: str, kind: str, overwrite: bool) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from defeat_cli import session
-from defeat_cli.config import schema as recipes
+from defeat_cli.config.given import understood
+from defeat_cli.config.idle import idle_in_data, refuse_idle
 from defeat_cli.config.schema import Recipe
 from defeat_cli.detectors.loading import load_detector
 from defeat_cli.engine.evaluation import Finder
@@ -36,18 +38,26 @@ class Opened:
     notes: list[str] = field(default_factory=list)
 
 
-def open_detector(checkpoint: str, recipe_name: str | None, changes: Mapping[str, Any], command: str) -> Opened:
+def open_detector(
+    checkpoint: str,
+    recipe_name: str | None,
+    changes: Mapping[str, Any],
+    command: str,
+    splits: Sequence[str] = ("val",),
+) -> Opened:
     """The detector in a checkpoint of any format. Classes that it does not name are the data's, else numbers.
 
     Args:
         recipe_name: recipe that says what a plain state dict is made of; None takes the checkpoint's own.
         changes: dotted recipe overrides.
         command: what a message calls the command, e.g. `predict`.
+        splits: those of the data that the command reads.
 
     Raises:
         DefeatError: the checkpoint, recipe, device or data cannot be used, or a setting has no effect.
     """
-    settings = (*DETECTOR, *data_settings("val", changes), "run.device")
+    of_data = [name for split in splits for name in data_settings(split, changes)]
+    settings = (*DETECTOR, *of_data, "run.device")
     asked = ask(checkpoint, recipe_name, changes, command=command, settings=settings)
     recipe, notes = asked.recipe, list(asked.notes)
     device = session.choose_device(recipe.run.device)
@@ -68,21 +78,33 @@ def open_detector(checkpoint: str, recipe_name: str | None, changes: Mapping[str
 def open_finder(
     checkpoint: str, recipe_name: str | None, changes: Mapping[str, Any], command: str = "predict"
 ) -> Opened:
-    """As `open_detector`, and files that `defeat export` wrote as ONNX, which onnxruntime runs on the CPU.
-
-    Raises:
-        DefeatError: as `open_detector`; or settings for an exported file, which cannot be changed.
-    """
+    """As `open_detector`, and files that `defeat export` wrote as ONNX, which onnxruntime runs on the CPU."""
     if not checkpoint.endswith(SUFFIX):
         return open_detector(checkpoint, recipe_name, changes, command)
-    idle = [name for name in changes if name.startswith("student.") or name in ("data.short_side", "data.long_side")]
+    return open_exported(checkpoint, recipe_name, changes, command, (*data_settings("val", changes), "run.device"))
+
+
+def open_exported(
+    checkpoint: str, recipe_name: str | None, changes: Mapping[str, Any], command: str, settings: Collection[str]
+) -> Opened:
+    """An ONNX file of `defeat export`.
+
+    Args:
+        settings: those that have an effect, by dotted name.
+
+    Raises:
+        DefeatError: the file or the device cannot be used; settings of the detector, which cannot be changed, or others
+            without effect.
+    """
+    idle = [name for name in changes if name in DETECTOR or name.startswith("student.")]
     if recipe_name is not None or idle:
         what = ", ".join(["--recipe"] * (recipe_name is not None) + idle)
         raise CheckpointError(f"{checkpoint}: an exported file cannot be changed; leave {what} out, or export again")
-    recipe = recipes.load(None, dict(changes))
+    recipe, given = understood(None, changes, command, settings)
+    refuse_idle(given, idle_in_data(recipe.data))
     if recipe.run.device not in ("auto", "cpu"):
         raise CheckpointError(
             f"{checkpoint}: exported files are run on the CPU; leave --device {recipe.run.device} out"
         )
-    detector = OnnxDetector(checkpoint)
+    detector = OnnxDetector(Path(checkpoint))
     return Opened(detector, recipe, torch.device("cpu"), detector.card.score_threshold)

@@ -95,7 +95,7 @@ def predict(
         if one is None:
             continue
         for note in one.notes:
-            reporter.note(note)
+            reporter.note(note if second is None or note.startswith(name) else f"{name}: {note}")
         if threshold < one.lowest:
             reporter.warn(f"{name} gives nothing below score {one.lowest:g}, which is above --threshold {threshold:g}")
     result = Predictions(opened.detector.classes, threshold, [], [])

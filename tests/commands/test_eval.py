@@ -62,6 +62,40 @@ def test_eval_equals_the_reference_evaluation_of_plain_torchvision(run, defeat, 
         assert "assumed" not in output
 
 
+@pytest.fixture(scope="module")
+def onnx_file(run, defeat, tmp_path_factory):
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    path = tmp_path_factory.mktemp("exported") / "skilled.onnx"
+    defeat("export", run / "best.pt", path)
+    return path
+
+
+def test_an_exported_file_has_the_figures_of_its_checkpoint(usual, onnx_file, defeat, shapes, tmp_path):
+    figures, detections, _ = evaluated(defeat, tmp_path, onnx_file, "-d", shapes)
+    assert [figures[name] for name in FIGURES] == pytest.approx([usual[0][name] for name in FIGURES], abs=1e-3)
+    assert figures["per_class"] == pytest.approx(usual[0]["per_class"], abs=1e-3)
+    assert len(detections) == len(usual[1])
+
+
+@pytest.mark.parametrize("precision", ["half", "int8"])
+def test_fewer_bits_tell_size_and_ap_before_and_after(run, onnx_file, defeat, shapes, tmp_path, precision):
+    """On the data that the checkpoint remembers, whose validation images are those it was trained on."""
+    target = tmp_path / "small.onnx"
+    output = defeat("export", run / "best.pt", target, f"--{precision}").splitlines()
+    names = ("float ", "half ", "int8 ")
+    rows = {line.split()[0]: [float(word) for word in line.split()[1:]] for line in output if line.startswith(names)}
+    assert list(rows) == ["float", precision]
+    for path, (size, _, score, *_) in zip((onnx_file, target), rows.values(), strict=True):
+        assert size == pytest.approx(path.stat().st_size / 2**20, abs=0.051)
+        figures, *_ = evaluated(defeat, tmp_path, path, "-d", shapes)
+        assert score == pytest.approx(100 * figures["AP"], abs=0.051)
+        assert score > 5
+    before, after = rows["float"][2], rows[precision][2]
+    assert rows[precision][3] == pytest.approx(after - before, abs=0.11)
+    assert target.read_bytes() != onnx_file.read_bytes()
+
+
 SAID = {
     "sizes": (["data.short_side=[48]", "data.long_side=48"], {"min_size": 48, "max_size": 48}),
     "score threshold": (["student.score_threshold=0.3"], {"box_score_thresh": 0.3}),

@@ -12,7 +12,7 @@ from defeat_cli.data.transforms import read_image
 from defeat_cli.export import parity
 from defeat_cli.jobs.opening import open_detector
 
-SCRIPT = Path(__file__).resolve().parents[1] / "export" / "run_exported.py"
+README = Path(__file__).resolve().parents[2] / "README.md"
 
 
 @pytest.fixture(scope="module")
@@ -26,24 +26,35 @@ def onnx_file(tmp_path_factory, defeat, teacher):
     return path
 
 
-def test_the_table_has_images_of_several_sizes_and_a_blank_one(defeat, teacher, onnx_file, shapes):
-    before = onnx_file.read_bytes()
-    output = defeat("export", teacher, onnx_file, "--overwrite", "-d", shapes)
+@pytest.fixture(scope="module")
+def float_file(onnx_file, defeat, teacher, shapes):
+    """The file, and what was said of it."""
+    path = onnx_file.with_name("float.onnx")
+    return path, defeat("export", teacher, path, "-d", shapes)
+
+
+def test_the_table_has_images_of_several_sizes_and_a_blank_one(float_file):
+    _, output = float_file
     assert {line.split()[1] for line in output.splitlines() if line.startswith(("val_", "blank"))} == {
         "64x64", "38x38", "45x64", "90x90", "58x32", "65x64"
     }  # fmt: skip
     assert output.count(" same") == 6
-    assert onnx_file.read_bytes() != before  # float this time
-    onnx_file.write_bytes(before)
 
 
-def test_twenty_lines_without_this_tool_detect_the_same(onnx_file, teacher, shapes, tmp_path):
+@pytest.mark.parametrize("kind", ["float", "uint8"])
+def test_the_lines_of_the_readme_detect_the_same_without_this_tool(
+    onnx_file, float_file, teacher, shapes, tmp_path, kind
+):
     picture = next((shapes / "images").iterdir())
-    script = tmp_path / "run.py"
-    script.write_text(SCRIPT.read_text(encoding="utf-8").replace("score >= 0.5", "score >= 0.1"), encoding="utf-8")
-    assert "torch" not in script.read_text()
+    (code,) = [code for code in README.read_text(encoding="utf-8").split("```") if "onnxruntime.Inf" in code]
+    lines = code.removeprefix("python").replace("score >= 0.5", "score >= 0.1").splitlines()
+    if kind == "uint8":
+        lines = [line for line in lines if "not for a file of --input uint8" not in line]
+    script = "\n".join(lines).replace("photo.jpg", str(picture))
+    script = script.replace("student.onnx", str(float_file[0] if kind == "float" else onnx_file))
+    assert "torch" not in script
     printed = subprocess.run(
-        [sys.executable, script, onnx_file, picture], capture_output=True, text=True, check=True, cwd=tmp_path
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=tmp_path
     ).stdout.splitlines()
     detector = open_detector(str(teacher), None, {"run.device": "cpu"}, "export").detector
     with torch.no_grad():
@@ -86,6 +97,21 @@ def test_a_file_that_differs_is_not_written(defeat, teacher, tmp_path, monkeypat
     assert (tmp_path / "there.onnx").read_bytes() != b"before"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "does not know where its data is; give a folder with --data"),
+        (["-d", "{shapes}", "-r", "quickstart"], "cannot be changed; leave --recipe out"),
+        (["-d", "{shapes}", "--set", "student.nms_threshold=0.3"], "leave student.nms_threshold out"),
+        (["-d", "{shapes}", "--set", "optimizer.lr=1"], "optimizer.lr: without effect in `defeat eval`"),
+        (["-d", "{shapes}", "--set", "data.split_seed=1"], "data.split_seed: without effect"),
+        (["-d", "{shapes}", "--device", "cuda"], "run on the CPU"),
+    ],
+)
+def test_eval_refuses_what_a_file_cannot_have(defeat, onnx_file, shapes, arguments, message):
+    assert message in defeat("eval", onnx_file, *[argument.format(shapes=shapes) for argument in arguments], code=2)
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_torchscript(defeat, teacher, tmp_path):
     target = tmp_path / "teacher.torchscript"
@@ -108,13 +134,18 @@ def test_torchscript(defeat, teacher, tmp_path):
         (["{teacher}", "there.onnx"], "add --overwrite"),
         (["{teacher}", "x.onnx", "--images", "nowhere"], "nowhere"),
         (["{teacher}", "x.onnx", "--no-check", "--images", "."], "no use for --images"),
+        (["{teacher}", "x.onnx", "--half", "--int8"], "give one"),
+        (["{teacher}", "x.pt", "--format", "torchscript", "--half"], "leave --format torchscript out"),
+        (["{teacher}", "x.onnx", "--int8", "-d", "nowhere"], "nowhere: no such folder"),
+        (["{bare}", "x.onnx", "--int8"], "give a folder with --data"),
         (["{teacher}", "x.onnx", "--set", "run.device=cuda"], "run.device"),
     ],
 )
 def test_bad_input_writes_nothing(defeat, teacher, tmp_path, monkeypatch, arguments, message):
+    bare = "shipped:quickstart_teacher.pt"  # whose data is yet to be drawn
     monkeypatch.chdir(tmp_path)
     (tmp_path / "there.onnx").write_bytes(b"")
-    output = defeat("export", *[a.format(teacher=teacher) for a in arguments], code=2)
+    output = defeat("export", *[a.format(teacher=teacher, bare=bare) for a in arguments], code=2)
     assert message in output
     assert [path.name for path in tmp_path.iterdir()] == ["there.onnx"]
 

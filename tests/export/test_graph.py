@@ -47,6 +47,11 @@ def onnx_of(graph):
     return lambda pixels: detector.detect([pixels])[0]
 
 
+def random_on(family, backbone):
+    keys = {} if backbone == "regnet" else {"widths": None, "norm": "frozen"}
+    return random_detector(CLASSES, small(detector=family, backbone=backbone, **keys))
+
+
 LIGHT = [(family, "regnet") for family in DETECTOR_FAMILIES]
 LIGHT += [("faster_rcnn", name) for name in ("resnet18", "mobilenet_v2", "mobilenet_v3_small")]
 REST = [(family, name) for family in DETECTOR_FAMILIES for name in BACKBONES if (family, name) not in LIGHT]
@@ -56,8 +61,7 @@ MINUTES = pytest.mark.skipif("DEFEAT_ALL_BACKBONES" not in os.environ, reason="m
 @pytest.mark.parametrize(("family", "backbone"), [*LIGHT, *(pytest.param(*pair, marks=MINUTES) for pair in REST)])
 def test_onnx_of_every_family_and_backbone(family, backbone):
     """The pairs that CI leaves out are of the same operators as those it runs."""
-    keys = {} if backbone == "regnet" else {"widths": None, "norm": "frozen"}
-    detector = random_detector(CLASSES, small(detector=family, backbone=backbone, **keys))
+    detector = random_on(family, backbone)
     assert_same_on_all_sizes(detector, onnx_of(Graph(detector)))
 
 
@@ -114,10 +118,19 @@ def test_uint8_takes_the_image_as_pillow_holds_it():
     assert comparison.agrees, comparison
 
 
-@pytest.mark.parametrize("family", DETECTOR_FAMILIES)
+ANY_BACKBONE = [(family, name) for family in DETECTOR_FAMILIES for name in BACKBONES if name != "regnet"]
+
+
+@pytest.mark.parametrize(
+    ("family", "backbone"),
+    [
+        *((family, "regnet") for family in DETECTOR_FAMILIES),
+        *(pytest.param(*pair, marks=MINUTES) for pair in ANY_BACKBONE),
+    ],
+)
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
-def test_torchscript_of_every_family(family):
-    detector = random_detector(CLASSES, small(detector=family))
+def test_torchscript_of_every_family_and_backbone(family, backbone):
+    detector = random_on(family, backbone)
     extra = {"defeat": ""}
     module = torch.jit.load(io.BytesIO(to_torchscript(Graph(detector))), _extra_files=extra)
     assert Card.from_json(extra["defeat"]).classes == CLASSES
