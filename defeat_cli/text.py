@@ -12,6 +12,11 @@ def listed(names: Iterable[object], most: int = 8) -> str:
     return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
+def counted(number: int, one: str, many: str | None = None) -> str:
+    """A number with its noun: `1 epoch`, `2,000 epochs`; many: the plural, where it is not `one` and an s."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
 def spoken_duration(seconds: float) -> str:
     """`40 s`, `12 min`, `3 h 10 min`."""
     if seconds < 90:

@@ -73,7 +73,11 @@ def visualize_gradients(
     )  # fmt: skip
     for table in report.tables():
         show(table)
-    console.print(f"written to {output}/: a picture of each image, contact_sheet.png, gradients.json", soft_wrap=True)
+    console.print(
+        f"written to {output}/: a picture of each image, contact_sheet.png, gradients.json",
+        soft_wrap=True,
+        markup=False,
+    )
     for skipped in report.skipped:
         errors.print(f"[bold red]skipped:[/] {escape(skipped['reason'])}", soft_wrap=True)
     if report.skipped:
