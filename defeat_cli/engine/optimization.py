@@ -60,7 +60,8 @@ def learning_rate_text(optimizer: Optimizer, schedule: Schedule) -> str:
     """The learning rate over the run in words."""
     parts = [f"learning rate {optimizer.lr:g}"]
     if schedule.warmup_steps:
-        parts.append(f"after {schedule.warmup_steps} steps of warm-up")
+        steps = schedule.warmup_steps
+        parts.append(f"after {steps} step{'s' * (steps != 1)} of warm-up")
     if schedule.decay == "cosine":
         parts.append("falling as a cosine")
     else:
