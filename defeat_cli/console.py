@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from defeat_cli.tables import Sheet
-from defeat_cli.text import spoken_duration
+from defeat_cli.text import counted, spoken_duration
 
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
@@ -54,7 +54,7 @@ class Reporter:
         """Training starts, or goes on, at `step` of `steps`; rate: its learning rate in words."""
         self.steps, self.epochs = steps, epochs
         begun = f", from step {step:,}" if step else ""
-        self.note(f"{self.title}: {epochs} epochs, {steps:,} steps{begun}, {rate}")
+        self.note(f"{self.title}: {counted(epochs, 'epoch')}, {counted(steps, 'step')}{begun}, {rate}")
         if self.live:
             # The bar takes what the others leave, and all terms stand below, on as many lines as they need.
             self.progress = Progress(
