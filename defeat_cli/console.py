@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from defeat_cli.tables import Sheet
-from defeat_cli.text import spoken_duration
+from defeat_cli.text import counted, spoken_duration
 
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
@@ -54,7 +54,7 @@ class Reporter:
         """Training starts, or goes on, at `step` of `steps`; rate: its learning rate in words."""
         self.steps, self.epochs = steps, epochs
         begun = f", from step {step:,}" if step else ""
-        self.note(f"{self.title}: {epochs} epochs, {steps:,} steps{begun}, {rate}")
+        self.note(f"{self.title}: {counted(epochs, 'epoch')}, {counted(steps, 'step')}{begun}, {rate}")
         if self.live:
             # The bar takes what the others leave, and all terms stand below, on as many lines as they need.
             self.progress = Progress(
@@ -169,9 +169,15 @@ def percent(fraction: float) -> str:
     return "-" if fraction < 0 else f"{100 * fraction:.1f}"
 
 
+def bare_table(title: str, *, show_header: bool = True) -> Table:
+    """A table without columns yet, in the one look that all tables have: a line below the header and no frame."""
+    look = {"box": box.SIMPLE_HEAD, "show_edge": False, "pad_edge": False, "padding": (0, 1, 0, 0)}
+    return Table(title=title, show_header=show_header, **look)
+
+
 def new_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]] = ()) -> Table:
     """A table of names and figures. Where it is too wide the names fold; a figure or a header is never cut."""
-    table = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    table = bare_table(title)
     for i, name in enumerate(header):
         table.add_column(name, justify="right" if i else "left", no_wrap=i > 0, overflow="fold")
     for cells in rows:

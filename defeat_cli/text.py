@@ -12,6 +12,12 @@ def listed(names: Iterable[object], most: int = 8) -> str:
     return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 step`, `1,200 steps`, `1 class`, `3 classes`."""
+    plural = f"{noun}es" if noun.endswith(("s", "x")) else f"{noun}s"
+    return f"{number:,} {noun if number == 1 else plural}"
+
+
 def spoken_duration(seconds: float) -> str:
     """`40 s`, `12 min`, `3 h 10 min`."""
     if seconds < 90:

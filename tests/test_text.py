@@ -1,4 +1,4 @@
-from defeat_cli.text import listed
+from defeat_cli.text import counted, listed
 
 
 def test_the_first_names_are_listed_and_the_others_counted():
@@ -7,3 +7,8 @@ def test_the_first_names_are_listed_and_the_others_counted():
     assert listed("abcdefghi") == "a, b, c, d, e, f, g, h and 1 more"
     assert listed(range(5), most=2) == "0, 1 and 3 more"
     assert listed([]) == ""
+
+
+def test_one_thing_is_not_many():
+    assert [counted(1, "step"), counted(1200, "step"), counted(0, "image")] == ["1 step", "1,200 steps", "0 images"]
+    assert [counted(1, "class"), counted(3, "class")] == ["1 class", "3 classes"]

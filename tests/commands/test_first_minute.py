@@ -40,7 +40,7 @@ def test_train_without_a_recipe_chooses_one_says_why_and_keeps_it(chosen, shapes
     assert f"no --recipe, so one is chosen: {name}, for a" in output
     assert "12 training images of 64 x 64 pixels" in output
     assert "backbone regnet: the teacher's, with half its widths" in output
-    assert "epochs" not in output[output.index("one is chosen") : output.index("student: 1 epochs")]
+    assert "epochs" not in output[output.index("one is chosen") : output.index("student: 1 epoch,")]
     run = RunFolder(folder / "runs" / name)
     assert run.finished
     recipe = recipes.load(str(run / "recipe.yaml"))
