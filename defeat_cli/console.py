@@ -170,9 +170,15 @@ def percent(fraction: float) -> str:
     return "-" if fraction < 0 else f"{100 * fraction:.1f}"
 
 
+def bare_table(title: str, *, show_header: bool = True) -> Table:
+    """A table without columns yet, in the one look that all tables have: a line below the header and no frame."""
+    look = {"box": box.SIMPLE_HEAD, "show_edge": False, "pad_edge": False, "padding": (0, 1, 0, 0)}
+    return Table(title=title, show_header=show_header, **look)
+
+
 def new_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]] = ()) -> Table:
     """A table of names and figures. Where it is too wide the names fold; a figure or a header is never cut."""
-    table = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    table = bare_table(title)
     for i, name in enumerate(header):
         table.add_column(name, justify="right" if i else "left", no_wrap=i > 0, overflow="fold")
     for cells in rows:

@@ -104,45 +104,21 @@ def assemble(
     require_trackers(recipe.run.track)
     if recipe.run.compile:
         require_compiler(device)
-    notes: list[Note] = []
-    same_data = like is not None and (like.recipe.data, like.recipe.run.seed) == (recipe.data, recipe.run.seed)
-    if same_data:
-        training_data, validation_data = like.training_data, like.validation_data
-    else:
-        doing(f"reading {recipe.data.path or 'the data'}")
-        drawn = recipe.data.format == "shapes" and recipe.data.path and not Path(recipe.data.path).exists()
-        training_data = open_data(recipe.data, "train", train=True, seed=recipe.run.seed)
-        validation_data = open_data(recipe.data, "val", train=False)
-        if drawn:
-            notes.append(Note(f"{recipe.data.path}: a new folder; the data set of shapes was drawn there"))
-    for opened in (training_data, validation_data):
-        opened.refuse_vanishing(recipe.data.short_side, recipe.data.long_side)
-    Faults().tell(class_faults(training_data, validation_data))
-    about_data = len(notes)
-    doing(f"building the student, a {family(recipe.student)} on {backbone_name(recipe.student)}")
-    student = build_student(recipe, training_data.classes)
-    if recipe.student.weights is not None:
-        lines = start_from(student, recipe.student.weights, recipe.student)
-        notes += [Note(f"student: {text}", warning=True) for text in lines]
-    if recipe.student.norm == "frozen" and recipe.student.backbone_weights is None and recipe.student.weights is None:
-        text = "student.norm is frozen and nothing is pretrained, so nothing is normalised; use norm: batch"
-        notes.append(Note(text, warning=True))
     checkpoint = teacher or recipe.teacher.checkpoint
     has_teacher = checkpoint is not None or recipe.teacher.recipe is not None
-    if recipe.run.compare_plain and not has_teacher:
-        raise RecipeError("run.compare_plain compares with a student without a teacher, and this one has none")
-    if recipe.student.inherit and not has_teacher:
-        raise RecipeError("student.inherit: there is no teacher to inherit from; give one with --teacher")
+    if not has_teacher:
+        _refuse_without_teacher(recipe)
+    same_data = like is not None and (like.recipe.data, like.recipe.run.seed) == (recipe.data, recipe.run.seed)
+    training_data, validation_data, notes = _open_splits(recipe, like if same_data else None, doing)
+    about_data = len(notes)
+    doing(f"building the student, a {family(recipe.student)} on {backbone_name(recipe.student)}")
+    student, remarks = _begin_student(recipe, training_data.classes)
+    notes += remarks
     unlabelled = None
-    if recipe.data.unlabelled is not None:
-        if not has_teacher:
-            raise RecipeError(
-                "data.unlabelled: there is no teacher to learn from on these images; give one by --teacher"
-            )
-        if recipe.distillation.terms:
-            unlabelled = _open_unlabelled(recipe, training_data, like)
-        else:
-            notes.append(Note("data.unlabelled: no term of distillation is on, so these images are not used"))
+    if recipe.data.unlabelled is not None and recipe.distillation.terms:
+        unlabelled = _open_unlabelled(recipe, training_data, like)
+    elif recipe.data.unlabelled is not None:
+        notes.append(Note("data.unlabelled: no term of distillation is on, so these images are not used"))
     if checkpoint is not None:
         doing(f"reading the teacher {checkpoint}")
     distiller, remarks = build_distiller(recipe, student, checkpoint, like, unlabelled=unlabelled is not None)
@@ -171,6 +147,48 @@ def assemble(
         notes,
         checkpoint,
     )
+
+
+def _refuse_without_teacher(recipe: Recipe) -> None:
+    """Refuse what only a teacher gives a meaning to."""
+    if recipe.run.compare_plain:
+        raise RecipeError("run.compare_plain compares with a student without a teacher, and this one has none")
+    if recipe.student.inherit:
+        raise RecipeError("student.inherit: there is no teacher to inherit from; give one with --teacher")
+    if recipe.data.unlabelled is not None:
+        raise RecipeError("data.unlabelled: there is no teacher to learn from on these images; give one by --teacher")
+
+
+def _open_splits(
+    recipe: Recipe, like: Session | None, doing: Callable[[str], None]
+) -> tuple[DetectionDataset, DetectionDataset, list[Note]]:
+    """The training and validation data, those of `like` where it is given, and what a user should know of them."""
+    notes = []
+    if like is not None:
+        training_data, validation_data = like.training_data, like.validation_data
+    else:
+        doing(f"reading {recipe.data.path or 'the data'}")
+        drawn = recipe.data.format == "shapes" and recipe.data.path and not Path(recipe.data.path).exists()
+        training_data = open_data(recipe.data, "train", train=True, seed=recipe.run.seed)
+        validation_data = open_data(recipe.data, "val", train=False)
+        if drawn:
+            notes.append(Note(f"{recipe.data.path}: a new folder; the data set of shapes was drawn there"))
+    for opened in (training_data, validation_data):
+        opened.refuse_vanishing(recipe.data.short_side, recipe.data.long_side)
+    Faults().tell(class_faults(training_data, validation_data))
+    return training_data, validation_data, notes
+
+
+def _begin_student(recipe: Recipe, classes: list[str]) -> tuple[Detector, list[Note]]:
+    """The student as it starts, and what a user should know of that."""
+    student, settings, notes = build_student(recipe, classes), recipe.student, []
+    if settings.weights is not None:
+        lines = start_from(student, settings.weights, settings)
+        notes += [Note(f"student: {text}", warning=True) for text in lines]
+    if settings.norm == "frozen" and settings.backbone_weights is None and settings.weights is None:
+        text = "student.norm is frozen and nothing is pretrained, so nothing is normalised; use norm: batch"
+        notes.append(Note(text, warning=True))
+    return student, notes
 
 
 def build_distiller(

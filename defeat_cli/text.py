@@ -13,8 +13,9 @@ def listed(names: Iterable[object], most: int = 8) -> str:
 
 
 def counted(number: int, one: str, many: str | None = None) -> str:
-    """A number with its noun: `1 epoch`, `2,000 epochs`; many: the plural, where it is not `one` and an s."""
-    return f"{number:,} {one if number == 1 else many or one + 's'}"
+    """`1 step`, `1,200 steps`, `1 class`, `3 classes`; many: where the plural is made otherwise, `2 boxes reach`."""
+    plural = many or (f"{one}es" if one.endswith(("s", "x")) else f"{one}s")
+    return f"{number:,} {one if number == 1 else plural}"
 
 
 def spoken_duration(seconds: float) -> str:

@@ -3,6 +3,7 @@
 import atexit
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
@@ -18,6 +19,10 @@ os.environ["COLUMNS"] = "200"
 from tiny import COMMON, OWN
 
 from defeat_cli.commands.app import app
+
+# `nohup` has SIGHUP ignored, which a run respects; tests of what it does otherwise are to pass there too.
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # One thread: tiny detectors gain nothing from more, and parallel loops crawl when the cores are busy elsewhere.
 torch.set_num_threads(1)

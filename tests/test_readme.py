@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 import torchvision
+from PIL import Image
 from torch import nn
 
 import defeat_cli
@@ -61,6 +62,18 @@ def test_a_training_loop_of_ones_own_distils(tmp_path, monkeypatch, shapes, teac
     assert {"neck_fg", "neck_bg", "head_fg", "head_bg"} <= set(losses.weighted)
     saved = torch.load("student.pth", weights_only=True)
     names["model"].load_state_dict(saved)
+
+
+def test_the_least_annotations_are_a_data_set(tmp_path):
+    (annotations,) = re.findall(r"```json\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (640, 480)).save(tmp_path / "images" / "cat_1.jpg")
+    for split in ("train", "val"):
+        (tmp_path / f"{split}.json").write_text(annotations)
+        data = defeat_cli.open_split(str(tmp_path), split, train=False)
+        _, target, _ = data[0]
+        assert data.classes == ["cat"]
+        assert target["boxes"].tolist() == [[20, 30, 220, 180]]
 
 
 class MyNet(nn.Module):

@@ -63,7 +63,7 @@ def one_order_of_sums(monkeypatch):
         return pool_with_one_wait(pool, maps, boxes)
 
     def plain(kind):
-        return lambda groups, fused, **settings: kind(groups, **settings)
+        return lambda groups, fused=False, **settings: kind(groups, **settings)
 
     monkeypatch.setattr(RoIPool, "forward", pooled)
     for name in ("SGD", "AdamW"):

@@ -9,12 +9,7 @@ def test_the_first_names_are_listed_and_the_others_counted():
     assert listed([]) == ""
 
 
-def test_a_number_takes_its_noun_in_the_right_form():
-    assert [counted(number, "step") for number in (0, 1, 2, 118000)] == [
-        "0 steps",
-        "1 step",
-        "2 steps",
-        "118,000 steps",
-    ]
-    assert counted(1, "box", "boxes") == "1 box"
-    assert counted(3, "box", "boxes") == "3 boxes"
+def test_one_thing_is_not_many():
+    assert [counted(1, "step"), counted(1200, "step"), counted(0, "image")] == ["1 step", "1,200 steps", "0 images"]
+    assert [counted(1, "class"), counted(3, "class")] == ["1 class", "3 classes"]
+    assert [counted(n, "image has", "images have") for n in (1, 118000)] == ["1 image has", "118,000 images have"]

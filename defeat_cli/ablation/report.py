@@ -73,7 +73,7 @@ class Report:
         """How to read the tables."""
         seeds = sorted({outcome.seed for outcome in self.outcomes})
         parts = [
-            "AP in percent, at the last epoch; `at best` is at the epoch with the best AP, chosen on the same images"
+            "AP in percent, at the last epoch; 'at best' is at the epoch with the best AP, chosen on the same images"
         ]
         over = f"mean ± standard deviation over seeds {', '.join(map(str, seeds))}"
         parts.append(over if len(seeds) > 1 else f"seed {seeds[0]} alone")

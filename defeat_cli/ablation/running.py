@@ -23,7 +23,7 @@ from defeat_cli.engine.runs import RunFolder
 from defeat_cli.errors import DefeatError, TermError
 from defeat_cli.files import require_place_for_file, require_place_for_folder
 from defeat_cli.pages.study import write_study
-from defeat_cli.text import listed
+from defeat_cli.text import counted, listed
 
 FILES = ("study.csv", "study.json", "study.md", "study.html", "study.png", "sweeps.png")
 """The report."""
@@ -216,7 +216,8 @@ def write_report(study: Study, sort: str = "AP") -> Report:
     outcomes = study.outcomes()
     budget = "" if study.budget is None else f"each sweep may cost {study.budget:g} whole trainings with each seed"
     notes = [text for text in (budget, stopped_text(study.standing(outcomes))) if text]
-    title = f"{study.folder.name}: {study.recipe.run.name}, {study.recipe.schedule.epochs} epochs"
+    name, run = study.folder.name, study.recipe.run.name
+    title = f"{name if run in name else f'{name}: {run}'}, {counted(study.recipe.schedule.epochs, 'epoch')}"
     report = Report(title, study.variants, outcomes, summarize(outcomes, sort), notes)
     report.write(study.folder)
     pictures = {"AP of each variant": study.folder / "study.png"}

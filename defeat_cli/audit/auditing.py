@@ -75,7 +75,7 @@ def audit(
             opened["all"] = open_split("all", faults), faults
         except NoSplitError:
             raise absent from None
-        result.notes.append("not divided into train and val; data.val_fraction does that")
+        result.notes.append("not divided into train and val; --set data.val_fraction=0.2 does that")
     for split, (data, faults) in opened.items():
         with watch(f"reading {split} images", len(data)) as advance:
             sound = verified(data, faults, verifier._replace(on_image=advance))

@@ -9,7 +9,7 @@ import numpy as np
 
 from defeat_cli.audit.anchors import input_boxes
 from defeat_cli.data.dataset import DetectionDataset
-from defeat_cli.text import listed
+from defeat_cli.text import counted, listed
 
 MOST_CLASSES = 6
 
@@ -51,5 +51,5 @@ def in_words(figures: dict[str, Any]) -> str:
     empty = f" ({figures['without_boxes']} without a box)" if figures["without_boxes"] else ""
     return (
         f"{figures['images']} images {shown}{empty}; {figures['boxes']} boxes{pixels if size else ''}; "
-        f"{len(counts)} classes: {classes}"
+        f"{counted(len(counts), 'class')}: {classes}"
     )

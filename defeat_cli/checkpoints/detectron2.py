@@ -50,6 +50,7 @@ from defeat_cli.checkpoints.torchvision import resnet_name
 from defeat_cli.checkpoints.weights import StateDict, Weights, is_state_dict
 from defeat_cli.config.architecture import Architecture, Conventions
 from defeat_cli.errors import CheckpointError
+from defeat_cli.text import counted
 
 _STATISTICS = "(weight|bias|running_mean|running_var)"
 _BODY = "backbone.body"
@@ -183,7 +184,7 @@ def to_weights(content: Any, origin: str, architecture: Architecture | None = No
     names, assumed = guessed_classes(classes)
     short_side, long_side = settings.INPUT.MIN_SIZE_TEST, settings.INPUT.MAX_SIZE_TEST
     notes = [
-        f"a detectron2 checkpoint: {built.detector} on {backbone}, {classes} classes",
+        f"a detectron2 checkpoint: {built.detector} on {backbone}, {counted(classes, 'class')}",
         "the background was the last class and is now the first"
         if two_stage
         else "a column for the background was added",

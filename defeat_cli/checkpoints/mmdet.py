@@ -47,6 +47,7 @@ from defeat_cli.checkpoints.torchvision import resnet_name
 from defeat_cli.checkpoints.weights import StateDict, Weights, is_state_dict
 from defeat_cli.config.architecture import Architecture, Conventions
 from defeat_cli.errors import CheckpointError
+from defeat_cli.text import counted
 
 FASTER_RCNN_KEYS = [
     *resnet_keys(r"backbone\."),
@@ -173,7 +174,8 @@ def to_weights(content: Any, origin: str, architecture: Architecture | None = No
     names, naming = _class_names(meta, classes)
     short_side, long_side = sorted(inputs.scale or (800, 1333))
     notes = [
-        f"an mmdetection {version or '2.x or 3.x'} checkpoint: {built.detector} on {backbone}, {classes} classes",
+        f"an mmdetection {version or '2.x or 3.x'} checkpoint: {built.detector} on {backbone}, "
+        f"{counted(classes, 'class')}",
         "the background was the last class and is now the first"
         if two_stage
         else "a column for the background was added",

@@ -26,6 +26,7 @@ from defeat_cli.checkpoints.weights import StateDict, Weights, is_state_dict
 from defeat_cli.config.architecture import TORCHVISION_BUILDERS, Architecture, own_settings
 from defeat_cli.errors import CheckpointError
 from defeat_cli.files import replacing
+from defeat_cli.text import counted
 
 FORMAT = "defeat"
 VERSION = 2
@@ -157,7 +158,7 @@ def to_weights(content: Mapping[str, Any], origin: str, architecture: Architectu
         classes,
         meaning.short_side,
         meaning.long_side,
-        notes=[f"a defeat checkpoint: {meaning.architecture.detector}, {len(classes)} classes"],
+        notes=[f"a defeat checkpoint: {meaning.architecture.detector}, {counted(len(classes), 'class')}"],
         recipe=recipe,
         folder=Path(origin).parent / content["folder"] if "folder" in content else None,
     )

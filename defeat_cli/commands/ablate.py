@@ -195,5 +195,12 @@ def show_report(folder: Path | None, sort: str) -> None:
         return
     report = write_report(read_study(folder), sort)
     report.show()
-    files = ["study.csv", "study.json", "study.md", "study.png", *(["sweeps.png"] if report.sweeps else [])]
+    files = [
+        "study.html",
+        "study.md",
+        "study.csv",
+        "study.json",
+        "study.png",
+        *(["sweeps.png"] if report.sweeps else []),
+    ]
     console.print(f"written to {folder}/: {', '.join(files)}", soft_wrap=True, markup=False)

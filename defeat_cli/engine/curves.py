@@ -68,8 +68,9 @@ def curves(metrics: list[dict[str, Any]], terms: Sequence[str] = ()) -> Figure:
     figure = Figure(figsize=(5 * len(made), 4), layout="constrained")
     FigureCanvasAgg(figure)
     for axis, panel in zip(figure.subplots(1, len(made), squeeze=False)[0], made, strict=True):
-        marks = {"marker": "o", "markersize": 3} if panel.from_zero else {"linewidth": 1.3}
         for name, points in panel.curves.items():
+            dots = panel.from_zero or len(points) == 1  # a line through one point cannot be seen
+            marks = {"marker": "o", "markersize": 3} if dots else {"linewidth": 1.3}
             axis.plot(*zip(*points, strict=True), label=name, **marks)
         _label(axis, panel.title)
         if panel.log and panel.curves:

@@ -10,6 +10,7 @@ from torch import nn
 
 from defeat_cli.config.schema import Optimizer, Schedule
 from defeat_cli.distillation.distiller import Distiller
+from defeat_cli.text import counted
 
 
 def build_optimizer(optimizer: Optimizer, distiller: Distiller) -> torch.optim.Optimizer:
@@ -60,7 +61,7 @@ def learning_rate_text(optimizer: Optimizer, schedule: Schedule) -> str:
     """The learning rate over the run in words."""
     parts = [f"learning rate {optimizer.lr:g}"]
     if schedule.warmup_steps:
-        parts.append(f"after {schedule.warmup_steps} steps of warm-up")
+        parts.append(f"after {counted(schedule.warmup_steps, 'step')} of warm-up")
     if schedule.decay == "cosine":
         parts.append("falling as a cosine")
     else:

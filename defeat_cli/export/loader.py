@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 import torchvision
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
 from torchvision.models import detection
 from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
@@ -53,7 +53,7 @@ def load(weights=Path(__file__).with_name({weights!r})):
 
 
 if __name__ == "__main__":
-    image = pil_to_tensor(Image.open(sys.argv[1]).convert("RGB")) / 255
+    image = pil_to_tensor(ImageOps.exif_transpose(Image.open(sys.argv[1])).convert("RGB")) / 255
     with torch.no_grad():
         (found,) = load()([image])
     for box, score, label in zip(found["boxes"].tolist(), found["scores"].tolist(), found["labels"].tolist()):

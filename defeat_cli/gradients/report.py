@@ -23,6 +23,7 @@ from defeat_cli.gradients.images import Objects, Source, detected, device_of, di
 from defeat_cli.gradients.maps import PARTS, REDUCTIONS, detection_maps, loss_maps, neck_features, term_loss
 from defeat_cli.gradients.numbers import cells_of_boxes, concise, map_numbers, own_area, summarize
 from defeat_cli.gradients.pictures import Panel, Row, View
+from defeat_cli.text import counted
 
 SUMMARIES = CONTACT_SHEET, FIGURES = "contact_sheet.png", "gradients.json"
 """What is written once all images are done."""
@@ -140,7 +141,7 @@ class GradientReport:
 
     def _table(self, subject: Subject, rows: dict[str, dict[str, Any]]) -> Table:
         count = len(self.images)
-        title = f"{subject.title}: {UNITS[self.about['reduce']]}, mean per cell over {count} image{'s' * (count != 1)}"
+        title = f"{subject.title}: {UNITS[self.about['reduce']]}, mean per cell over {counted(count, 'image')}"
         table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
         table.add_column("level", no_wrap=True)
         for column in (

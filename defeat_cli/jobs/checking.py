@@ -11,7 +11,7 @@ from torch import Tensor
 
 from defeat_cli.benchmark.detectors import gflops
 from defeat_cli.config.schema import Recipe
-from defeat_cli.console import Reporter, counting
+from defeat_cli.console import Reporter, bare_table, counting
 from defeat_cli.detectors.contract import Detector
 from defeat_cli.distillation.distiller import Distiller
 from defeat_cli.distillation.pairing import match_classes
@@ -103,7 +103,7 @@ def _losses(
 
 
 def _detectors_table(detectors: dict[str, dict[str, Any]]) -> Table:
-    table = Table(title="Detectors, on the first training image")
+    table = bare_table("Detectors, on the first training image")
     for column in ("", "kind", "classes", "parameters", "GFLOPs", "levels (stride: channels)"):
         table.add_column(column, justify="right" if column in ("classes", "parameters", "GFLOPs") else "left")
     for name, facts in detectors.items():
@@ -116,7 +116,7 @@ def _detectors_table(detectors: dict[str, dict[str, Any]]) -> Table:
 
 
 def _levels_table(levels: list[dict[str, Any]]) -> Table:
-    table = Table(title="How the levels pair up")
+    table = bare_table("How the levels pair up")
     for column in ("term", "stride", "student channels", "teacher channels", "adapter"):
         table.add_column(column, justify="left" if column in ("term", "adapter") else "right")
     for row in levels:
@@ -126,9 +126,8 @@ def _levels_table(levels: list[dict[str, Any]]) -> Table:
 
 
 def _classes_table(pairs: list[tuple[str, str]], student: Detector, teacher: Detector) -> Table:
-    table = Table(
-        title=f"Shared classes: {len(pairs)} of the student's {len(student.classes)}, of the teacher's "
-        f"{len(teacher.classes)}",
+    table = bare_table(
+        f"Shared classes: {len(pairs)} of the student's {len(student.classes)}, of the teacher's {len(teacher.classes)}"
     )
     table.add_column("student")
     table.add_column("teacher")
@@ -140,7 +139,7 @@ def _classes_table(pairs: list[tuple[str, str]], student: Detector, teacher: Det
 
 
 def _run_table(facts: dict[str, Any], recipe: Recipe) -> Table:
-    table = Table(title="One training step")
+    table = bare_table("One training step", show_header=False)
     table.add_column("")
     table.add_column("", justify="right")
     for name, value in facts["terms"].items():

@@ -18,7 +18,7 @@ from defeat_cli.errors import CheckpointError
 from defeat_cli.export.loader import loader_name, write_loader
 from defeat_cli.files import replacing, require_place_for_file
 from defeat_cli.jobs.asked import DETECTOR
-from defeat_cli.text import listed
+from defeat_cli.text import counted, listed
 
 SUFFIXES = (".pth", ".pt")
 
@@ -66,7 +66,7 @@ def convert(
     loaded.tell(reporter)
     named = f" ({listed(meaning.classes, 5)})" if meaning.classes else ", not named in the source"
     reporter.note(
-        f"{target}: {len(state_dict)} tensors, {len(loaded.detector.classes)} classes{named}; it says itself "
+        f"{target}: {len(state_dict)} tensors, {counted(len(loaded.detector.classes), 'class')}{named}; it says itself "
         "what it is, and loads in plain torchvision"
     )
     reporter.note(f"{recipe}: the same settings as a recipe")

@@ -26,7 +26,7 @@ from defeat_cli.pages.report import write_report
 from defeat_cli.pages.tables import who_is_in
 from defeat_cli.precision import choose_precision
 from defeat_cli.session import Session
-from defeat_cli.text import listed, spoken_duration
+from defeat_cli.text import counted, listed, spoken_duration
 
 EXAMPLES = 6
 """Images on which detectors are shown side by side."""
@@ -118,7 +118,7 @@ def what_was_trained(session: Session, recipe: Recipe, results: Mapping[str, Any
     classes = session.training_data.classes
     facts = {
         "data": f"{data.path}: {len(session.training_data):,} training and {len(session.validation_data):,} "
-        f"validation images, {len(classes)} classes ({listed(classes)})",
+        f"validation images, {counted(len(classes), 'class')} ({listed(classes)})",
         "student": f"{family(recipe.student)} on {backbone_name(recipe.student)}, {_size(session.student)}",
     }
     if session.unlabelled is not None:
@@ -130,7 +130,7 @@ def what_was_trained(session: Session, recipe: Recipe, results: Mapping[str, Any
     sides = ", ".join(map(str, data.short_side))
     facts |= {
         "image size": f"short side {sides}, long side at most {data.long_side} pixels",
-        "schedule": f"{schedule.epochs} epochs of batches of {data.batch_size}, {optimizer.name}, "
+        "schedule": f"{counted(schedule.epochs, 'epoch')} of batches of {data.batch_size}, {optimizer.name}, "
         f"learning rate {optimizer.lr:g}, {recipe.run.precision}, seed {recipe.run.seed}",
         "training time": spoken_duration(results["training_seconds"]),
     }

@@ -51,9 +51,9 @@ def verdict(results: Mapping[str, Any]) -> str:
     ap = results["student"]["AP"]
     parts = [f"The {'distilled student' if 'teacher' in found else 'detector'} has AP {percent(ap)}"]
     if "plain" in found:
-        parts.append(f"{100 * (ap - results['plain']['AP']):+.1f} to the same student without a teacher")
+        parts.append(f"{100 * (ap - results['plain']['AP']):+.1f} against the same student without a teacher")
     if "teacher" in found:
-        parts.append(f"{100 * (ap - results['teacher']['AP']):+.1f} to its teacher")
+        parts.append(f"{100 * (ap - results['teacher']['AP']):+.1f} against its teacher")
     if {"teacher", "student"} <= taken.keys() and taken["teacher"] > 0:
         parts.append(f"and takes {100 * taken['student'] / taken['teacher']:.0f}% of the teacher's time for an image")
     return ", ".join(parts) + "."

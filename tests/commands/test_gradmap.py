@@ -1,4 +1,4 @@
-"""Options of `defeat gradmap` that would have no effect are refused."""
+"""`defeat gradmap`: options that would have no effect are refused, and figures that cannot be are explained."""
 
 import pytest
 
@@ -20,3 +20,10 @@ def test_options_without_effect_are_refused(case, defeat, shapes, teacher, tmp_p
     arguments = [places.get(word, word) for word in arguments]
     assert told in defeat("gradmap", "-c", teacher, "-o", tmp_path / "out", *arguments, code=2)
     assert not (tmp_path / "out").exists()
+
+
+def test_images_in_which_nothing_is_found_are_told(defeat, shapes, teacher, tmp_path):
+    image = next((shapes / "images").iterdir())
+    arguments = ("gradmap", "-c", teacher, "-o", tmp_path / "out", image, "--samples", 1, "--threshold")
+    assert "no box in any image" in defeat(*arguments, 1.0)
+    assert "no box in any image" not in defeat(*arguments, 0.05)

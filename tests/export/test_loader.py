@@ -2,10 +2,12 @@
 
 import ast
 import importlib.util
+import runpy
 
 import pytest
 import torch
 from export.random_detectors import random_detector
+from PIL import Image
 
 from defeat_cli.config.architecture import (
     BACKBONES,
@@ -203,3 +205,23 @@ def test_no_random_number_is_drawn_and_the_name_goes_with_the_weights():
     assert loader_name("out.v2.pth") == "load_out.v2.py"
     assert loader_name("student.pth") == "load_student.py"
     assert "nn.BatchNorm2d" not in source  # frozen norms are asked for
+
+
+def test_a_photo_is_turned_as_its_camera_says(tmp_path, capsys, monkeypatch):
+    """As in training: the script prints the same boxes for an image and for its turned copy with an EXIF tag."""
+    architecture = Architecture(backbone="resnet18", **SMALL["faster_rcnn"], score_threshold=0.01)
+    torch.save(random_detector(CLASSES, architecture, 64, 96).model.state_dict(), tmp_path / "student.pth")
+    script = tmp_path / "load_student.py"
+    script.write_text(loader_source(architecture, CLASSES, 64, 96), encoding="utf-8")
+    noise = torch.randint(256, (60, 90, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    image = Image.fromarray(noise.numpy())
+    image.save(tmp_path / "upright.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: to be turned by 90 degrees clockwise
+    image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "lying.png", exif=exif)
+    told = []
+    for name in ("upright.png", "lying.png"):
+        monkeypatch.setattr("sys.argv", [str(script), str(tmp_path / name)])
+        runpy.run_path(str(script), run_name="__main__")
+        told.append(capsys.readouterr().out)
+    assert told[0] == told[1] != ""
