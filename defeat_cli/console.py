@@ -17,8 +17,9 @@ from rich.text import Text
 from defeat_cli.tables import Sheet
 from defeat_cli.text import counted, spoken_duration
 
-console = Console(highlight=False)
-errors = Console(stderr=True, highlight=False)
+# No emoji: `:x:` in a path or a class name is to stay what it is.
+console = Console(highlight=False, emoji=False)
+errors = Console(stderr=True, highlight=False, emoji=False)
 
 
 class Reporter:

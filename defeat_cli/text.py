@@ -12,10 +12,10 @@ def listed(names: Iterable[object], most: int = 8) -> str:
     return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
-def counted(number: int, noun: str) -> str:
-    """`1 step`, `1,200 steps`, `1 class`, `3 classes`."""
-    plural = f"{noun}es" if noun.endswith(("s", "x")) else f"{noun}s"
-    return f"{number:,} {noun if number == 1 else plural}"
+def counted(number: int, one: str, many: str | None = None) -> str:
+    """`1 step`, `1,200 steps`, `1 class`, `3 classes`; many: where the plural is made otherwise, `2 boxes reach`."""
+    plural = many or (f"{one}es" if one.endswith(("s", "x")) else f"{one}s")
+    return f"{number:,} {one if number == 1 else plural}"
 
 
 def spoken_duration(seconds: float) -> str:

@@ -12,3 +12,4 @@ def test_the_first_names_are_listed_and_the_others_counted():
 def test_one_thing_is_not_many():
     assert [counted(1, "step"), counted(1200, "step"), counted(0, "image")] == ["1 step", "1,200 steps", "0 images"]
     assert [counted(1, "class"), counted(3, "class")] == ["1 class", "3 classes"]
+    assert [counted(n, "image has", "images have") for n in (1, 118000)] == ["1 image has", "118,000 images have"]

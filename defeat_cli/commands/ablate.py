@@ -107,7 +107,7 @@ def ablate(
         from defeat_cli.jobs.mapping import show_masks as draw
 
         for path in draw(chosen, show_masks, folder):
-            console.print(f"written: {path}", soft_wrap=True)
+            console.print(f"written: {path}", soft_wrap=True, markup=False)
         return
     from defeat_cli.ablation.choice import choose
     from defeat_cli.engine.runs import RunFolder
@@ -189,7 +189,9 @@ def show_report(folder: Path | None, sort: str) -> None:
         report.show()
         if at_equal_time:
             show(at_equal_time)
-        console.print(f"written to {folder}/: report.md and report.html, one page of it all", soft_wrap=True)
+        console.print(
+            f"written to {folder}/: report.md and report.html, one page of it all", soft_wrap=True, markup=False
+        )
         return
     report = write_report(read_study(folder), sort)
     report.show()
@@ -201,4 +203,4 @@ def show_report(folder: Path | None, sort: str) -> None:
         "study.png",
         *(["sweeps.png"] if report.sweeps else []),
     ]
-    console.print(f"written to {folder}/: {', '.join(files)}", soft_wrap=True)
+    console.print(f"written to {folder}/: {', '.join(files)}", soft_wrap=True, markup=False)

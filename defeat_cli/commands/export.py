@@ -67,4 +67,4 @@ def export(
         show(exported.costs)
     elif check and (half or int8):
         errors.print("[yellow]warning:[/] AP before and after is not known without data; name it with --data")
-    console.print(f"written: {target}, {exported.size / 2**20:.1f} MiB, input {kind}", soft_wrap=True)
+    console.print(f"written: {target}, {exported.size / 2**20:.1f} MiB, input {kind}", soft_wrap=True, markup=False)

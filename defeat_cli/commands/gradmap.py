@@ -76,11 +76,15 @@ def visualize_gradients(
     if not any(image["objects"] for image in report.images):
         origin = report.images[0]["boxes"]
         errors.print(
-            f"[yellow]warning:[/] no box in any image ({origin}), so nothing is inside; ground truth comes with "
-            "--data or --annotations, more detections with a lower --threshold",
+            f"[yellow]warning:[/] no box in any image ({escape(origin)}), so nothing is inside; ground truth comes "
+            "with --data or --annotations, more detections with a lower --threshold",
             soft_wrap=True,
         )
-    console.print(f"written to {output}/: a picture of each image, contact_sheet.png, gradients.json", soft_wrap=True)
+    console.print(
+        f"written to {output}/: a picture of each image, contact_sheet.png, gradients.json",
+        soft_wrap=True,
+        markup=False,
+    )
     for skipped in report.skipped:
         errors.print(f"[bold red]skipped:[/] {escape(skipped['reason'])}", soft_wrap=True)
     if report.skipped:

@@ -25,5 +25,5 @@ def init(
 
     said = overrides(set_, teacher__checkpoint=teacher, data__path=data, run__device=device)
     path = write_recipe(said, output, Reporter("init"))
-    console.print(f"written: {path}", soft_wrap=True)
-    console.print(f"next: defeat check -r {path}, then defeat train -r {path}", soft_wrap=True)
+    console.print(f"written: {path}", soft_wrap=True, markup=False)
+    console.print(f"next: defeat check -r {path}, then defeat train -r {path}", soft_wrap=True, markup=False)

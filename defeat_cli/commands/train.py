@@ -116,7 +116,7 @@ def train(
         )
         show(results_sheet(results))
         files = "report.html, student.pth (for torchvision), best.pt, results.json and .md, model_card.md, curves.png"
-        console.print(f"written to {folder}/: {files}", soft_wrap=True)
+        console.print(f"written to {folder}/: {files}", soft_wrap=True, markup=False)
 
 
 def show_replay(file: Path, device: str | None, teacher: str | None, said: dict[str, str]) -> None:

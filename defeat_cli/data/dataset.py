@@ -24,7 +24,7 @@ from defeat_cli.data.faults import Fault, Faults
 from defeat_cli.data.presence import present
 from defeat_cli.data.transforms import Target, Transform, read_image
 from defeat_cli.errors import DataError
-from defeat_cli.text import listed
+from defeat_cli.text import counted, listed
 
 
 class Sample(NamedTuple):
@@ -235,13 +235,15 @@ class DetectionDataset(Dataset):
         train = self.train
         notes = list(self.annotations.notes)
         if clipped and train:
-            notes.append(f"{_count(clipped, 'box reaches', 'boxes reach')} beyond the image and is clipped in training")
+            notes.append(
+                f"{counted(clipped, 'box reaches', 'boxes reach')} beyond the image and is clipped in training"
+            )
         total = len(self.annotations.boxes)
         if clipped > total / 2 and total >= FEW_BOXES:
             notes.append(f"{clipped} of {total} boxes reach beyond their images: are they of images of another size?")
         if degenerate:
             fate = "left out of training" if train else "still in the ground truth, and will count as missed"
-            notes.append(f"{_count(degenerate, 'box', 'boxes')} without area: {fate}")
+            notes.append(f"{counted(degenerate, 'box', 'boxes')} without area: {fate}")
         folded = Counter(name.casefold() for name in self.classes if len(name) > 1)
         alike = [name for name in self.classes if folded[name.casefold()] > 1]
         if alike:
@@ -252,7 +254,7 @@ class DetectionDataset(Dataset):
             notes.append(f"{len(absent)} of {len(self.classes)} classes have no box: {listed(absent, 8)}")
         empty = int((np.diff(self._first) == 0).sum())
         if empty and train:
-            notes.append(f"{_count(empty, 'image has', 'images have')} no box; used as background")
+            notes.append(f"{counted(empty, 'image has', 'images have')} no box; used as background")
         return [f"{self.annotations.origin}: {note}" for note in notes]
 
 
@@ -293,7 +295,3 @@ def overlap(train: DetectionDataset, val: DetectionDataset) -> str | None:
         f"{len(shared)} of {len(val)} validation images are training images too ({listed(shared, 3)}): "
         "the figures will be too good"
     )
-
-
-def _count(number: int, one: str, many: str) -> str:
-    return f"{number} {one if number == 1 else many}"

@@ -13,6 +13,7 @@ from torch import Tensor
 from defeat_cli.distillation.distiller import Distiller, StepLosses
 from defeat_cli.engine.gradients import Gradients
 from defeat_cli.errors import RunError
+from defeat_cli.text import counted
 
 EXPLODED, EXPLODED_STEPS = 1000.0, 20
 """A training has diverged where the sum of its losses, before weights, is so many times what it was at first (or 1, if
@@ -85,8 +86,8 @@ class Health:
         if self.exploded >= min(EXPLODED_STEPS, max(1, steps // 4)):
             raise RunError(
                 f"step {step}: the training has diverged: its losses, before weights, sum to {raw:.4g}, which were "
-                f"{usual:.4g} at first ({self.exploded} steps in a row above {EXPLODED:g} times that). Lower "
-                "optimizer.lr or optimizer.clip_norm, or lengthen schedule.warmup_steps, and start again"
+                f"{usual:.4g} at first ({counted(self.exploded, 'step')} in a row above {EXPLODED:g} times that). "
+                "Lower optimizer.lr or optimizer.clip_norm, or lengthen schedule.warmup_steps, and start again"
             )
 
 

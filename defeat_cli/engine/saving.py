@@ -139,9 +139,8 @@ class Saver:
         if self.saved_step == self.training.step or alone:
             return
         if self.broken:
-            self.reporter.warn(
-                f"{self.run.path}: the run ended in the middle of a step, and step {self.saved_step} is what is saved"
-            )
+            saved = f"step {self.saved_step} is what is saved" if self.saved_step else "nothing is saved"
+            self.reporter.warn(f"{self.run.path}: the run ended in the middle of a step, and {saved}")
             return
         try:
             self.last()

@@ -97,6 +97,8 @@ def take_up(
     """
     content = world.on_main(lambda: newest_state(run, reporter))
     if content is None:
+        if (run / METRICS).is_file():
+            reporter.warn(f"{run.path}: no state of it is saved, so it begins again at step 0")
         world.on_main(lambda: run.forget_after(0, 0))
         return
     before = training.load_state_dict(content["training"], world)

@@ -91,6 +91,14 @@ def test_where_both_are_damaged_nothing_is_thrown_away(stopped, options, defeat)
     assert {path.name: path.read_bytes() for path in stopped.iterdir()} == before
 
 
+def test_where_no_state_is_left_it_is_said_that_the_run_begins_again(stopped, options, defeat, whole):
+    for name in ("last.pt", "previous.pt"):
+        (stopped / name).unlink()
+    output = defeat(*options, "-o", stopped, "--resume")
+    assert f"warning: {stopped}: no state of it is saved, so it begins again at step 0" in output
+    assert_same_run(stopped, whole)
+
+
 def test_a_recipe_that_is_damaged_is_taken_from_a_checkpoint(stopped, options, defeat, whole):
     (stopped / "recipe.yaml").write_bytes(b"\x00" * 100)
     assert "The recipe in last.pt takes its place" in defeat(*options, "-o", stopped, "--resume")

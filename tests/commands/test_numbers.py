@@ -145,4 +145,5 @@ def test_a_loss_that_explodes_without_a_nan_ends_the_run(defeat, tiny, tmp_path)
     with spoiled(range(2, 100), factor=1e10):
         output = defeat("train", "-r", tiny, "-o", tmp_path / "run", code=2)
     assert "step 2: the training has diverged" in output
+    assert "the run ended in the middle of a step, and nothing is saved" in output
     assert not (tmp_path / "run" / "results.json").exists()

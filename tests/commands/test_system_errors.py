@@ -147,3 +147,10 @@ def test_how_often_a_run_is_saved_is_steps_or_a_time(value, taken):
 def test_a_recipe_with_the_old_key_is_told_the_new_one(defeat, tiny):
     output = defeat("train", "-r", tiny, "--set", "run.checkpoint_every=5", code=2)
     assert "run.checkpoint_every: is run.save_every now" in output
+
+
+def test_names_are_shown_as_they_are(defeat, shapes, tmp_path):
+    """rich reads `:x:` as a picture and `[/b]` as an end of bold: neither is what a file's name means."""
+    assert f"{tmp_path}/:x:.pt: no such file" in defeat("eval", tmp_path / ":x:.pt", code=2)
+    recipe = tmp_path / "of [/b] :x:.yaml"
+    assert f"written: {recipe}\n" in defeat("init", shapes, "-o", recipe)
