@@ -18,7 +18,7 @@ ALLOWED = {
     "console": {"tables", "text"},
     "precision": {"errors"},
     "config": {"config", "errors", "files"},
-    "checkpoints": {"checkpoints", "config", "errors", "files"},
+    "checkpoints": {"checkpoints", "config", "errors", "files", "text"},
     "detectors": {"detectors", "checkpoints", "config", "errors", "text"},
     "data": {"data", "errors", "files", "text"},
     "distillation": {"distillation", "detectors", "config", "errors", "text"},
