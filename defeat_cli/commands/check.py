@@ -66,17 +66,15 @@ def _audit(said: dict[str, Any], json_file: Path | None, sheet: Path | None) -> 
     _write(found.values, json_file)
     tiles = auditing.write_sheet(found, sheet) if sheet is not None else 0
     for line in found.lines():
-        console.print(escape(line), soft_wrap=True)
+        console.print(escape(line))
     console.print()
     show(found.class_table())
     for title, places in found.problems():
-        console.print(f"[bold]{escape(title)}[/]", soft_wrap=True)
+        console.print(f"[bold]{escape(title)}[/]")
         console.print(Padding(Text("\n".join(places)), (0, 0, 0, 4), expand=False))
     console.print("no problems found" if found.values["clean"] else f"problems found: {found.total}")
     if sheet is not None:
-        console.print(
-            f"{sheet}: {tiles} images" if tiles else f"{sheet}: not written, there is nothing to draw", soft_wrap=True
-        )
+        console.print(f"{sheet}: {tiles} images" if tiles else f"{sheet}: not written, there is nothing to draw")
     if not found.values["clean"]:
         raise typer.Exit(1)
 
