@@ -201,6 +201,13 @@ def test_looking_commands_find_what_they_find_on_the_cpu(defeat, teachers, data,
         assert found[path].replace(b"/device/", b"/cpu/") == content, path
 
 
+def test_scoring_is_done_on_the_device(defeat, teachers, data):
+    """On the CPU it would give the same figures."""
+    with simulated_device.installed() as meter:
+        defeat("eval", teachers["faster_rcnn"], "-d", data)
+    assert sum(meter.launches.values()) > 1000
+
+
 def test_unlabelled_images_and_a_teacher_with_its_own_size(fit, teachers, data, tmp_path):
     more = setting(data__unlabelled=str(data / "images"), data__unlabelled_threshold=0.1, teacher__size="own")
     fit(tmp_path / "cpu", teachers["faster_rcnn"], *more)
