@@ -205,7 +205,7 @@ def test_scoring_is_done_on_the_device(defeat, teachers, data):
     """On the CPU it would give the same figures."""
     with simulated_device.installed() as meter:
         defeat("eval", teachers["faster_rcnn"], "-d", data)
-    assert sum(meter.launches.values()) > 1000
+    assert sum(meter.launches.values()) > 100
 
 
 def test_unlabelled_images_and_a_teacher_with_its_own_size(fit, teachers, data, tmp_path):
