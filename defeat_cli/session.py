@@ -111,6 +111,9 @@ def assemble(
     same_data = like is not None and (like.recipe.data, like.recipe.run.seed) == (recipe.data, recipe.run.seed)
     training_data, validation_data, notes = _open_splits(recipe, like if same_data else None, doing)
     about_data = len(notes)
+    if recipe.run.compile and device.type == "cpu":
+        text = "run.compile: torch's compiler has crashed on CPUs, without a message, in small networks; it is for GPUs"
+        notes.append(Note(text, warning=True))
     doing(f"building the student, a {family(recipe.student)} on {backbone_name(recipe.student)}")
     student, remarks = _begin_student(recipe, training_data.classes)
     notes += remarks

@@ -69,7 +69,7 @@ def notes_on(train: DetectionDataset, val: DetectionDataset, data: Data, student
     if shared := overlap(train, val):
         notes.append((shared, True))
     if apart := [fault.text for fault in class_faults(train, val)]:
-        notes.append((listed(apart, 4), False))
+        notes.append((listed(apart, 4), True))
     fitting = anchor_fit(student, train, data)
     if fitting is not None and fitting.bad:
         notes.append((fitting.in_words(), True))

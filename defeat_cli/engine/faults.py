@@ -23,7 +23,7 @@ LOWEST_SCALE = 1.0
 """Gradients that overflow at a loss scale above this are the scaler's affair: it halves the scale and goes on."""
 ADVICE = (
     "Lower optimizer.lr or optimizer.clip_norm, or lengthen schedule.warmup_steps and distillation.warmup_steps; "
-    "optimizer.skip_nonfinite=N leaves out up to N such steps in a row"
+    "optimizer.skip_nonfinite sets how many such steps in a row are left out"
 )
 
 
