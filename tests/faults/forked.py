@@ -9,7 +9,8 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -60,18 +61,57 @@ def start(arguments: Sequence[object], log: Path) -> int:
         os._exit(status)
 
 
-def run(arguments: Sequence[object], log: Path, kill_after: float | None = None) -> int:
-    """Run a command to its end, or kill it after so many seconds; its exit status, negative where a signal ended it."""
+def run(
+    arguments: Sequence[object], log: Path, kill_after: float | None = None, pick: Callable[[list[int]], int] = min
+) -> int:
+    """Run a command to its end, or kill one of its processes after so many seconds.
+
+    Args:
+        pick: which of the process ids of the command and what it has started is killed; its own is the least.
+
+    Returns:
+        The exit status of the command, -9 where one of its processes was killed and it did not succeed all the same.
+        By then all that it started has ended.
+    """
     child = start(arguments, log)
     deadline = None if kill_after is None else time.monotonic() + kill_after
+    killed, family = False, {child}
     while True:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
-            return os.waitstatus_to_exitcode(status)
+            break
         if deadline is not None and time.monotonic() >= deadline:
-            os.kill(child, signal.SIGKILL)
-            deadline = None
+            family = descendants(child)
+            with suppress(ProcessLookupError):
+                os.kill(pick(sorted(family)), signal.SIGKILL)
+            deadline, killed = None, True
         time.sleep(0.001)
+    end = time.monotonic() + 60
+    while left := family & set(parents()):
+        assert time.monotonic() < end, f"processes are left a minute after the command: {left}"
+        time.sleep(0.05)
+    status = os.waitstatus_to_exitcode(status)
+    return -signal.SIGKILL if killed and status != 0 else status
+
+
+def parents() -> dict[int, int]:
+    """The parent of each process that has not ended, by id."""
+    found = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            head, _, rest = stat.read_text().rpartition(") ")
+            state, parent = rest.split()[:2]
+            if state != "Z":
+                found[int(head.split()[0])] = int(parent)
+    return found
+
+
+def descendants(process: int) -> set[int]:
+    """A process, what it has started, what that has started, and so on."""
+    of, found = parents(), {process}
+    while more := {child for child, parent in of.items() if parent in found} - found:
+        found |= more
+    return found
 
 
 def same(run_folder: Path, whole: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""Kill trainings by `kill -9` at random moments, resume them until they end, and compare with one that was not killed.
+"""Kill trainings, or a process of theirs, by `kill -9` at random moments, resume them, and compare with one left alone.
 
     PYTHONPATH=.:tests python tests/faults/kills.py [--kills 50] [--only plain,terms] [--seed 0]
 
@@ -30,9 +30,10 @@ KINDS = {
     ],
     "terms": [*EACH_STEP, *DISTILLED, "--set", f"distillation.only={TERMS}"],
     "compared": [*EACH_STEP, *DISTILLED, "--compare-plain"],
+    "two": [*EACH_STEP, *DISTILLED, "--gpus", "2", "--device", "cpu"],
     "seldom": ["--set", "run.save_every=2", "--set", "run.log_every=1", *DISTILLED],
 }  # fmt: skip
-"""Options of `defeat train`. A kind of run in several processes is one more line here."""
+"""Options of `defeat train`."""
 
 
 def kill_often(kind: str, options: list[str], folder: Path, kills: int, rng: random.Random) -> bool:
@@ -48,7 +49,7 @@ def kill_often(kind: str, options: list[str], folder: Path, kills: int, rng: ran
         path = folder / f"run{finished}"
         resume = ["--resume"] if RunFolder(path).exists else []
         kill_after = moment(rng, whole) if killed < kills else None
-        status = run([*arguments, "-o", path, *resume], folder / "runs.txt", kill_after)
+        status = run([*arguments, "-o", path, *resume], folder / "runs.txt", kill_after, rng.choice)
         if status == -9:
             killed += 1
             lines = (path / "metrics.jsonl").read_bytes().count(b"\n") if (path / "metrics.jsonl").exists() else 0
