@@ -24,13 +24,16 @@ from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from defeat_cli.engine.watch import Silent, Watch
+from defeat_cli.engine.watch import SERVED_BY_LAUNCHER, Silent, Watch
 from defeat_cli.errors import DefeatError, Ended, Interrupted, RunError
 
 Value = TypeVar("Value")
 
 TIMEOUT = timedelta(hours=2)
 """How long a process waits for another at most. Who has stopped for good is found far sooner, by the watch."""
+
+CONNECTING = timedelta(seconds=30)
+"""How long a process tries to reach the launcher that has started it."""
 
 VERDICT_SECONDS = 10.0
 """How long a process that lost its connection waits to learn which other one is to blame."""
@@ -185,13 +188,12 @@ def joined() -> Iterator[World]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield ALONE
         return
-    store, rank, size = next(rendezvous("env://"))
+    store, rank, size, watch = _found()
     local = int(os.environ.get("LOCAL_RANK", "0"))
     with_gpus = torch.cuda.is_available()
     if with_gpus:
         torch.cuda.set_device(local % torch.cuda.device_count())
     backend = "cpu:gloo,cuda:nccl" if with_gpus else "gloo"
-    watch = Watch(rank, size)
     world = World(rank, size, local, int(os.environ.get("LOCAL_WORLD_SIZE", str(size))), watch)
     try:
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
@@ -223,6 +225,28 @@ def joined() -> Iterator[World]:
         raise
     watch.leave()
     dist.destroy_process_group()
+
+
+def _found() -> tuple[dist.Store, int, int, Watch]:
+    """The store by which the processes of this run find each other, this one's rank, how many there are, its watch.
+
+    Raises:
+        RunError: nobody serves the store; Ended where another process of this machine says so.
+    """
+    # A launcher serves it before it starts us. Without one the first process does, whenever that is started.
+    served = SERVED_BY_LAUNCHER in os.environ
+    try:
+        store, rank, size = next(rendezvous("env://", timeout=CONNECTING if served else TIMEOUT))
+        watch = Watch(rank, size)
+    except dist.DistError:
+        if served and os.environ.get("LOCAL_RANK", "0") != "0":
+            raise Ended from None
+        raise RunError(
+            f"nobody answers at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: the process that started this "
+            "run is gone"
+        ) from None
+    store.set_timeout(TIMEOUT)
+    return store, rank, size, watch
 
 
 def _lost_connection(error: BaseException) -> bool:

@@ -2,13 +2,15 @@
 
 import os
 import signal
+import socket
 import time
+from datetime import timedelta
 
 import pytest
 
-from defeat_cli.engine import launching
+from defeat_cli.engine import distributed, launching
 from defeat_cli.engine.launching import WELL, check_count, launch, threads_each
-from defeat_cli.errors import RunError
+from defeat_cli.errors import Ended, RunError
 
 
 @pytest.fixture
@@ -109,3 +111,17 @@ def test_processes_share_the_cores(monkeypatch):
     assert [threads_each(count) for count in (1, 3, 20)] == [{}, {"OMP_NUM_THREADS": "2"}, {"OMP_NUM_THREADS": "1"}]
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     assert threads_each(3) == {}
+
+
+@pytest.mark.parametrize(("local_rank", "error"), [("0", RunError), ("1", Ended)])
+def test_a_process_whose_launcher_is_gone_before_it_is_found_ends(monkeypatch, local_rank, error):
+    """One process of the machine says so, the others end with it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    given = {"RANK": local_rank, "LOCAL_RANK": local_rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in (given | {"MASTER_PORT": str(port), distributed.SERVED_BY_LAUNCHER: "True"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed, "CONNECTING", timedelta(seconds=1))
+    with pytest.raises(error, match="is gone" if error is RunError else None), distributed.joined():
+        pass
