@@ -32,7 +32,7 @@ Value = TypeVar("Value")
 TIMEOUT = timedelta(hours=2)
 """How long a process waits for another at most. Who has stopped for good is found far sooner, by the watch."""
 
-CONNECTING = timedelta(seconds=30)
+CONNECTING = timedelta(seconds=15)
 """How long a process tries to reach the launcher that has started it."""
 
 VERDICT_SECONDS = 10.0

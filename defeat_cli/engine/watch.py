@@ -171,7 +171,7 @@ class Watch(Silent):
 def connected() -> dist.Store:
     """A connection of our own to the store by which the processes of this run found each other."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=30))
+    store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=15))
     return dist.PrefixStore(f"defeat/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 

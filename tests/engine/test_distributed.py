@@ -95,8 +95,10 @@ def broken_off(arguments, tmp_path_factory):
     began = time.monotonic()
     outcomes = command(2, *arguments, "-o", folder, fault=("die", 3))
     assert time.monotonic() - began < 45
-    assert [outcome.code for outcome in outcomes] == [1, -signal.SIGKILL]
-    assert re.search(r"process 1 of 2 \(.*\) is gone", said(outcomes))
+    # On a busy machine the thread that trains may find it before the one that watches; either says it, once.
+    assert outcomes[0].code in (1, 2)
+    assert outcomes[1].code == -signal.SIGKILL
+    assert re.search(r"process 1 of 2 \(.*\) is gone|lost the connection to another process", said(outcomes))
     return folder
 
 
