@@ -102,8 +102,8 @@ class Reporter:
         """A step changed nothing, because its `loss` or `gradient` was not finite, or by an `overflow`."""
         if reason != "overflow":
             self.warn(f"step {step} is left out: its {reason} is not finite")
-        elif not self.quiet:
-            console.print(f"step {step} is left out: its gradients overflowed, and the loss scale is lowered")
+        else:
+            self.note(f"step {step} is left out: its gradients overflowed, and the loss scale is lowered")
 
     def evaluated(self, epoch: float, metrics: dict[str, Any]) -> None:
         """A student was evaluated; the epoch is a fraction in the midst of one."""

@@ -296,8 +296,14 @@ def settled(recipe: Recipe, begun: Recipe | None = None) -> Recipe:
     """
     device = choose_device(recipe.run.device, recipe.run.precision)
     precision = recipe.run.precision
-    if precision == "auto":
-        precision = choose_precision(begun.run.precision if begun is not None else "auto", device)
+    if precision == "auto" and begun is not None:
+        try:
+            precision = choose_precision(begun.run.precision, device)
+        except RunError as reason:
+            advice = "go on with it on such a device, or begin another"
+            raise RunError(f"the run was begun in {begun.run.precision}: {advice} ({reason})") from None
+    elif precision == "auto":
+        precision = choose_precision("auto", device)
     return recipe.model_copy(update={"run": recipe.run.model_copy(update={"precision": precision})})
 
 

@@ -58,6 +58,10 @@ def test_a_run_is_gone_on_with_in_its_own_precision(instructions):
     begun = recipes.validate({"run": {"device": "cpu", "precision": "fp32"}}, "test")
     assert settled(asked, begun).run.precision == "fp32"
     assert asked.run.precision == "auto"
+    instructions(False, False)
+    begun.run.precision = "bf16"
+    with pytest.raises(RunError, match="the run was begun in bf16: go on with it on such a device"):
+        settled(asked, begun)
 
 
 def test_the_folder_of_a_run_says_what_auto_was(defeat, tiny, tmp_path, instructions):

@@ -22,7 +22,7 @@ from defeat_cli.commands.options import (
 )
 from defeat_cli.console import console, show
 from defeat_cli.errors import DefeatError
-from defeat_cli.files import write_json
+from defeat_cli.files import require_place_for_file, write_json
 
 
 def check(
@@ -43,6 +43,9 @@ def check(
     where nothing is, 1 where something is, 2 where it cannot be read at all.
     """
     said = overrides(set_, teacher__checkpoint=teacher, data__path=data, run__device=device)
+    for file in (json_file, sheet):
+        if file is not None:
+            require_place_for_file(file)
     if recipe is None and data is not None and "teacher.checkpoint" not in said:
         _refuse({"--variant": variant, "--device": device})
         _audit(said, json_file, sheet)

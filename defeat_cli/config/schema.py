@@ -103,7 +103,7 @@ class Data(Section):
     batch_size: Count = 2
     """Images a batch. A step takes `optimizer.accumulate` batches, on however many processes, which share them."""
     workers: Annotated[int, Field(ge=0)] = 4
-    """Loader processes of each process that trains; 0 reads in that process."""
+    """Loader processes of each process that trains, together at most the CPU cores; 0 reads in that process."""
     verify: Literal["full", "headers"] = "full"
     """What is read of every image before a training starts: all of it (once: sound images are remembered in the user's
     cache folder), or the header alone, which does not find images that are cut short."""

@@ -36,6 +36,8 @@ def worked(monkeypatch):
 COMMANDS = {
     "eval --json": ["eval", "CHECKPOINT", "--json", "FOLDER"],
     "eval --save-detections": ["eval", "CHECKPOINT", "--save-detections", "FILE/detections.json"],
+    "check --json": ["check", "-r", "TINY", "--json", "FOLDER"],
+    "check --sheet": ["check", "-d", "SHAPES", "--sheet", "FILE/sheet.png"],
     "predict": ["predict", "CHECKPOINT", "IMAGE", "-o", "FILE/out"],
     "predict --save-coco": ["predict", "CHECKPOINT", "IMAGE", "-o", "HELD", "--overwrite", "--save-coco"],
     "predict --save-yolo": ["predict", "CHECKPOINT", "IMAGE", "-o", "HELD", "--overwrite", "--save-yolo"],
@@ -66,7 +68,7 @@ def test_a_folder_or_a_file_in_the_way_is_found_before_the_work(case, defeat, ti
     (tmp_path / "held" / "crops").write_text("x")
     places = {
         "CHECKPOINT": trained / "best.pt", "IMAGE": next((shapes / "images").iterdir()), "TINY": tiny,
-        "FOLDER": tmp_path / "folder", "HELD": tmp_path / "held", "FILE": tmp_path / "file",
+        "SHAPES": shapes, "FOLDER": tmp_path / "folder", "HELD": tmp_path / "held", "FILE": tmp_path / "file",
     }  # fmt: skip
     arguments = []
     for word in COMMANDS[case]:
