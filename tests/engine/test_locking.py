@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -68,6 +69,7 @@ def test_a_worker_that_outlives_its_killed_parent_keeps_the_lock(tmp_path):
         try:
             refuse_locked(tmp_path)
         except RunError:
+            time.sleep(0.05)  # a process that is killed takes a moment to be gone
             continue
         break
     with locked(tmp_path):
