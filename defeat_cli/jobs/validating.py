@@ -18,6 +18,7 @@ from defeat_cli.jobs.estimate import of_detecting
 from defeat_cli.memory import told
 from defeat_cli.precision import AUTOCAST
 from defeat_cli.session import Session
+from defeat_cli.text import counted
 
 NEAR_ZERO_AP = 0.01
 
@@ -52,7 +53,7 @@ def score_teacher(
 ) -> float | None:
     """Print the teacher's AP on a few validation images, and return it: a teacher that was read wrongly shows here.
 
-    Where its figures on all of them are known, that is their AP.
+    Where its figures on all of them are known, that is their AP. None where it cannot be known.
     """
     teacher, data = session.teacher, session.validation_data
     images = min(session.recipe.run.teacher_check_images, len(data))
@@ -69,6 +70,12 @@ def score_teacher(
     teacher.to(session.device)
     few = torch.utils.data.Subset(data, [i * len(data) // images for i in range(images)])
     ap = score(session, teacher, reporter, subset=few, world=world)["AP"]
+    if ap < 0:
+        reporter.warn(
+            f"teacher: its AP is not known, for there is no box in {counted(images, 'validation image')} that it was "
+            "tried on; run.teacher_check_images sets how many they are"
+        )
+        return None
     reporter.note(f"teacher: AP {percent(ap)} on {images} validation images")
     if ap < NEAR_ZERO_AP:
         reporter.warn(
