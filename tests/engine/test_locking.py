@@ -117,3 +117,18 @@ def test_on_a_disk_without_locks_the_file_tells(tmp_path, monkeypatch, host, pro
         assert (tmp_path / LOCK).exists()
     else:
         refuse_locked(tmp_path)
+
+
+def test_a_lock_that_was_removed_between_opening_and_locking_is_made_anew(tmp_path, monkeypatch):
+    """Else two processes hold a folder: one the file that is gone, the other the next one of that name."""
+    gain, removed = locking._gain, []
+
+    def late(file, path):
+        if not removed:
+            path.unlink()
+            removed.append(path)
+        gain(file, path)
+
+    monkeypatch.setattr(locking, "_gain", late)
+    with locked(tmp_path), pytest.raises(RunError, match="is at work"):
+        refuse_locked(tmp_path)
