@@ -31,7 +31,11 @@ class Training:
     sums: running sums of the logged values since the last log line, on the device; counts: how many are in each.
     health: what is remembered of steps that went wrong.
     parallel: what a step calls for the distiller's losses: the distiller, or what averages its gradients over
-        processes. `seen`, `sums` and `counts` are this process's own; all else is the same on every process.
+        processes.
+
+    Where several processes train, `seen`, `sums` and `counts` are this process's own, and those of all are saved.
+    `seconds` and the losses in `health` are its own too, and those of the main one are saved. All else is the same on
+    every process.
     """
 
     distiller: Distiller

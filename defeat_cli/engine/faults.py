@@ -33,8 +33,8 @@ class Health:
 
     skipped: steps that were not finite and left out; in_a_row: how many of these came last, without a good one since.
     overflows: steps that a loss scaler left out, to lower its scale.
-    first: each loss, before weights, when it was first there.
-    exploded: how many steps in a row the losses have been beyond all measure.
+    first: each loss, before weights, when it was first there; of this process's batches.
+    exploded: how many steps in a row these losses have been beyond all measure.
     """
 
     skipped: int = 0
@@ -156,14 +156,19 @@ class Buffers:
     @torch.no_grad()
     def __init__(self, distiller: Distiller) -> None:
         trained = [distiller.student, distiller.terms, *([distiller.balance] if distiller.balance is not None else [])]
-        self.live = [buffer for module in trained for buffer in module.buffers()]
-        self.kept = [torch.empty_like(buffer) for buffer in self.live]
-        torch._foreach_copy_(self.kept, self.live)  # a few launches, where clones would be one a buffer
+        # By dtype: torch copies a list in a few launches only where all in it have the same. Clones are one a buffer.
+        live: dict[torch.dtype, list[Tensor]] = {}
+        for buffer in chain.from_iterable(module.buffers() for module in trained):
+            live.setdefault(buffer.dtype, []).append(buffer)
+        self.pairs = [(buffers, [torch.empty_like(buffer) for buffer in buffers]) for buffers in live.values()]
+        for buffers, kept in self.pairs:
+            torch._foreach_copy_(kept, buffers)
 
     @torch.no_grad()
     def restore(self) -> None:
         """Put them back."""
-        torch._foreach_copy_(self.live, self.kept)
+        for buffers, kept in self.pairs:
+            torch._foreach_copy_(buffers, kept)
 
 
 @torch.no_grad()

@@ -75,6 +75,7 @@ class Clock:
     def __init__(self, training: Training, world: World) -> None:
         self.training = training
         self.world = world
+        self.device = next(training.distiller.parameters()).device
         self.images = 0
         self.logged_at = training.seconds
         self.since = time.perf_counter()
@@ -94,12 +95,13 @@ class Clock:
     def speed(self) -> dict[str, float]:
         """Figures for a log line, counted from the last one; on the main process, nothing elsewhere."""
         seconds = self.training.seconds - self.logged_at
-        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+        on_gpu = self.device.type == "cuda"
+        peak = torch.cuda.max_memory_allocated(self.device) if on_gpu else 0
         every = self.world.gather((self.images, peak))
         speed = {}
         if every:
             speed["images_per_second"] = round(sum(images for images, _ in every) / seconds, 2)
-            if torch.cuda.is_available():
+            if on_gpu:
                 speed["memory_gib"] = round(max(peak for _, peak in every) / 2**30, 2)
         self.images, self.logged_at = 0, self.training.seconds
         return speed

@@ -24,8 +24,8 @@ REPORT, CARD = "report.html", "model_card.md"
 TRACKING = "tracking.json"
 """What the run's trackers have of it so far."""
 RUN_FILES = (
-    *(RECIPE, METRICS, TRACKING, LAST, PREVIOUS, BEST, STUDENT, LOADER, RESULTS, SUMMARY, CURVES, REPORT, CARD),
-    BAD_STEP,
+    *(RECIPE, METRICS, TRACKING, LAST, PREVIOUS, BEST, BAD_STEP),
+    *(STUDENT, LOADER, RESULTS, SUMMARY, CURVES, REPORT, CARD),
 )
 EVENTS = "tensorboard"
 """Folder of TensorBoard's event files."""
@@ -117,7 +117,7 @@ class RunFolder:
         before = self.recipe.model_dump()
         return [
             f"{name}: {old!r} there, {new!r} here"
-            for name, old, new in _differences(before, recipe.model_dump())
+            for name, old, new in _changes(before, recipe.model_dump())
             if not (name == "schedule.epochs" and new > old)
         ]
 
@@ -238,10 +238,10 @@ NOT_COMPARED = {
 """Recipe keys that may change when a run is resumed: they do not change what is computed."""
 
 
-def _differences(old: dict, new: dict, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+def _changes(old: dict, new: dict, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
     for key in dict.fromkeys([*old, *new]):
         name, there, here = f"{prefix}{key}", old.get(key), new.get(key)
         if isinstance(there, dict) and isinstance(here, dict):
-            yield from _differences(there, here, f"{name}.")
+            yield from _changes(there, here, f"{name}.")
         elif there != here and name not in NOT_COMPARED:
             yield name, there, here

@@ -122,7 +122,7 @@ class Saver:
             self._rescue(error)
             if stop():
                 raise stop.interrupted(self.standing) from error
-            if isinstance(error, RuntimeError) and (death := re.search(r"DataLoader worker.*?(?=\n|$)", str(error))):
+            if isinstance(error, RuntimeError) and (death := re.search(r"DataLoader worker.*", str(error))):
                 raise RunError(
                     f"a process that loads images died ({death[0]}): was there too little memory? data.workers sets "
                     "how many there are"

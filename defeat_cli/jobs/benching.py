@@ -213,10 +213,7 @@ def _score(name: str, opened: Opened, data: DetectionDataset | None, quiet: bool
         return None
     workers = sessions.loader_processes(opened.recipe.data.workers)
     with counting(f"evaluating {name}", len(data), quiet) as advance:
-        metrics = evaluate(opened.detector, data, workers=workers, on_image=advance)
-    if metrics["AP"] < 0:
-        raise DataError(f"{opened.recipe.data.path}: the val images have no boxes: there is nothing to score on")
-    return metrics
+        return evaluate(opened.detector, data, workers=workers, on_image=advance)
 
 
 def _entry(name: str, opened: Opened, cost: Cost) -> dict[str, Any]:

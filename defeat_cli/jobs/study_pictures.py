@@ -38,13 +38,14 @@ def draw_pictures(folder: Path, study: Study, quiet: bool = False) -> None:
     runs = _runs(study)
     if runs is None:
         return
-    recipe = recipes.load(str(list(runs.values())[-1] / RECIPE))
+    best = list(runs.values())[-1]
+    recipe = recipes.load(str(best / RECIPE))
     teacher = recipe.teacher.checkpoint
     device = {"run.device": recipe.run.device}
     finders = {name: open_finder(str(run / LAST), None, device) for name, run in runs.items()}
     if teacher is not None:
         finders = {"teacher": open_finder(teacher, None, device), **finders}
-    scores = _scores({name: _errors(run) for name, run in runs.items()}, _teacher_errors(list(runs.values())[-1]))
+    scores = _scores({name: _errors(run) for name, run in runs.items()}, _teacher_errors(best))
     data = open_data(recipe.data, "val", train=False)
     shutil.rmtree(folder / PICTURES, ignore_errors=True)
     (folder / PICTURES).mkdir(parents=True)
@@ -58,8 +59,8 @@ def draw_pictures(folder: Path, study: Study, quiet: bool = False) -> None:
         write_picture(folder / PICTURES / f"{DETECTIONS}_{path.stem}.jpg", image, found, titles)
     maps = folder / PICTURES / "gradients"
     changes = {"data.path": recipe.data.path, **device}
-    best = str(list(runs.values())[-1] / LAST)
-    visualize(best, [str(path) for path in paths], maps, Settings(), changes=changes, teacher=teacher, quiet=quiet)
+    images = [str(path) for path in paths]
+    visualize(str(best / LAST), images, maps, Settings(), changes=changes, teacher=teacher, quiet=quiet)
     (maps / GRADIENTS).replace(folder / PICTURES / GRADIENTS)
 
 

@@ -18,6 +18,7 @@ from defeat_cli.jobs.estimate import of_detecting
 from defeat_cli.memory import told
 from defeat_cli.precision import AUTOCAST
 from defeat_cli.session import Session
+from defeat_cli.text import counted
 
 NEAR_ZERO_AP = 0.01
 
@@ -25,7 +26,7 @@ NEAR_ZERO_AP = 0.01
 def score(
     session: Session, detector: Detector, reporter: Reporter, *, subset: Any = None, world: World = ALONE
 ) -> dict[str, Any]:
-    """COCO figures and error types of a detector on the session's validation images, or on some of them."""
+    """COCO figures and error types of a detector on the session's validation images; on a subset, the figures alone."""
     recipe, data = session.recipe, session.validation_data
     chosen = data if subset is None else subset
     detections: list[dict[str, Any]] = []
@@ -39,7 +40,8 @@ def score(
             keep_detections=detections,
             world=world,
         )
-    metrics["errors"] = world.on_main(lambda: error_report(detections, data.coco).to_dict())
+    if subset is None:  # else what is in the other images would count as missed
+        metrics["errors"] = world.on_main(lambda: error_report(detections, data.coco).to_dict())
     return metrics
 
 
@@ -51,7 +53,7 @@ def score_teacher(
 ) -> float | None:
     """Print the teacher's AP on a few validation images, and return it: a teacher that was read wrongly shows here.
 
-    Where its figures on all of them are known, that is their AP.
+    Where its figures on all of them are known, that is their AP. None where it cannot be known.
     """
     teacher, data = session.teacher, session.validation_data
     images = min(session.recipe.run.teacher_check_images, len(data))
@@ -68,6 +70,12 @@ def score_teacher(
     teacher.to(session.device)
     few = torch.utils.data.Subset(data, [i * len(data) // images for i in range(images)])
     ap = score(session, teacher, reporter, subset=few, world=world)["AP"]
+    if ap < 0:
+        reporter.warn(
+            f"teacher: its AP is not known, for there is no box in {counted(images, 'validation image')} that it was "
+            "tried on; run.teacher_check_images sets how many they are"
+        )
+        return None
     reporter.note(f"teacher: AP {percent(ap)} on {images} validation images")
     if ap < NEAR_ZERO_AP:
         reporter.warn(

@@ -1,8 +1,11 @@
+"""Error types of detections, worked out by hand and by a slow, obvious version."""
+
 from __future__ import annotations
 
 import contextlib
 import io
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +13,7 @@ from oracles import detection_errors as oracle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from defeat_cli.engine.detection_errors import ERROR_TYPES, error_report
+from defeat_cli.engine.detection_errors import EQUAL_RECALLS, ERROR_TYPES, _scores_at_recalls, error_report
 from defeat_cli.errors import DataError
 
 CAT, DOG = 1, 2
@@ -287,3 +290,13 @@ def test_the_report_goes_through_json():
     content = json.loads(json.dumps(report.to_dict()))
     assert content["types"]["background"]["count"] == 1
     assert set(content) == {"ap50", "types", "special", "background_false_positives", "background_at_recall"}
+
+
+def test_a_recall_that_is_a_whole_number_of_objects_asks_for_no_more():
+    """Of 100 objects 0.55 are 55, though 0.55 · 100 is 55.00000000000001 to a computer."""
+    assert 0.55 * 100 > 55
+    score = np.arange(100, 0, -1) / 100
+    found, findings = SimpleNamespace(score=score), SimpleNamespace(right=np.ones(100, dtype=bool))
+    reached = dict(_scores_at_recalls(found, findings, SimpleNamespace(crowd=np.zeros(100, dtype=bool))))
+    # With k of them found the lowest score is (101 - k) / 100.
+    assert reached == {recall: (101 - round(100 * recall)) / 100 for recall in EQUAL_RECALLS}

@@ -65,6 +65,12 @@ time.sleep(60)
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
+def test_a_process_that_a_signal_ends_which_was_passed_on_is_no_failure(module, capfd):
+    lines = "if rank == 0: os.kill(os.getppid(), signal.SIGTERM)\ntime.sleep(60)"
+    assert launch(2, [module(lines)]) == 143
+    assert capfd.readouterr().err == ""
+
+
 def test_the_command_starts_itself_once_a_gpu(defeat, tiny, tmp_path, monkeypatch):
     started = []
     monkeypatch.setattr(launching, "launch", lambda *call: started.append(call) or 2)

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -68,6 +69,7 @@ def test_a_worker_that_outlives_its_killed_parent_keeps_the_lock(tmp_path):
         try:
             refuse_locked(tmp_path)
         except RunError:
+            time.sleep(0.05)  # a process that is killed takes a moment to be gone
             continue
         break
     with locked(tmp_path):
@@ -114,4 +116,19 @@ def test_on_a_disk_without_locks_the_file_tells(tmp_path, monkeypatch, host, pro
             refuse_locked(tmp_path)
         assert (tmp_path / LOCK).exists()
     else:
+        refuse_locked(tmp_path)
+
+
+def test_a_lock_that_was_removed_between_opening_and_locking_is_made_anew(tmp_path, monkeypatch):
+    """Else two processes hold a folder: one the file that is gone, the other the next one of that name."""
+    gain, removed = locking._gain, []
+
+    def late(file, path):
+        if not removed:
+            path.unlink()
+            removed.append(path)
+        gain(file, path)
+
+    monkeypatch.setattr(locking, "_gain", late)
+    with locked(tmp_path), pytest.raises(RunError, match="is at work"):
         refuse_locked(tmp_path)

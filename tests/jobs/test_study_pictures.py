@@ -1,3 +1,5 @@
+"""Pictures of a study: the same images for teacher, plain and best student, each from a score of its own on."""
+
 from __future__ import annotations
 
 import json
