@@ -4,14 +4,16 @@ import copy
 
 import pytest
 import torch
+from tiny import CLASSES, build
 from tiny import batch as images_and_targets
-from tiny import build
-from torchvision.models.detection import FCOS
+from torchvision.models.detection import FCOS, MaskRCNN
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler, Matcher
 from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.ops import box_iou
 
 from defeat_cli.detectors import batched
+from defeat_cli.detectors.zoo import wrap
 from defeat_cli.engine.transfer import to_device
 
 
@@ -143,6 +145,17 @@ def test_targets_of_resized_images():
     assert found[1]["boxes"].shape == (0, 4)
 
 
+def test_what_else_targets_hold_stays_beside_each():
+    """torchvision's own recipes give each image a number, and areas that have no entry where there is no box."""
+    targets = [
+        {"boxes": torch.zeros(2, 4), "image_id": torch.tensor([7]), "area": torch.tensor([1.0, 2.0])},
+        {"boxes": torch.zeros(1, 4), "image_id": torch.tensor([8])},
+    ]
+    found = batched.resized_targets(targets, [(9, 9)] * 2, [(9, 9)] * 2, torch.device("cpu"))
+    assert [target["image_id"].tolist() for target in found] == [[7], [8]]
+    assert [sorted(target) for target in found] == [["area", "boxes", "image_id"], ["boxes", "image_id"]]
+
+
 def test_a_model_that_learns_in_another_way_is_left_to_itself():
     class Doubled(RoIHeads):
         def forward(self, *arguments):
@@ -159,6 +172,70 @@ def test_a_model_that_learns_in_another_way_is_left_to_itself():
     plain, doubled = losses
     assert all(torch.equal(doubled[name], 2 * plain[name]) for name in ("loss_classifier", "loss_box_reg"))
     assert torch.equal(doubled["loss_objectness"], plain["loss_objectness"])
+
+
+def test_heads_that_sample_in_another_way_are_left_to_themselves():
+    """Losses and regions both follow the heads' own labels."""
+
+    class AllBackground(RoIHeads):
+        def assign_targets_to_proposals(self, *arguments):
+            indices, labels = super().assign_targets_to_proposals(*arguments)
+            return indices, [torch.zeros_like(of_image) for of_image in labels]
+
+    detector = build("faster_rcnn").train()
+    prepared = detector.prepare(*images_and_targets())
+    features = detector.features(prepared)
+    assert any(bool(labels.any()) for labels in detector.regions(features, prepared).labels)
+    detector.model.roi_heads.__class__ = AllBackground
+    assert detector.losses(features, prepared)["loss_box_reg"] == 0
+    assert not any(bool(labels.any()) for labels in detector.regions(features, prepared).labels)
+
+
+def test_a_proposal_network_of_a_users_own_is_called_as_it_is():
+    class Whole(RegionProposalNetwork):
+        def forward(self, images, features, targets=None):
+            _, losses = super().forward(images, features, targets)
+            boxes = [torch.tensor([[0.0, 0, 40, 40]]) for _ in images.image_sizes]
+            return boxes, losses
+
+    detector = build("faster_rcnn").train()
+    detector.model.rpn.__class__ = Whole
+    prepared = detector.prepare(*images_and_targets())
+    with torch.no_grad():
+        features = detector.features(prepared)
+        boxes = detector.regions(features, prepared).boxes
+        assert [len(of_image) for of_image in boxes] == [1 + len(target["boxes"]) for target in prepared.targets]
+        detector.eval()
+        found = detector.detections(features, prepared)
+        assert all(len(of_image["boxes"]) <= len(CLASSES) for of_image in found)
+
+
+def test_a_mask_rcnn_learns_from_masks_of_the_size_of_its_images():
+    """Against torchvision's own forward, on images of unlike sizes that are resized, with all that its targets hold."""
+    own = build("faster_rcnn").model
+    torch.manual_seed(0)
+    settings = {"min_size": 96, "max_size": 144, "rpn_anchor_generator": own.rpn.anchor_generator}
+    model = MaskRCNN(own.backbone, 4, **settings, rpn_batch_size_per_image=16, box_batch_size_per_image=16).eval()
+    model.rpn.train(), model.roi_heads.train()
+    images, targets = images_and_targets()
+    for number, (image, target) in enumerate(zip(images, targets, strict=True)):
+        target["masks"] = torch.zeros(len(target["boxes"]), *image.shape[1:], dtype=torch.uint8)
+        target["masks"][:, 10:40, 20:50] = 1
+        target["image_id"] = number
+    detector = wrap(model, CLASSES)
+    prepared = detector.prepare(images, targets)
+    assert [target["masks"].shape[1:] for target in prepared.targets] == prepared.sizes
+    assert [target["image_id"] for target in prepared.targets] == [0, 1, 2]
+    torch.manual_seed(0)
+    ours = detector.losses(detector.features(prepared), prepared)
+    whole, resized = model.transform(images, [dict(target) for target in targets])
+    features = model.backbone(whole.tensors)
+    torch.manual_seed(0)
+    proposals, theirs = model.rpn(whole, features, resized)
+    theirs.update(model.roi_heads(features, proposals, whole.image_sizes, resized)[1])
+    assert ours.keys() == theirs.keys()
+    for name, loss in ours.items():
+        torch.testing.assert_close(loss, theirs[name], rtol=1e-3, atol=1e-4)
 
 
 def test_images_travel_as_one():
