@@ -8,6 +8,7 @@ from tiny import CLASSES, build
 from tiny import batch as images_and_targets
 from torchvision.models.detection import FCOS, MaskRCNN
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler, Matcher
+from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.ops import box_iou
@@ -102,9 +103,11 @@ def test_sampling_draws_what_torchvision_draws(sampler, counts):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_proposals(training):
-    """Every step of torchvision's filter counts here: scores and sizes below its limits, and images of unlike sizes."""
+    """Every step of torchvision's filter counts here: its limits of scores, of sizes and of both numbers, and images of
+    unlike sizes."""
     rpn = build("faster_rcnn").model.rpn.train(training)
     rpn.score_thresh, rpn.min_size = 0.4, 8.0
+    rpn._pre_nms_top_n, rpn._post_nms_top_n = {"training": 60, "testing": 60}, {"training": 9, "testing": 9}
     generator = torch.Generator().manual_seed(0)
     counts, sizes = [120, 30, 9], [(64, 60), (50, 64)]
     (anchors,) = boxes_of([sum(counts)], 3, side=80.0)
@@ -113,7 +116,8 @@ def test_proposals(training):
     every = rpn.box_coder.decode(deltas, [anchors] * 2).view(2, -1, 4)
     expected, _ = rpn.filter_proposals(every, objectness, sizes, counts)
     found = batched.filter_proposals(rpn, objectness, deltas, anchors, counts, sizes)
-    assert all(0 < len(one) < 30 and torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert [len(of_image) for of_image in found] == [9, 9]  # both have more, of which the best are taken
 
 
 def test_regions_and_their_targets():
@@ -131,6 +135,16 @@ def test_regions_and_their_targets():
         of_objects = torch.cat(labels) > 0
         encoded = torch.cat(heads.box_coder.encode(found[2], found[0]))
         assert torch.equal(encoded[of_objects], torch.cat(wanted)[of_objects])
+
+
+def test_kept_anchors_are_those_of_the_batch_at_hand():
+    detector = build("retinanet").eval()
+    for width in (64, 96, 64):
+        prepared = detector.prepare([torch.rand(3, 64, width)])
+        with torch.no_grad():
+            features = detector.features(prepared)
+        (expected,) = detector.anchor_generator(ImageList(prepared.pixels, prepared.sizes), features)
+        assert torch.equal(detector.anchors_of_image(features, prepared), expected)
 
 
 def test_targets_of_resized_images():
