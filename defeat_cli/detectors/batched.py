@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,24 +24,31 @@ MAX_ELEMENTS = 1 << 22
 
 
 def resized_targets(
-    targets: Sequence[dict[str, Tensor]],
+    targets: Sequence[dict[str, Any]],
     old: Sequence[tuple[int, int]],
     new: Sequence[tuple[int, int]],
     device: torch.device,
-) -> list[dict[str, Tensor]]:
+) -> list[dict[str, Any]]:
     """Targets of resized images on a device, to which all boxes and all labels go by one copy each.
 
     Args:
-        targets: an entry a box under each key; on the CPU as a rule, where `boxes` are resized before they travel.
+        targets: on the CPU as a rule, where `boxes` are resized before they travel; what else a target holds (its
+            `image_id`, its `masks`) only goes to the device.
         old, new: (height, width) of each image.
     """
     counts = [len(target["boxes"]) for target in targets]
     down_across = torch.tensor(new, dtype=torch.float32) / torch.tensor(old, dtype=torch.float32)
     factors = down_across.flip(1).repeat(1, 2).repeat_interleave(torch.tensor(counts), dim=0)
-    rows = {key: torch.cat([target[key] for target in targets]) for key in targets[0]}
+    rows = {key: torch.cat([target[key] for target in targets]) for key in ("boxes", "labels") if key in targets[0]}
     rows["boxes"] = rows["boxes"] * factors.to(rows["boxes"].device, non_blocking=True)
     parts = {key: of_all.to(device, non_blocking=True).split(counts) for key, of_all in rows.items()}
-    return [{key: of_images[i] for key, of_images in parts.items()} for i in range(len(targets))]
+    others = [target_on({key: value for key, value in target.items() if key not in rows}, device) for target in targets]
+    return [{**{key: of_images[i] for key, of_images in parts.items()}, **others[i]} for i in range(len(targets))]
+
+
+def target_on(target: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """A target with its tensors on a device; what is none (torchvision's own `image_id` is a number) stays."""
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in target.items()}
 
 
 def own_entries(matched: Tensor, chosen: Tensor, counts: Sequence[int]) -> Tensor:
@@ -292,12 +300,30 @@ def sample_regions(
     return tuple(list(part.split(taken)) for part in (candidates[sampled], labels[sampled], of_boxes))
 
 
-def is_plain(rpn: nn.Module, heads: nn.Module) -> bool:
-    """Whether the parts of a Faster R-CNN match, sample and learn as torchvision's own do, for boxes alone."""
+def proposes_plainly(rpn: nn.Module) -> bool:
+    """Whether a region proposal network matches, samples and learns as torchvision's own does."""
+    return _is_plain(rpn, RegionProposalNetwork, "forward", "assign_targets_to_anchors", "compute_loss")
+
+
+def samples_plainly(heads: nn.Module) -> bool:
+    """Whether the heads of a Faster R-CNN match and sample as torchvision's own do."""
+    steps = ("add_gt_proposals", "assign_targets_to_proposals", "subsample")
+    return _is_plain(heads, RoIHeads, "select_training_samples", *steps)
+
+
+def learns_plainly(heads: nn.Module) -> bool:
+    """Whether they also learn as torchvision's own do, of boxes alone."""
     return (
-        type(rpn).forward is RegionProposalNetwork.forward
-        and type(heads).forward is RoIHeads.forward
+        samples_plainly(heads)
+        and _is_plain(heads, RoIHeads, "forward")
         and not (heads.has_mask() or heads.has_keypoint())
-        and all(type(part.proposal_matcher) is Matcher for part in (rpn, heads))
-        and all(type(part.fg_bg_sampler) is BalancedPositiveNegativeSampler for part in (rpn, heads))
+    )
+
+
+def _is_plain(module: nn.Module, kind: type[nn.Module], *methods: str) -> bool:
+    """Whether a module has these methods of torchvision's, and its matcher and sampler."""
+    return (
+        all(getattr(getattr(module, name), "__func__", None) is getattr(kind, name) for name in methods)
+        and type(module.proposal_matcher) is Matcher
+        and type(module.fg_bg_sampler) is BalancedPositiveNegativeSampler
     )

@@ -27,8 +27,11 @@ from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 
-from defeat_cli.detectors.batched import on_device, resized_targets
+from defeat_cli.detectors.batched import on_device, resized_targets, target_on
 from defeat_cli.errors import DefeatError
+
+OUTLINES = {"masks", "keypoints"}
+"""What targets of torchvision may have beside boxes in the pixels of their image."""
 
 Target = dict[str, Tensor]
 """`boxes` [M, 4] xyxy pixels float32, `labels` [M] int64 in 1..K (0 is background)."""
@@ -244,10 +247,15 @@ class TorchvisionDetector(Detector, Stages, RegionClassifier, CellClassifier):
 
     def prepare(self, images: list[Tensor], targets: list[Target] | None = None) -> Batch:
         transform = self.model.transform
-        resized = [transform.resize(in_unit_range(image))[0] for image in images]
+        # Boxes are resized together; what else torchvision resizes, for a Mask R-CNN say, is left to it.
+        outlined = [target if OUTLINES & target.keys() else None for target in targets or [{}] * len(images)]
+        pairs = [transform.resize(in_unit_range(i), t and dict(t)) for i, t in zip(images, outlined, strict=True)]
+        resized = [image for image, _ in pairs]
         old, new = ([(image.shape[-2], image.shape[-1]) for image in some] for some in (images, resized))
         pixels = transform.batch_images(resized, size_divisible=transform.size_divisible)
         if targets is not None:
+            others = [{key: target[key] for key in OUTLINES & target.keys()} if target else {} for _, target in pairs]
+            targets = [{**target, **other} for target, other in zip(targets, others, strict=True)]
             targets = resized_targets(targets, old, new, pixels.device)
         return Batch(pixels, new, targets)
 
@@ -343,7 +351,7 @@ class FeatureDetector(Detector):
         images = [in_unit_range(image) for image in images]
         if targets is not None:
             device = images[0].device
-            targets = [{name: value.to(device) for name, value in target.items()} for target in targets]
+            targets = [target_on(target, device) for target in targets]
         if self.size is not None:
             if targets is not None:
                 targets = [

@@ -18,7 +18,14 @@ from torchvision.ops.poolers import initLevelMapper
 
 from defeat_cli.config.architecture import Architecture
 from defeat_cli.detectors.backbones import build_backbone
-from defeat_cli.detectors.batched import filter_proposals, is_plain, proposal_losses, sample_regions
+from defeat_cli.detectors.batched import (
+    filter_proposals,
+    learns_plainly,
+    proposal_losses,
+    proposes_plainly,
+    sample_regions,
+    samples_plainly,
+)
 from defeat_cli.detectors.contract import (
     Batch,
     Detector,
@@ -88,18 +95,21 @@ class FasterRCNNDetector(TorchvisionDetector, TorchvisionAnchors):
 
         How many proposals there are to sample from depends on the detector's mode, as in torchvision.
         """
+        heads = self.model.roi_heads
         proposals, _ = self._proposals(features, batch)
-        boxes, labels, _ = self._sampled(proposals, batch)
+        if samples_plainly(heads):
+            boxes, labels, _ = self._sampled(proposals, batch)
+        else:
+            boxes, _, labels, _ = heads.select_training_samples(proposals, batch.targets)
         return Regions(boxes, labels, batch.sizes)
 
     def losses(self, features: list[Tensor], batch: Batch) -> dict[str, Tensor]:
         """`loss_classifier`, `loss_box_reg`, `loss_objectness`, `loss_rpn_box_reg`. Needs training mode."""
-        rpn, heads, named = self.model.rpn, self.model.roi_heads, self._named(features)
-        if not is_plain(rpn, heads):  # a user's own model, which may learn in another way
-            proposals, rpn_losses = rpn(ImageList(batch.pixels, batch.sizes), named, batch.targets)
+        heads, named = self.model.roi_heads, self._named(features)
+        proposals, rpn_losses = self._proposals(features, batch)
+        if not learns_plainly(heads):  # a user's own model, which may learn in another way
             _, head_losses = heads(named, proposals, batch.sizes, batch.targets)
             return {**head_losses, **rpn_losses}
-        proposals, rpn_losses = self._proposals(features, batch)
         boxes, labels, matched = self._sampled(proposals, batch)
         pooled = heads.box_roi_pool(named, boxes, batch.sizes)
         logits, deltas = heads.box_predictor(heads.box_head(pooled))
@@ -120,6 +130,8 @@ class FasterRCNNDetector(TorchvisionDetector, TorchvisionAnchors):
     def _proposals(self, features: list[Tensor], batch: Batch) -> tuple[list[Tensor], dict[str, Tensor]]:
         """[P_i, 4] of each image and, in training mode, the losses of the region proposal network."""
         rpn = self.model.rpn
+        if not proposes_plainly(rpn):  # a user's own
+            return rpn(ImageList(batch.pixels, batch.sizes), self._named(features), batch.targets)
         objectness, deltas = rpn.head(features)
         anchors = self.anchors_of_image(features, batch)
         counts = [level[0].numel() for level in objectness]

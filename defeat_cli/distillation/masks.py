@@ -1,7 +1,8 @@
 """Foreground masks: which cells of a feature map lie on objects, by each of the definitions that the paper compares.
 
 Boxes are xyxy in network-input pixels, one [M, 4] tensor an image. A mask is [N, h, w], one for each level: bool, or
-float in [0, 1] where cells count in part. Nothing here loops over boxes or waits for the device.
+float in [0, 1] where cells count in part. Nothing here loops over single boxes or waits for
+the device.
 """
 
 from __future__ import annotations
@@ -285,13 +286,15 @@ def _unions(boxes: Tensor, shapes: Sequence[Shape], strides: Sequence[int], leve
 
     The rows of all levels stand in one line, and so do the columns, so that a box is compared with cells once.
     """
-    index = levels.long()
+    on_a_level = levels >= 0  # not a number where a side is negative, or none itself: such a box marks nothing
+    index = levels.nan_to_num(0.0).long()
     stride = _filled(strides, boxes)[index]
     x1, y1, x2, y2 = boxes.unbind(-1)
     lines = []
     for axis, (low, high) in enumerate(((y1, y2), (x1, x2))):
         cells = [shape[axis] for shape in shapes]
         first, end = _ends(low, high, stride)
+        end = end.where(on_a_level, 0)
         starts = [0, *accumulate(cells)]
         start, behind = _filled(starts[:-1], boxes)[index], _filled(starts[1:], boxes)[index]
         spans = _between(first + start, torch.minimum(end + start, behind), starts[-1])

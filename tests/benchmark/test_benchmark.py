@@ -54,6 +54,10 @@ def test_peak_memory_counts_what_is_alive_at_once():
         x.exp().exp().exp().sum()
     assert peak.bytes == 4 * 4000 + 4  # backward will need every result
     with Peak(CPU) as peak:
+        torch.zeros(10)
+        kept = torch.zeros(1000)
+    assert peak.bytes == 4000  # the first is gone, and its place may be taken
+    with Peak(CPU) as peak:
         kept = torch.zeros(1000)
         kept.view(10, 100)[3].mul_(2)
     assert peak.bytes == 4000  # a view is no memory of its own

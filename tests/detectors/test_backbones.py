@@ -21,7 +21,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from defeat_cli.config.architecture import Architecture
 from defeat_cli.detectors import backbones
-from defeat_cli.detectors.backbones import build_backbone, can_have_imagenet, load_backbone_weights
+from defeat_cli.detectors.backbones import FrozenNorm, build_backbone, can_have_imagenet, load_backbone_weights
 from defeat_cli.detectors.zoo import build_detector
 from defeat_cli.errors import CheckpointError, RecipeError
 
@@ -264,3 +264,14 @@ def test_whether_imagenet_weights_can_be_had(tmp_path, monkeypatch):
     assert len(asked) == 1
     monkeypatch.setattr(backbones, "urlopen", lambda request, timeout: nullcontext())
     assert can_have_imagenet("resnet50")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_frozen_norm_by_hand(dtype):
+    """2 · (3 - 1) / sqrt(1 + 3) + 0.5 = 2.5, in the dtype that came."""
+    norm = FrozenNorm(1, eps=3.0)
+    for name, value in (("weight", 2.0), ("bias", 0.5), ("running_mean", 1.0), ("running_var", 1.0)):
+        getattr(norm, name).fill_(value)
+    found = norm(torch.full((1, 1, 2, 2), 3.0, dtype=dtype))
+    assert found.dtype == dtype
+    assert found.unique().tolist() == [2.5]

@@ -4,14 +4,17 @@ import copy
 
 import pytest
 import torch
+from tiny import CLASSES, build
 from tiny import batch as images_and_targets
-from tiny import build
-from torchvision.models.detection import FCOS
+from torchvision.models.detection import FCOS, MaskRCNN
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler, Matcher
+from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.ops import box_iou
 
 from defeat_cli.detectors import batched
+from defeat_cli.detectors.zoo import wrap
 from defeat_cli.engine.transfer import to_device
 
 
@@ -100,9 +103,11 @@ def test_sampling_draws_what_torchvision_draws(sampler, counts):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_proposals(training):
-    """Every step of torchvision's filter counts here: scores and sizes below its limits, and images of unlike sizes."""
+    """Every step of torchvision's filter counts here: its limits of scores, of sizes and of both numbers, and images of
+    unlike sizes."""
     rpn = build("faster_rcnn").model.rpn.train(training)
     rpn.score_thresh, rpn.min_size = 0.4, 8.0
+    rpn._pre_nms_top_n, rpn._post_nms_top_n = {"training": 60, "testing": 60}, {"training": 9, "testing": 9}
     generator = torch.Generator().manual_seed(0)
     counts, sizes = [120, 30, 9], [(64, 60), (50, 64)]
     (anchors,) = boxes_of([sum(counts)], 3, side=80.0)
@@ -111,7 +116,8 @@ def test_proposals(training):
     every = rpn.box_coder.decode(deltas, [anchors] * 2).view(2, -1, 4)
     expected, _ = rpn.filter_proposals(every, objectness, sizes, counts)
     found = batched.filter_proposals(rpn, objectness, deltas, anchors, counts, sizes)
-    assert all(0 < len(one) < 30 and torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert [len(of_image) for of_image in found] == [9, 9]  # both have more, of which the best are taken
 
 
 def test_regions_and_their_targets():
@@ -131,6 +137,16 @@ def test_regions_and_their_targets():
         assert torch.equal(encoded[of_objects], torch.cat(wanted)[of_objects])
 
 
+def test_kept_anchors_are_those_of_the_batch_at_hand():
+    detector = build("retinanet").eval()
+    for width in (64, 96, 64):
+        prepared = detector.prepare([torch.rand(3, 64, width)])
+        with torch.no_grad():
+            features = detector.features(prepared)
+        (expected,) = detector.anchor_generator(ImageList(prepared.pixels, prepared.sizes), features)
+        assert torch.equal(detector.anchors_of_image(features, prepared), expected)
+
+
 def test_targets_of_resized_images():
     """(height, width) 40 x 80 to 20 x 120: x is multiplied by 1.5, y by 0.5."""
     targets = [
@@ -141,6 +157,17 @@ def test_targets_of_resized_images():
     assert found[0]["boxes"].tolist() == [[15, 10, 45, 20]]
     assert found[0]["labels"].tolist() == [2]
     assert found[1]["boxes"].shape == (0, 4)
+
+
+def test_what_else_targets_hold_stays_beside_each():
+    """torchvision's own recipes give each image a number, and areas that have no entry where there is no box."""
+    targets = [
+        {"boxes": torch.zeros(2, 4), "image_id": torch.tensor([7]), "area": torch.tensor([1.0, 2.0])},
+        {"boxes": torch.zeros(1, 4), "image_id": torch.tensor([8])},
+    ]
+    found = batched.resized_targets(targets, [(9, 9)] * 2, [(9, 9)] * 2, torch.device("cpu"))
+    assert [target["image_id"].tolist() for target in found] == [[7], [8]]
+    assert [sorted(target) for target in found] == [["area", "boxes", "image_id"], ["boxes", "image_id"]]
 
 
 def test_a_model_that_learns_in_another_way_is_left_to_itself():
@@ -159,6 +186,70 @@ def test_a_model_that_learns_in_another_way_is_left_to_itself():
     plain, doubled = losses
     assert all(torch.equal(doubled[name], 2 * plain[name]) for name in ("loss_classifier", "loss_box_reg"))
     assert torch.equal(doubled["loss_objectness"], plain["loss_objectness"])
+
+
+def test_heads_that_sample_in_another_way_are_left_to_themselves():
+    """Losses and regions both follow the heads' own labels."""
+
+    class AllBackground(RoIHeads):
+        def assign_targets_to_proposals(self, *arguments):
+            indices, labels = super().assign_targets_to_proposals(*arguments)
+            return indices, [torch.zeros_like(of_image) for of_image in labels]
+
+    detector = build("faster_rcnn").train()
+    prepared = detector.prepare(*images_and_targets())
+    features = detector.features(prepared)
+    assert any(bool(labels.any()) for labels in detector.regions(features, prepared).labels)
+    detector.model.roi_heads.__class__ = AllBackground
+    assert detector.losses(features, prepared)["loss_box_reg"] == 0
+    assert not any(bool(labels.any()) for labels in detector.regions(features, prepared).labels)
+
+
+def test_a_proposal_network_of_a_users_own_is_called_as_it_is():
+    class Whole(RegionProposalNetwork):
+        def forward(self, images, features, targets=None):
+            _, losses = super().forward(images, features, targets)
+            boxes = [torch.tensor([[0.0, 0, 40, 40]]) for _ in images.image_sizes]
+            return boxes, losses
+
+    detector = build("faster_rcnn").train()
+    detector.model.rpn.__class__ = Whole
+    prepared = detector.prepare(*images_and_targets())
+    with torch.no_grad():
+        features = detector.features(prepared)
+        boxes = detector.regions(features, prepared).boxes
+        assert [len(of_image) for of_image in boxes] == [1 + len(target["boxes"]) for target in prepared.targets]
+        detector.eval()
+        found = detector.detections(features, prepared)
+        assert all(len(of_image["boxes"]) <= len(CLASSES) for of_image in found)
+
+
+def test_a_mask_rcnn_learns_from_masks_of_the_size_of_its_images():
+    """Against torchvision's own forward, on images of unlike sizes that are resized, with all that its targets hold."""
+    own = build("faster_rcnn").model
+    torch.manual_seed(0)
+    settings = {"min_size": 96, "max_size": 144, "rpn_anchor_generator": own.rpn.anchor_generator}
+    model = MaskRCNN(own.backbone, 4, **settings, rpn_batch_size_per_image=16, box_batch_size_per_image=16).eval()
+    model.rpn.train(), model.roi_heads.train()
+    images, targets = images_and_targets()
+    for number, (image, target) in enumerate(zip(images, targets, strict=True)):
+        target["masks"] = torch.zeros(len(target["boxes"]), *image.shape[1:], dtype=torch.uint8)
+        target["masks"][:, 10:40, 20:50] = 1
+        target["image_id"] = number
+    detector = wrap(model, CLASSES)
+    prepared = detector.prepare(images, targets)
+    assert [target["masks"].shape[1:] for target in prepared.targets] == prepared.sizes
+    assert [target["image_id"] for target in prepared.targets] == [0, 1, 2]
+    torch.manual_seed(0)
+    ours = detector.losses(detector.features(prepared), prepared)
+    whole, resized = model.transform(images, [dict(target) for target in targets])
+    features = model.backbone(whole.tensors)
+    torch.manual_seed(0)
+    proposals, theirs = model.rpn(whole, features, resized)
+    theirs.update(model.roi_heads(features, proposals, whole.image_sizes, resized)[1])
+    assert ours.keys() == theirs.keys()
+    for name, loss in ours.items():
+        torch.testing.assert_close(loss, theirs[name], rtol=1e-3, atol=1e-4)
 
 
 def test_images_travel_as_one():

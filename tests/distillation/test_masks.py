@@ -136,6 +136,13 @@ class TestBoxMasks:
         assert [int(mask.sum()) for mask in coarse] == [0, 4]
         assert [int(mask.sum()) for mask in fine] == [16, 0]
 
+    def test_what_is_no_box_marks_nothing(self):
+        right_of_left, nan = [30.0, 5.0, 10.0, 20.0], [math.nan] * 4
+        box = [4.0, 4.0, 12.0, 12.0]
+        (alone,) = box_masks([torch.tensor([box])], [(8, 8)], [4])
+        (mask,) = box_masks([torch.tensor([right_of_left, box, nan])], [(8, 8)], [4])
+        assert torch.equal(mask, alone)
+
     def test_half_precision_boxes_are_computed_in_full(self):
         boxes = torch.tensor([[1021.0, 5.0, 1027.0, 9.0]], dtype=torch.bfloat16)
         (expected,) = box_masks([boxes.float()], [(4, 260)], [4])
