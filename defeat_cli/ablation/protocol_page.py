@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from defeat_cli.ablation import page
 from defeat_cli.ablation.choice import BASELINE
-from defeat_cli.ablation.page import Block, Heading, Picture, Verbatim
 from defeat_cli.ablation.protocol import FINAL, LONGER, PROTOCOL, TUNING, at_the_edge
 from defeat_cli.ablation.report import Report, ap_cells, difference, duration
 from defeat_cli.ablation.rows import SECONDS, Row, Sweep, check_sort
@@ -17,6 +15,7 @@ from defeat_cli.ablation.study import STUDY, Study, read_study
 from defeat_cli.config import protocol as protocols
 from defeat_cli.config.protocol import Protocol
 from defeat_cli.errors import RunError
+from defeat_cli.pages.blocks import Block, Heading, Picture, Verbatim, write_html, write_markdown
 from defeat_cli.tables import Sheet
 from defeat_cli.text import listed
 
@@ -58,7 +57,8 @@ def write_page(folder: Path, sort: str = "AP") -> tuple[Report, Sheet | None]:
     blocks += _pictures(folder)
     blocks += [Heading("What was asked"), Verbatim((folder / PROTOCOL).read_text(encoding="utf-8"))]
     blocks.append("recipe.yaml beside this page has every other value that was in force.")
-    page.write(folder, PAGE, title, blocks)
+    write_markdown(folder / f"{PAGE}.md", title, blocks)
+    write_html(folder / f"{PAGE}.html", title, blocks)
     return reports[-1], equal_time_sheet(studies[-1], reports[-1].main_rows)
 
 

@@ -22,7 +22,7 @@ from defeat_cli.engine.locking import locked, refuse_locked
 from defeat_cli.engine.runs import RunFolder
 from defeat_cli.errors import DefeatError, TermError
 from defeat_cli.files import require_place_for_file, require_place_for_folder
-from defeat_cli.pages.study import write_study
+from defeat_cli.pages.blocks import Heading, Picture, write_html
 from defeat_cli.text import counted, listed
 
 FILES = ("study.csv", "study.json", "study.md", "study.html", "study.png", "sweeps.png")
@@ -220,13 +220,13 @@ def write_report(study: Study, sort: str = "AP") -> Report:
     title = f"{name if run in name else f'{name}: {run}'}, {counted(study.recipe.schedule.epochs, 'epoch')}"
     report = Report(title, study.variants, outcomes, summarize(outcomes, sort), notes)
     report.write(study.folder)
-    pictures = {"AP of each variant": study.folder / "study.png"}
-    draw_study(outcomes, report.main_rows, title, study.folder / "study.png")
+    pictures = [Picture(study.folder / "study.png", "AP of each variant")]
+    draw_study(outcomes, report.main_rows, title, pictures[0].path)
     if report.sweeps:
-        pictures["AP over the values of each sweep"] = study.folder / "sweeps.png"
+        pictures.append(Picture(study.folder / "sweeps.png", "AP over the values of each sweep"))
         baseline = next(row.measured.get("AP") for row in report.rows if row.variant == BASELINE)
-        draw_sweeps(report.sweeps, baseline, study.folder / "sweeps.png")
-    summaries = {row.variant: study.variants[row.variant].summary for row in report.main_rows}
-    page = study.folder / "study.html"
-    write_study(page, title, report.sheets(), legend=report.legend(), pictures=pictures, variants=summaries)
+        draw_sweeps(report.sweeps, baseline, pictures[1].path)
+    variants = [f"{row.variant}: {study.variants[row.variant].summary}" for row in report.main_rows]
+    blocks = [report.legend(), *report.sheets(), *pictures, Heading("Variants"), *variants]
+    write_html(study.folder / "study.html", title, blocks)
     return report

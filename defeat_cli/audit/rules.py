@@ -81,7 +81,7 @@ def _of_boxes(data: DetectionDataset, rule: str, rows: np.ndarray, why: Callable
         box = tuple(known.boxes[row].tolist())
         shown = ", ".join(f"{side:.6g}" for side in box)
         text = f"{path}: box [{shown}] of {data.classes[known.labels[row] - 1]} {why(row)}"
-        faults.append(Fault(rule, text, path, box))
+        faults.append(Fault(rule, text, path, box, data.sizes[known.images[row]]))
     return faults
 
 

@@ -29,7 +29,7 @@ def draw_sheet(groups: Sequence[tuple[str, str, list[Fault]]]) -> tuple[Image.Im
         The picture, and how many tiles it has.
     """
     tiles = [
-        _tile(image, [fault.box for fault in faults if fault.box is not None], f"{rule} ({split})")
+        _tile(image, faults, f"{rule} ({split})")
         for rule, split, found in groups
         for image, faults in islice(_by_image(found).items(), OF_A_KIND)
     ]
@@ -49,12 +49,14 @@ def _by_image(faults: Sequence[Fault]) -> dict[Path, list[Fault]]:
     return of
 
 
-def _tile(path: Path, boxes: Sequence[tuple[float, ...]], caption: str) -> Image.Image:
-    """An image, made smaller so that it and all its boxes fit; a crossed field where it cannot be read."""
+def _tile(path: Path, faults: Sequence[Fault], caption: str) -> Image.Image:
+    """An image, made smaller so that it and all boxes at fault fit; a crossed field where it cannot be read."""
+    boxes = [fault.box for fault in faults if fault.box is not None]
     tile = Image.new("RGB", (TILE, TILE + CAPTION), PAPER)
     draw = ImageDraw.Draw(tile)
     try:
-        image = Image.fromarray(read_image(path).permute(1, 2, 0).numpy())
+        # Turned as its boxes are, which the annotated size tells.
+        image = Image.fromarray(read_image(path, faults[0].size).permute(1, 2, 0).numpy())
     except ImageError:
         draw.rectangle((0, 0, TILE - 1, TILE - 1), fill=NOTHING)
         draw.line((0, 0, TILE - 1, TILE - 1), fill=AT_FAULT)

@@ -35,8 +35,8 @@ def bench(
     idle = ("recipe", "teacher", "variant", "profile") if checkpoints else ("image_size", "batch_size", "picture")
     done = "checkpoints are compared" if checkpoints else "a training step is measured"
     said = options_said(ctx)
-    for name in set(idle) & set(said):
-        raise DefeatError(f"{said[name]}: without effect where {done}; leave it out")
+    if ignored := [said[name] for name in idle if name in said]:
+        raise DefeatError(f"{', '.join(ignored)}: without effect where {done}; leave it out")
     if not checkpoints and recipe is None:
         raise DefeatError("nothing to measure: name checkpoints to compare, or give --recipe to measure its step")
     for path in (path for path in (json_file, profile, picture) if path is not None):

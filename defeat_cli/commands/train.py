@@ -66,6 +66,8 @@ def train(
 ) -> None:
     """Distil a student from a teacher (or, without one, train a detector)."""
     if list_recipes:
+        if idle := [option for name, option in options_said(ctx).items() if name != "list_recipes"]:
+            raise DefeatError(f"--list-recipes: has no use for {', '.join(idle)}; leave it out")
         show_recipes()
         return
     if replay is not None:

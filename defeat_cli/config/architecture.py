@@ -218,6 +218,13 @@ def backbone_name(architecture: Architecture) -> str:
     return "resnet50" if "resnet50" in architecture.detector else "mobilenet_v3_large"
 
 
+def trains_batch_norm(architecture: Architecture) -> bool:
+    """Whether a detector has batch normalisation whose statistics are trained."""
+    if architecture.detector in TORCHVISION_BUILDERS:
+        return architecture.detector == "fasterrcnn_resnet50_fpn_v2"
+    return architecture.norm == "batch"
+
+
 def structure(architecture: Architecture) -> dict[str, Any]:
     """The settings of `STRUCTURE`, the same for detectors whose weights have the same names and shapes."""
     detector = architecture.detector

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from defeat_cli.config.architecture import DETECTOR_FAMILIES, STRUCTURE, without_effect
+from defeat_cli.config.architecture import DETECTOR_FAMILIES, STRUCTURE, trains_batch_norm, without_effect
 from defeat_cli.config.schema import Data, Recipe
 from defeat_cli.errors import RecipeError
 
@@ -41,8 +41,10 @@ def idle_in_training(recipe: Recipe) -> dict[str, str]:
         names |= {*STRUCTURE} - {"detector"}
     if not student.detector.startswith("faster"):
         names |= {"head_channels", "proposals_train", "regions_per_image"}
-    if student.norm != "batch":
-        idle["student.sync_bn"] = f"student.norm is {student.norm}"
+    if not trains_batch_norm(student):
+        built = student.detector not in DETECTOR_FAMILIES
+        norm = f"that of a {student.detector} is frozen" if built else f"student.norm is {student.norm}"
+        idle["student.sync_bn"] = norm
     idle |= {f"student.{name}": f"a {student.detector} does not have it" for name in sorted(names)}
     if optimizer.name == "sgd":
         idle["optimizer.betas"] = "optimizer.name is sgd"

@@ -60,12 +60,14 @@ class Fault:
     text: a whole message: file or entry, what is wrong.
     image: the file, where it is about one that may be there.
     box: [x, y, width, height] in pixels, where it is about one.
+    size: (height, width) of the image that the box is in.
     """
 
     rule: str
     text: str
     image: Path | None = None
     box: tuple[float, ...] | None = None
+    size: tuple[int, int] | None = None
 
 
 class Faults:

@@ -15,6 +15,7 @@ from defeat_cli.benchmark.detectors import Cost, compare, drawn_images
 from defeat_cli.benchmark.picture import draw_ap_over_latency
 from defeat_cli.benchmark.step import BACKWARD, FORWARD, WHOLE, StepCost, measure_step, read_batches
 from defeat_cli.benchmark.timing import Spread, machine
+from defeat_cli.config.architecture import SIZES
 from defeat_cli.config.schema import Recipe
 from defeat_cli.console import Reporter, counting, new_table, percent
 from defeat_cli.data.dataset import DetectionDataset
@@ -137,6 +138,10 @@ def bench_detectors(
     reporter = Reporter("bench", quiet)
     if picture is not None and "data.path" not in changes:
         raise DataError("--picture: AP is known with --data only; give it too")
+    sides = {f"data.{side}" for side in SIZES}
+    about_data = [key for key in changes if key.startswith("data.") and key not in sides]
+    if about_data and "data.path" not in changes:
+        raise DataError(f"--set {about_data[0]}: without effect, as no data is read; add --data FOLDER")
     opened = {name: _open(name, changes, image_size) for name in dict.fromkeys(checkpoints)}
     for name, one in opened.items():
         for note in one.notes:

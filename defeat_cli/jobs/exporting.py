@@ -136,6 +136,10 @@ def export(
     splits = ("train", "val") if precision == "int8" else ("val",)
     opened = open_detector(checkpoint, recipe_name, {**(changes or {}), "run.device": "cpu"}, "export", splits)
     require_calibration(precision, opened.recipe.data)
+    compares_on_data = check and (precision != "float" or not images)
+    if folder is not None and opened.named and precision != "int8" and not compares_on_data:
+        instead = "--images are compared on" if check else "nothing is compared"
+        raise DataError(f"--data: without effect, as {instead} and the checkpoint names its classes; leave it out")
     for note in opened.notes:
         Reporter("export", quiet).note(note)
     graph = Graph(opened.detector, kind).eval()

@@ -73,6 +73,9 @@ def replay(path: Path, device: str | None = None, teacher: str | None = None) ->
     """
     content = load(path)
     recipe = validate(content.recipe, f"{path}: the recipe in it")
+    needs_teacher = content.teacher is not None and (recipe.distillation.terms or recipe.student.inherit)
+    if teacher is not None and not needs_teacher:
+        raise CheckpointError(f"--teacher: without effect, as the step of {path} has no teacher; leave it out")
     if device is not None:
         recipe.run.device = device
     chosen = session.choose_device(recipe.run.device, recipe.run.precision)

@@ -34,7 +34,7 @@ from defeat_cli.jobs.summary import write_summary
 from defeat_cli.jobs.validating import count_pseudo_labels, score, score_teacher
 from defeat_cli.jobs.watching import watched
 from defeat_cli.precision import AUTOCAST
-from defeat_cli.session import Session, assemble
+from defeat_cli.session import Note, Session, assemble
 
 
 def train(
@@ -157,6 +157,9 @@ def assemble_together(recipe: Recipe, world: World, reporter: Reporter, teacher:
         if session.device.type != "cuda":
             raise RunError("student.sync_bn: torch has it for CUDA devices only; leave it out on the CPU")
         session.student.model = nn.SyncBatchNorm.convert_sync_batchnorm(session.student.model)
+    elif recipe.student.sync_bn:
+        text = "student.sync_bn: without effect in one process; --gpus N trains in several"
+        session.notes.append(Note(text, warning=True))
     return session
 
 

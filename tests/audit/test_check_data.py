@@ -221,3 +221,23 @@ def test_it_fits_into_80_columns(defeat, tmp_path, monkeypatch):
     monkeypatch.setattr(console, "width", 80)
     output = defeat("check", "--data", spoiled(tmp_path / "set"), code=1)
     assert max(map(len, output.splitlines())) <= 80
+
+
+def test_a_box_is_drawn_on_the_image_as_it_was_annotated(look, tmp_path):
+    """The file asks to be turned, and its annotations are of the size that is stored: left is black, right is blue."""
+    (tmp_path / "set/images").mkdir(parents=True)
+    image, exif = Image.new("RGB", (20, 10)), Image.Exif()
+    image.paste((0, 0, 255), (10, 0, 20, 10))
+    exif[0x0112] = 6
+    image.save(tmp_path / "set/images/a.png", exif=exif)
+    boxes = [{"id": i, "image_id": 1, "category_id": 1, "bbox": [2, 2, 4, 4], "area": 16, "iscrowd": 0} for i in (1, 2)]
+    content = {
+        "images": [{"id": 1, "file_name": "a.png", "width": 20, "height": 10}],
+        "categories": [{"id": 1, "name": "dog"}],
+        "annotations": boxes,
+    }
+    (tmp_path / "set/train.json").write_text(json.dumps(content))
+    look(tmp_path / "set", "--sheet", tmp_path / "sheet.png", code=1)
+    sheet = Image.open(tmp_path / "sheet.png")
+    # 20 pixels are 237 wide on a tile, which begins at (8, 8).
+    assert (sheet.getpixel((8 + 90, 8 + 100)), sheet.getpixel((8 + 200, 8 + 60))) == ((0, 0, 0), (0, 0, 255))

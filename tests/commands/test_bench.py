@@ -93,6 +93,8 @@ REFUSED = {
     "a recipe beside checkpoints": [["x.pt", "-r", "TINY"], "--recipe: without effect"],
     "a size of a step": [["-r", "TINY", "--image-size", 320], "--image-size: without effect"],
     "a picture without AP": [["TEACHER", "--picture", "p.png"], "--picture: AP is known with --data only"],
+    "a setting of data that is not read": [["TEACHER", "--set", "data.val_fraction=0.5"], "data.val_fraction: without"],
+    "several without effect": [["x.pt", "-r", "TINY", "--variant", "neck"], "--recipe, --variant: without effect"],
     "no such checkpoint": [["nowhere.pt"], "nowhere.pt: no such file"],
     "no such data": [["TEACHER", "-d", "nowhere"], "nowhere"],
     "no such device": [["TEACHER", "--device", "cuda:99"], "cuda:99"],

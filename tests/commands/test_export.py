@@ -138,6 +138,8 @@ def test_torchscript(defeat, teacher, tmp_path):
         (["{teacher}", "x.pt", "--format", "torchscript", "--half"], "leave --format torchscript out"),
         (["{teacher}", "x.onnx", "--int8", "-d", "nowhere"], "nowhere: no such folder"),
         (["{bare}", "x.onnx", "--int8"], "give a folder with --data"),
+        (["{teacher}", "x.onnx", "--no-check", "-d", "."], "--data: without effect, as nothing is compared"),
+        (["{teacher}", "x.onnx", "--images", "x", "-d", "."], "--data: without effect, as --images"),
         (["{teacher}", "x.onnx", "--set", "run.device=cuda"], "run.device"),
     ],
 )

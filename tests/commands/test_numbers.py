@@ -91,6 +91,8 @@ def test_a_replay_refuses_what_it_cannot_use(overflown, defeat, tmp_path, teache
     del content["state"]["student"]["rpn.head.cls_logits.bias"]
     torch.save(content, tmp_path / "changed.pt")
     assert "rpn.head.cls_logits.bias" in defeat("train", "--replay", tmp_path / "changed.pt", code=2)
+    torch.save({**torch.load(bad, weights_only=True), "teacher": None}, tmp_path / "plain.pt")
+    assert "--teacher: without effect" in defeat("train", "--replay", tmp_path / "plain.pt", "-t", teacher, code=2)
 
 
 # --- steps that are left out

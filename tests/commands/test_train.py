@@ -190,6 +190,7 @@ def test_validation_images_without_boxes_are_refused_before_anything_is_trained(
         (["-r", "{tiny}", "--device", "gpu"], "gpu"),
         (["-r", "{tiny}", "--set", "run.precision=fp16"], "needs a CUDA device"),
         (["-r", "{tiny}", "--student-weights", "{tiny}"], "tiny.yaml"),
+        (["-r", "{tiny}", "--list-recipes"], "--list-recipes: has no use for --recipe, --output"),
     ],
 )
 def test_bad_input_gets_one_message_and_writes_nothing(defeat, tiny, tmp_path, arguments, message):

@@ -1,10 +1,17 @@
 """Settings of the command line that other settings leave without effect are refused, in every command that trains."""
 
 import pytest
+import torch
+from torch import nn
 
+from defeat_cli.config.architecture import TORCHVISION_BUILDERS, Architecture, trains_batch_norm
 from defeat_cli.config.idle import idle_in_training, refuse_idle
 from defeat_cli.config.schema import Recipe, load
+from defeat_cli.console import Reporter
+from defeat_cli.detectors.zoo import build_detector
+from defeat_cli.engine.distributed import ALONE
 from defeat_cli.errors import RecipeError
+from defeat_cli.jobs.training import assemble_together
 
 IDLE = [
     ("data.split_seed", 3, {}),
@@ -22,6 +29,8 @@ IDLE = [
     ("teacher.architecture.score_threshold", 0.5, {}),
     ("distillation.neck.alpha_fg", 3.0, {}),
     ("run.teacher_check_images", 3, {}),
+    ("student.sync_bn", True, {}),
+    ("student.sync_bn", True, {"student.detector": "retinanet_resnet50_fpn"}),
 ]
 
 
@@ -40,6 +49,25 @@ def test_the_same_settings_are_welcome_where_they_have_an_effect():
         "student.proposals": 3, "student.weights": "x.pth", "student.conventions.channels": "bgr",
     }  # fmt: skip
     refuse_idle(changes, idle_in_training(load(None, changes)))
+    for changes in ({"student.norm": "batch"}, {"student.detector": "fasterrcnn_resnet50_fpn_v2"}):
+        changes["student.sync_bn"] = True
+        refuse_idle(changes, idle_in_training(load(None, changes)))
+
+
+@pytest.mark.parametrize("detector", TORCHVISION_BUILDERS)
+def test_which_builders_train_batch_normalisation(detector):
+    architecture = Architecture(detector=detector)
+    with torch.device("meta"):
+        modules = [*build_detector(architecture, ["a"], short_side=[64], long_side=64).model.modules()]
+    assert trains_batch_norm(architecture) is any(isinstance(module, nn.BatchNorm2d) for module in modules)
+
+
+def test_one_process_says_that_it_has_nobody_to_normalise_with(tiny):
+    recipe = load(str(tiny), {"student.sync_bn": True})
+    notes = assemble_together(recipe, ALONE, Reporter("", quiet=True)).notes
+    assert [note.text for note in notes if note.warning and "sync_bn" in note.text] == [
+        "student.sync_bn: without effect in one process; --gpus N trains in several"
+    ]
 
 
 def test_every_idle_setting_is_one_of_the_recipe():

@@ -120,6 +120,18 @@ def test_a_damaged_memory_does_no_harm(folder: Path, tmp_path: Path, content: by
     assert verified(opened(folder), Faults(), reader).digests.tolist() == expected
 
 
+@pytest.mark.parametrize(("offset", "value"), [(10, 97), (8, 1)], ids=["compression", "encryption"])
+def test_a_memory_whose_zip_says_nonsense_does_no_harm(folder: Path, tmp_path: Path, offset: int, value: int) -> None:
+    """An entry of a zip's directory has its flags at 8 and its method at 10."""
+    reader = Verifier(cache=tmp_path / "cache")
+    expected = verified(opened(folder), Faults(), reader).digests.tolist()
+    (memory,) = (tmp_path / "cache/images").iterdir()
+    content = bytearray(memory.read_bytes())
+    content[content.index(b"PK\x01\x02") + offset] = value
+    memory.write_bytes(content)
+    assert verified(opened(folder), Faults(), reader).digests.tolist() == expected
+
+
 def test_headers_alone_do_not_tell_that_an_image_is_cut_short(folder: Path, read: list[str]) -> None:
     cut_short(folder / "images/3.png")
     data = verified(opened(folder), Faults(), Verifier(full=False))

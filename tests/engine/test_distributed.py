@@ -63,7 +63,7 @@ def assert_close(found, expected):
             assert found[key] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-3, abs=1e-5)), key
 
 
-def test_a_recipe_gives_the_same_run_on_any_number_of_processes(pair, arguments, defeat, tmp_path):
+def test_whole_batches_give_the_same_run_on_any_number_of_processes(pair, arguments, defeat, tmp_path):
     folder, (main, other) = pair
     assert "2 processes share each step's 8 images (2 batches of 4), which optimizer.lr 0.01 is for" in main.output
     assert (other.output, other.errors, main.errors) == ("", "", "")

@@ -6,8 +6,7 @@ from html.parser import HTMLParser
 
 from PIL import Image
 
-from defeat_cli.ablation import page
-from defeat_cli.ablation.page import Heading, Picture, Verbatim
+from defeat_cli.pages.blocks import Heading, Picture, Verbatim, write_html, write_markdown
 from defeat_cli.tables import Sheet
 
 
@@ -37,7 +36,8 @@ def test_a_page_is_whole_without_a_network(tmp_path):
         Heading("Found <it>"), "Text & `more`.", Sheet("Table", ["name", "AP"], [["a|b", "+1 [0, 2]*"]]),
         Picture(tmp_path / "a.png", "red"), Verbatim("seeds:\n- 1\n"),
     ]  # fmt: skip
-    page.write(tmp_path, "report", "My study", blocks)
+    write_html(tmp_path / "report.html", "My study", blocks)
+    write_markdown(tmp_path / "report.md", "My study", blocks)
     text = (tmp_path / "report.html").read_text()
     shown = Read(text)
     assert shown.open == []
