@@ -83,7 +83,11 @@ def _is_drawn(folder: Path, settings: dict[str, int]) -> bool:
     try:
         found = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise DataError(f"{folder}: holds something other than drawn shapes; name a new or empty folder") from None
+        raise DataError(
+            f"{folder}: holds something other than drawn shapes, which data.format: shapes draws into a new or empty "
+            "folder. To train on what is there, leave --recipe out or take a recipe without that line "
+            f"(quickstart has it): defeat train --data {folder}"
+        ) from None
     if found != settings:
         found = found if isinstance(found, dict) else {}
         other = ", ".join(f"{k} {found.get(k)} instead of {v}" for k, v in settings.items() if found.get(k) != v)

@@ -109,7 +109,7 @@ def test_other_settings_and_other_content_are_refused(tmp_path: Path) -> None:
         drawn(folder, size=32)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("text")
-    with pytest.raises(DataError, match="mine: holds something other than drawn shapes"):
+    with pytest.raises(DataError, match=r"mine: holds something other than drawn shapes.*train --data \S+mine$"):
         drawn(tmp_path / "mine")
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
     (tmp_path / "empty").mkdir()
