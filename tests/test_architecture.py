@@ -22,7 +22,7 @@ ALLOWED = {
     "detectors": {"detectors", "checkpoints", "config", "errors", "text"},
     "data": {"data", "errors", "files", "text"},
     "distillation": {"distillation", "detectors", "config", "errors", "text"},
-    "engine": {"engine", "distillation", "detectors", "data", "config", "errors", "files", "text"},
+    "engine": {"engine", "precision", "distillation", "detectors", "data", "config", "errors", "files", "text"},
     "benchmark": {"benchmark", "engine", "distillation", "detectors", "data", "errors", "files"},
     "gradients": {"gradients", "distillation", "detectors", "data", "config", "errors", "files", "text"},
     "audit": {"audit", "distillation", "data", "errors", "text"},

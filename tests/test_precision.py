@@ -7,6 +7,11 @@ from runs import assert_resumes_bit_for_bit, metrics, setting
 
 from defeat_cli import precision
 from defeat_cli.config import schema as recipes
+from defeat_cli.config.schema import recipes_folder
+from defeat_cli.data.opening import open_split
+from defeat_cli.detectors.loading import load_detector
+from defeat_cli.detectors.modes import lay_out
+from defeat_cli.engine.evaluation import evaluate
 from defeat_cli.engine.runs import RunFolder
 from defeat_cli.errors import RunError
 from defeat_cli.precision import choose_precision
@@ -98,3 +103,17 @@ def test_a_bf16_run_resumes_bit_for_bit_and_evaluates_as_it_trained(defeat, tiny
 
 def test_every_precision_of_a_recipe_but_auto_has_a_dtype():
     assert {*precision.AUTOCAST, "auto"} == set(recipes.Run.model_fields["precision"].annotation.__args__)
+
+
+def test_a_checkpoint_in_half_precision_detects_what_it_did_in_its_run(shapes):
+    """In a run it has lain with the channels side by side since the start, and sums are rounded accordingly."""
+    data = open_split(shapes, "val", train=False)
+    found = []
+    for laid_out_before in (True, False):
+        detector = load_detector(str(recipes_folder() / "quickstart_teacher.pt")).detector
+        if laid_out_before:
+            lay_out(detector, torch.bfloat16)
+        found.append([])
+        evaluate(detector, data, autocast=torch.bfloat16, keep_detections=found[-1])
+    assert found[0]
+    assert found[0] == found[1]

@@ -5,8 +5,6 @@ What follows them (proposals, matching, sampling, losses) depends on what is fou
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-
 import torch
 
 from defeat_cli.detectors.contract import Detector, TorchvisionDetector
@@ -39,8 +37,3 @@ def compile_networks(*detectors: Detector | None) -> None:
         if isinstance(detector, TorchvisionDetector):
             detector.model.backbone.body.compile(backend=BACKEND)
             detector.model.backbone.fpn.compile(backend=BACKEND)
-
-
-def uncompiled() -> AbstractContextManager[None]:
-    """Inside, what is compiled runs plainly: scoring is of the network that users take home, one image at a time."""
-    return torch.compiler.set_stance("force_eager")

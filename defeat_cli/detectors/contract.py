@@ -16,8 +16,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -28,6 +27,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 
 from defeat_cli.detectors.batched import on_device, resized_targets, target_on
+from defeat_cli.detectors.modes import evaluating
 from defeat_cli.errors import DefeatError
 
 OUTLINES = {"masks", "keypoints"}
@@ -378,25 +378,6 @@ class FeatureDetector(Detector):
         if self._detect is None:
             raise DefeatError("FeatureDetector: give it `detect`, without which it cannot be evaluated")
         return self._detect(self.model, images)
-
-
-@contextmanager
-def modes_kept(module: nn.Module) -> Iterator[None]:
-    """Every module's own mode comes back, after an error too."""
-    modes = {part: part.training for part in module.modules()}
-    try:
-        yield
-    finally:
-        for part, training in modes.items():
-            part.training = training
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; modes are kept."""
-    with modes_kept(module), torch.no_grad():
-        module.eval()
-        yield
 
 
 def level_names(letter: str, strides: Sequence[int]) -> list[str]:

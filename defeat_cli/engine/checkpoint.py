@@ -14,10 +14,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from defeat_cli.config.schema import Recipe
 from defeat_cli.detectors.compiling import compile_networks
 from defeat_cli.detectors.contract import Detector
+from defeat_cli.detectors.modes import lay_out
 from defeat_cli.distillation.distiller import Distiller
 from defeat_cli.engine.distributed import ALONE, World
 from defeat_cli.engine.faults import Health
 from defeat_cli.engine.optimization import build_optimizer
+from defeat_cli.precision import AUTOCAST
 
 
 @dataclass
@@ -124,14 +126,9 @@ def make_ema(student: Detector, decay: float) -> AveragedModel:
 
 
 def begin(recipe: Recipe, distiller: Distiller, device: torch.device, world: World = ALONE) -> Training:
-    """The distiller on its device, with optimizer, loss scaler and, where asked for, an average of the student.
-
-    In half precision the weights of convolutions lie with the channels side by side, as their kernels want them; in
-    fp32 that gains nothing on a CPU, and would change the rounding.
-    """
+    """The distiller on its device, with optimizer, loss scaler and, where asked for, an average of the student."""
     distiller.to(device)
-    if recipe.run.precision != "fp32":
-        distiller.to(memory_format=torch.channels_last)
+    lay_out(distiller, AUTOCAST[recipe.run.precision])
     scaler = torch.amp.GradScaler(device.type, enabled=recipe.run.precision == "fp16")
     ema = make_ema(distiller.student, recipe.optimizer.ema) if recipe.optimizer.ema is not None else None
     if recipe.run.compile:

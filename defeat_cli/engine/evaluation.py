@@ -15,8 +15,7 @@ from torch.utils.data import Subset
 
 from defeat_cli.data.dataset import DetectionDataset
 from defeat_cli.data.loading import evaluation_loader
-from defeat_cli.detectors.compiling import uncompiled
-from defeat_cli.detectors.contract import evaluating
+from defeat_cli.detectors.modes import detecting
 from defeat_cli.distillation.pairing import match_classes
 from defeat_cli.engine import scorers
 from defeat_cli.engine.distributed import ALONE, World
@@ -141,10 +140,9 @@ def evaluate(
     evaluator = CocoEvaluator(whole.coco, detector.classes)
     is_module = isinstance(detector, nn.Module)
     device = next(detector.parameters()).device if is_module else torch.device("cpu")
-    mode = evaluating(detector) if is_module else contextlib.nullcontext()
     mine = dataset if world.size == 1 else Subset(dataset, range(world.rank, len(dataset), world.size))
     loader = evaluation_loader(mine, workers, pin_memory=device.type == "cuda")
-    with uncompiled(), mode, torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+    with detecting(detector, autocast) if is_module else contextlib.nullcontext():
         for images, _, image_ids in loader:
             evaluator.process(image_ids, detector.detect([image.to(device, non_blocking=True) for image in images]))
             on_image(len(images) * world.size)

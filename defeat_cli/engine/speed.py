@@ -8,8 +8,8 @@ from statistics import median
 import torch
 
 from defeat_cli.data.dataset import DetectionDataset
-from defeat_cli.detectors.compiling import uncompiled
-from defeat_cli.detectors.contract import Detector, evaluating
+from defeat_cli.detectors.contract import Detector
+from defeat_cli.detectors.modes import detecting
 
 WARM, MOST, SECONDS = 2, 10, 5.0
 """Images that are not counted, most that are, and the time after which no further one is begun."""
@@ -21,7 +21,7 @@ def milliseconds_per_image(detector: Detector, data: DetectionDataset, autocast:
     taken: list[float] = []
     begun = time.perf_counter()
     chosen = [i * len(data) // (WARM + MOST) for i in range(WARM + MOST)]
-    with uncompiled(), evaluating(detector), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+    with detecting(detector, autocast):
         for index in chosen:
             images = [data[index].image.to(device)]
             _wait(device)

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FrozenBatchNorm2d
 
-from defeat_cli.detectors.contract import Detector, evaluating
+from defeat_cli.detectors.contract import Detector
+from defeat_cli.detectors.modes import evaluating
 from defeat_cli.errors import DefeatError
 
 Input = Literal["float", "uint8"]

@@ -13,7 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from defeat_cli.detectors.contract import Batch, Detector, evaluating, modes_kept
+from defeat_cli.detectors.contract import Batch, Detector
+from defeat_cli.detectors.modes import evaluating, modes_kept
 from defeat_cli.distillation.terms import Term, View
 from defeat_cli.errors import DefeatError
 

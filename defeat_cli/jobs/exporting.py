@@ -19,7 +19,8 @@ from defeat_cli import session
 from defeat_cli.config.schema import Data, Recipe
 from defeat_cli.console import Reporter, counting, new_table
 from defeat_cli.data.transforms import read_image
-from defeat_cli.detectors.contract import evaluating, in_unit_range
+from defeat_cli.detectors.contract import in_unit_range
+from defeat_cli.detectors.modes import evaluating
 from defeat_cli.errors import DataError, DefeatError
 from defeat_cli.export.fewer_bits import Precision
 from defeat_cli.export.graph import FORMATS, INPUTS, OUTPUTS, SUFFIXES, Graph, Input

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from defeat_cli.data.dataset import DetectionDataset
-from defeat_cli.detectors.contract import evaluating
+from defeat_cli.detectors.modes import detecting
 
 LOWEST, MOST = 0.3, 30
 """Score from which on a detection is shown, and how many are in one image."""
@@ -60,7 +60,7 @@ def find_in(examples: Sequence[Example], detector: Any, autocast: torch.dtype | 
     """What a detector finds in each image, one at a time as in use, with scores of `LOWEST` and above."""
     device = next(detector.parameters()).device
     found = []
-    with evaluating(detector), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+    with detecting(detector, autocast):
         for example in examples:
             (output,) = detector.detect([example.image.to(device)])
             shown = (output["scores"] >= LOWEST).nonzero()[:MOST, 0]

@@ -5,7 +5,7 @@ import torch
 from pycocotools.coco import COCO
 from torch import nn
 
-from defeat_cli.detectors.contract import evaluating
+from defeat_cli.detectors.modes import evaluating
 from defeat_cli.engine.evaluation import FIGURES, CocoEvaluator
 from defeat_cli.errors import DataError
 
