@@ -39,6 +39,7 @@ RULES: dict[str, Rule] = {
     "units": Rule("boxes that are shares of the image, or corners", True),
     "boxless": Rule("splits without a box to learn from", True),
     "classes apart": Rule("training and validation without a class in common", True),
+    "label alone": Rule("label files without their image", False),
     "negative": Rule("boxes with a negative width or height", False),
     "no area": Rule("boxes without area", False),
     "outside": Rule("boxes that reach beyond their image", False),

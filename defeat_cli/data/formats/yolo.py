@@ -83,6 +83,9 @@ def read(
     if unlabelled:
         share = f"{len(unlabelled)} of {len(files)} images have no label file ({listed(unlabelled, 3)})"
         notes.append(f"{share}; they are taken for images without objects")
+    if alone := _labels_alone(files):
+        notes.append(f"label files without an image, which are not used: {listed(alone, 3)}")
+        faults.tell([Fault("label alone", f"{label}: there is no image of this name") for label in alone])
     return from_objects(f"{config.file} ({split})", config.names, sized, objects, notes), folder
 
 
@@ -245,6 +248,23 @@ def _label_places(image: str) -> list[str]:
 
 def _label_file(image: str) -> str | None:
     return next((place for place in _label_places(image) if os.path.isfile(place)), None)
+
+
+def _labels_alone(images: Sequence[str]) -> list[str]:
+    """Label files in the images' own `labels` folders that no image beside those images goes with."""
+    stems: dict[str, set[str]] = {}
+    for folder in {os.path.dirname(image) for image in images}:
+        swapped, *beside = _label_places(os.path.join(folder, "any.any"))
+        if beside:  # text files beside images may be anything
+            there = {os.path.splitext(name)[0] for name in os.listdir(folder)}
+            stems.setdefault(os.path.dirname(swapped), set()).update(there)
+    return sorted(
+        os.path.join(folder, name)
+        for folder, there in stems.items()
+        if os.path.isdir(folder)
+        for name in os.listdir(folder)
+        if name.endswith(".txt") and name not in NAME_LISTS and os.path.splitext(name)[0] not in there
+    )
 
 
 def _read_labels(file: str, size: tuple[int, int], config: Config, faults: Faults) -> list[tuple[int, list[float]]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from data.layouts import write_images, write_text, write_yolo
 
+from defeat_cli.data.faults import RULES, Faults
 from defeat_cli.data.opening import open_split
 from defeat_cli.errors import DataError
 
@@ -160,3 +161,19 @@ def test_what_is_missing_is_named(folder: Path) -> None:
     (folder / "images/val/c.jpg").write_bytes(b"nothing")
     with pytest.raises(DataError, match=r"c\.jpg: is not an image that can be read"):
         open_split(folder, "val", train=False)
+
+
+def test_a_label_file_whose_image_is_gone_is_told(folder: Path) -> None:
+    """Training goes on without it, and says so; a file of names is none."""
+    write_text(folder / "labels/train/classes.txt", "cat\ndog\n")
+    assert not open_split(folder, "train", train=True).annotations.notes
+    (folder / "images/train/b.jpg").unlink()
+    faults = Faults()
+    data = open_split(folder, "train", train=True, faults=faults)
+    assert [data.file_name(i) for i in range(len(data))] == ["images/train/a.jpg"]
+    (note,) = data.annotations.notes
+    assert note == f"label files without an image, which are not used: {folder / 'labels/train/b.txt'}"
+    listing = Faults(RULES)
+    open_split(folder, "train", train=True, faults=listing)
+    assert listing.counts == {"label alone": 1}
+    assert str(folder / "labels/train/b.txt") in listing.found[0].text
