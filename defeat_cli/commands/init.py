@@ -15,7 +15,7 @@ def init(
     data: Annotated[str, typer.Argument(help="Data folder; its layout is recognised.")],
     teacher: TeacherOption = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="File to write; else one in this folder, called as the data.")
+        Path | None, typer.Option("--output", "-o", help="File to write; else DATA.yaml in the current folder.")
     ] = None,
     device: DeviceOption = None,
     set_: SetOption = None,

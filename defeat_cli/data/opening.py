@@ -93,6 +93,8 @@ def _recognised(path: Path, format: str, annotations: str | None) -> tuple[str, 
     """
     if format != "auto":
         return format, path, []
+    if path.is_file() and path.suffix.lower() != ".json":
+        raise DataError(f"{path}: data is a folder, or a COCO file in JSON; for a data.yaml give the folder it is in")
     if path.is_file() or (annotations is not None and annotations.endswith(".json")):
         return "coco", path, []
     found, notes = _layouts(path), []

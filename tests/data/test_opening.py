@@ -145,3 +145,10 @@ def test_near_misses_are_named(tmp_path: Path, files: dict[str, str], message: s
         open_split(tmp_path, "train", train=True)
     for part in ("Looked for", "COCO: ", "VOC: ", "YOLO: ", "--set data.train_annotations=FILE"):
         assert part in str(caught.value)
+
+
+def test_a_file_that_is_no_json_is_refused_by_its_name(tmp_path):
+    file = tmp_path / "data.yaml"
+    file.write_text("names: [cat]\n")
+    with pytest.raises(DataError, match=r"data\.yaml: data is a folder, or a COCO file in JSON"):
+        open_split(file, "train", train=True)
