@@ -9,7 +9,7 @@ from PIL import Image
 from torch import nn
 
 import defeat_cli
-from defeat_cli import session
+from defeat_cli import building
 from defeat_cli.config import schema as recipes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,7 +25,7 @@ def block(word: str) -> str:
 
 def test_the_three_lines_load_a_student_that_detects_the_same(tmp_path, monkeypatch):
     recipe = recipes.load("faster_rcnn_r18_from_r50_coco", {"student.backbone_weights": None})
-    student = session.build_student(recipe, [f"class {i}" for i in range(80)]).eval()
+    student = building.build_student(recipe, [f"class {i}" for i in range(80)]).eval()
     # A class that is almost always sure of itself, so that there are detections to compare.
     student.model.roi_heads.box_predictor.cls_score.bias.data[7] = 3.0
     folder = tmp_path / "runs" / "faster_rcnn_r18_from_r50_coco"

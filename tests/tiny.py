@@ -5,7 +5,7 @@ import json
 import torch
 from runs import setting
 
-from defeat_cli import session
+from defeat_cli import building
 from defeat_cli.checkpoints import native
 from defeat_cli.config import schema as recipes
 from defeat_cli.distillation.distiller import Distiller
@@ -36,7 +36,7 @@ def build(family="faster_rcnn", seed=0, classes=CLASSES, short_side=64, long_sid
     settings = {"detector": family, **COMMON, **OWN[family], **architecture}
     sides = {"short_side": [short_side], "long_side": long_side or short_side * 3 // 2}
     recipe = recipes.validate({"student": settings, "data": sides, "run": {"seed": seed}}, "tiny")
-    return session.build_student(recipe, list(classes))
+    return building.build_student(recipe, list(classes))
 
 
 def save_run(folder, classes, student, data, terms=None):
@@ -51,7 +51,7 @@ def save_run(folder, classes, student, data, terms=None):
     """
     content = {"student": student, "data": {"workers": 0, **data}}
     recipe = recipes.validate({**content, "run": {"device": "cpu"}}, "tiny")
-    state = session.build_student(recipe, list(classes)).model.state_dict()
+    state = building.build_student(recipe, list(classes)).model.state_dict()
     saved = {"recipe": content, "classes": list(classes), "student": state, "terms": terms or {}, "metrics": {}}
     path = folder / "best.pt"
     native.save(path, saved)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from defeat_cli import session
+from defeat_cli.building import build_student
 from defeat_cli.checkpoints import native
 from defeat_cli.checkpoints.loading import TORCHVISION_PREFIX, file_of
 from defeat_cli.checkpoints.reading import read
@@ -192,7 +193,7 @@ def show_masks(recipe: Recipe, images: Sequence[str], output: Path) -> list[Path
     else:
         splits = []
     sources = [source for image in images for source in _known(image, splits)]
-    student = session.build_student(recipe, truth.classes if truth else ["object"]).to(device)
+    student = build_student(recipe, truth.classes if truth else ["object"]).to(device)
     neck = recipe.distillation.neck or NeckSettings()
     teacher = None
     if recipe.teacher.checkpoint is not None:

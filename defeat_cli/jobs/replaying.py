@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.table import Table
 
 from defeat_cli import session
+from defeat_cli.building import build_distiller
 from defeat_cli.checkpoints.weights import load_strict
 from defeat_cli.config.schema import validate
 from defeat_cli.console import new_table
@@ -81,7 +82,7 @@ def replay(path: Path, device: str | None = None, teacher: str | None = None) ->
     chosen = session.choose_device(recipe.run.device, recipe.run.precision)
     student = build_detector(recipe.student, content.classes, recipe.data.short_side, recipe.data.long_side)
     unlabelled = any(target is None for batch in content.batches for target in batch.targets)
-    distiller, _ = session.build_distiller(recipe, student, teacher or content.teacher, unlabelled=unlabelled)
+    distiller, _ = build_distiller(recipe, student, teacher or content.teacher, unlabelled=unlabelled)
     training = begin(recipe, distiller.train(), chosen)
     state, origin = content.state, f"{path}: its state"
     load_strict(distiller.student.model, state.student, origin)

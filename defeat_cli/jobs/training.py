@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from defeat_cli import session as sessions
+from defeat_cli.building import Note, teacher_recipe
 from defeat_cli.checkpoints import native
 from defeat_cli.config import schema as recipes
 from defeat_cli.config.schema import Recipe, Teacher
@@ -34,7 +35,7 @@ from defeat_cli.jobs.summary import write_summary
 from defeat_cli.jobs.validating import count_pseudo_labels, score, score_teacher
 from defeat_cli.jobs.watching import watched
 from defeat_cli.precision import AUTOCAST
-from defeat_cli.session import Note, Session, assemble
+from defeat_cli.session import Session, assemble
 
 
 def train(
@@ -270,7 +271,7 @@ def train_teacher(
     Reporter("teacher", quiet).note(
         f"no --teacher: training one by the recipe {recipe.teacher.recipe}, in {folder / 'teacher'}"
     )
-    _sub_run(sessions.teacher_recipe(recipe), folder / "teacher", overwrite, quiet, "teacher", changed_data, world)
+    _sub_run(teacher_recipe(recipe), folder / "teacher", overwrite, quiet, "teacher", changed_data, world)
     return str(folder / "teacher" / BEST)
 
 

@@ -7,7 +7,7 @@ import torch
 from tiny import batch as make_batch
 from tiny import build
 
-from defeat_cli import session
+from defeat_cli import building
 from defeat_cli.config import schema as recipes
 from defeat_cli.config.variants import VARIANTS
 from defeat_cli.distillation.distiller import Distiller
@@ -66,7 +66,7 @@ def terms_of(variant, pair, batch, warm=1.0):
 def distilled(pair, distillation):
     if not distillation.terms:
         return Distiller(pair[0])
-    return Distiller(*pair, session.build_terms(distillation.terms, *pair)[0])
+    return Distiller(*pair, building.build_terms(distillation.terms, *pair)[0])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -150,7 +150,7 @@ def test_shared_classes_only_reach_the_head(pair, batch):
     student, _ = pair
     teacher = build(seed=1, classes=["x", "B", "a", "y"])
     torch.manual_seed(0)
-    terms, notes = session.build_terms(settings("head").terms, student, teacher)
+    terms, notes = building.build_terms(settings("head").terms, student, teacher)
     assert [note.text for note in notes] == ["head distillation runs over 2 shared classes (a, b)"]
     distiller = Distiller(student, teacher, terms).train()
     seed_step(0, 0)
@@ -172,4 +172,4 @@ def test_shared_classes_only_reach_the_head(pair, batch):
 def test_no_shared_class_leaves_nothing_of_a_head_variant(pair):
     student, _ = pair
     with pytest.raises(TermError, match=r"nothing is left to distil .* share no class; distillation\.class_map"):
-        session.build_terms(settings("head").terms, student, build(seed=1, classes=["x"]))
+        building.build_terms(settings("head").terms, student, build(seed=1, classes=["x"]))
