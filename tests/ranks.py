@@ -29,7 +29,7 @@ def steps(world, family, names):
     """Gradients, weights, averages and balance after three steps of two batches, the last of which has but one."""
     distiller = distil(build(family), build(family, seed=1), names)
     distiller.balance = Balance(names, 2.0)
-    recipe = recipes.validate({"optimizer": {"ema": 0.9, "momentum": 0.5}}, "tiny")
+    recipe = recipes.validate({"run": {"precision": "fp32"}, "optimizer": {"ema": 0.9, "momentum": 0.5}}, "tiny")
     training = begin(recipe, distiller.train(), torch.device("cpu"), world)
     gradients = []
     training.optimizer.register_step_pre_hook(

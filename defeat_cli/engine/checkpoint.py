@@ -126,7 +126,10 @@ def make_ema(student: Detector, decay: float) -> AveragedModel:
 
 
 def begin(recipe: Recipe, distiller: Distiller, device: torch.device, world: World = ALONE) -> Training:
-    """The distiller on its device, with optimizer, loss scaler and, where asked for, an average of the student."""
+    """The distiller on its device, with optimizer, loss scaler and, where asked for, an average of the student.
+
+    The recipe's precision is chosen already (`choose_precision`): `auto` is none.
+    """
     distiller.to(device)
     lay_out(distiller, AUTOCAST[recipe.run.precision])
     scaler = torch.amp.GradScaler(device.type, enabled=recipe.run.precision == "fp16")

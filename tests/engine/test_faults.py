@@ -82,7 +82,8 @@ def test_what_is_remembered_goes_on_after_a_resume():
 
 @pytest.fixture
 def training():
-    recipe = recipes.validate({"optimizer": {"name": "adamw", "lr": 0.001, "ema": 0.9}}, "test")
+    settings = {"run": {"precision": "fp32"}, "optimizer": {"name": "adamw", "lr": 0.001, "ema": 0.9}}
+    recipe = recipes.validate(settings, "test")
     return begin(recipe, distil(build(), build(seed=1, fpn_channels=16), ["neck"]), CPU)
 
 
