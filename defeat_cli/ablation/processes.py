@@ -49,8 +49,8 @@ def _visible_gpus() -> list[str]:
     return named[:count] if named else [str(i) for i in range(count)]
 
 
-class _Worker:
-    """A running process, its output in the run folder's log.
+class Worker:
+    """A running process that trains a run, its output in the run folder's log.
 
     We hold the other end of its stdin: when that closes, whatever the reason, it must stop.
     """
@@ -106,13 +106,13 @@ def run_in_processes(
     """
     waiting = deque(commands.items())
     free = list(range(len(slots)))[::-1]
-    active: dict[int, _Worker] = {}
+    active: dict[int, Worker] = {}
     with stop_requested() as stop:
         try:
             while (waiting or active) and not stop():
                 while waiting and free:
                     slot, (folder, command) = free.pop(), waiting.popleft()
-                    active[slot] = _Worker(folder, command, slots[slot], lock)
+                    active[slot] = Worker(folder, command, slots[slot], lock)
                     started(folder)
                 for slot in [slot for slot, worker in active.items() if worker.process.poll() is not None]:
                     worker = active.pop(slot)

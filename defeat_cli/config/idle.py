@@ -57,6 +57,8 @@ def idle_in_training(recipe: Recipe) -> dict[str, str]:
     if recipe.teacher.checkpoint is None and recipe.teacher.recipe is None:
         names = ("teacher.architecture", "teacher.size", "distillation", "run.teacher_check_images", "run.pull_every")
         idle |= dict.fromkeys(names, "there is no teacher; add --teacher")
+    if not recipe.run.compare_plain:
+        idle["run.plain_beside"] = "run.compare_plain is false"
     return idle
 
 

@@ -284,6 +284,9 @@ class Run(Section):
     """Where the run can be watched too; `pip install 'defeat-cli[track]'` has them all."""
     compare_plain: bool = False
     """Also train the same student without a teacher, and report it beside the distilled one."""
+    plain_beside: bool = False
+    """Train it at the same time on a CPU, by a process of its own; each has half of the threads, and memory is needed
+    twice. For networks too narrow to gain from several threads."""
     teacher_check_images: Annotated[int, Field(ge=0)] = 50
     """Validation images on which the teacher is scored before distilling; 0 skips it."""
 

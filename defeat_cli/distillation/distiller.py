@@ -31,8 +31,8 @@ class StepLosses:
 class Distiller(nn.Module):
     """A student, the teacher that supervises it, and the terms by which it does.
 
-    `forward` runs both detectors on one batch. The student comes first, and its own sampling with it, so that with
-    equal seeds a distilled and a plain student draw the same training samples.
+    `forward` runs both detectors on one batch. Of all that is drawn at random the student's samples come first, so that
+    with equal seeds a distilled and a plain student draw the same.
 
     Args:
         student: the detector that is trained.
@@ -118,17 +118,21 @@ class Distiller(nn.Module):
         """
         images, targets, unlabelled = apart(images, targets)
         student, teacher = self.views(images, targets)
+        factors = {name: strength.get(name) if isinstance(strength, Mapping) else strength for name in self.terms}
+        factors = {name: factor for name, factor in factors.items() if factor is not None}
+        if factors:
+            _begin(teacher)
         losses = StepLosses()
         for name, value in student.detector.losses(student.features, student.batch).items():
             losses.weighted[name] = value
             losses.raw[name] = value.detach()
         detection = list(losses.weighted.values())
-        factors = {name: strength.get(name) if isinstance(strength, Mapping) else strength for name in self.terms}
-        computed = {name: self.terms[name](student, teacher) for name, factor in factors.items() if factor is not None}
+        computed = {name: self.terms[name](student, teacher) for name in factors}
         if computed and measure:
             losses.pull.update(_pulls(student, detection, computed))
         if computed and unlabelled:
             views, share = self.views(unlabelled, None), len(unlabelled) / (len(images) + len(unlabelled))
+            _begin(views[1])
             computed = {name: averaged(parts, self.terms[name](*views), share) for name, parts in computed.items()}
         gains = self._gains(losses.pull)
         for name, parts in computed.items():
@@ -153,6 +157,15 @@ class Distiller(nn.Module):
         if self.training:
             self.balance.add(pull)
         return self.balance.factors()
+
+
+def _begin(teacher: View) -> None:
+    """Compute what every term asks of a teacher, which draws no random number.
+
+    Before the student: what the layers on the way take is freed then before the student's activations are there, which
+    are kept for the backward pass.
+    """
+    teacher.look_at(["stages" if isinstance(teacher.detector, Stages) else "features"])
 
 
 def _pulls(student: View, detection: list[Tensor], computed: Mapping[str, Mapping[str, Loss]]) -> dict[str, Tensor]:

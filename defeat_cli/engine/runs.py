@@ -233,6 +233,7 @@ NOT_COMPARED = {
     "run.pull_every",
     "run.patience",
     "run.track",
+    "run.plain_beside",
     "optimizer.skip_nonfinite",
 }
 """Recipe keys that may change when a run is resumed: they do not change what is computed."""

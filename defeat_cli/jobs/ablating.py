@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -13,6 +12,7 @@ from defeat_cli.config.schema import Recipe
 from defeat_cli.console import counting
 from defeat_cli.engine.stopping import stoppable
 from defeat_cli.jobs import training
+from defeat_cli.jobs.beside import command
 from defeat_cli.session import Session, assemble
 
 
@@ -45,8 +45,3 @@ def calls(quiet: bool = False, gpus_per_run: int = 1, home: Path | None = None) 
         return training.train_teacher(recipe, home or folder, quiet=quiet) if trained_here else None
 
     return Calls(check, obtain_teacher, partial(command, processes=gpus_per_run))
-
-
-def command(folder: Path, epoch: int, processes: int = 1) -> list[str]:
-    """What trains the run in a folder up to an epoch."""
-    return [sys.executable, "-m", "defeat_cli.jobs.worker", str(folder), str(epoch), str(processes)]

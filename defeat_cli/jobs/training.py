@@ -30,6 +30,7 @@ from defeat_cli.errors import RunError
 from defeat_cli.export.loader import write_loader
 from defeat_cli.files import write_json
 from defeat_cli.jobs import reporting, resuming
+from defeat_cli.jobs.beside import beside, threads_beside
 from defeat_cli.jobs.fitting import fit_student
 from defeat_cli.jobs.summary import write_summary
 from defeat_cli.jobs.validating import count_pseudo_labels, score, score_teacher
@@ -89,21 +90,25 @@ def train(
         tell_share(recipe, world, reporter)
         teacher_ap = score_teacher(session, reporter, known_teacher, world)
         count_pseudo_labels(session, reporter)
-        with locked(folder) if world.is_main else nullcontext():
+        plain = plain_recipe(recipe) if recipe.run.compare_plain and session.teacher is not None else None
+        threads = threads_beside(recipe, session.device, world.size, reporter) if plain is not None else 0
+        with locked(folder) if world.is_main else nullcontext() as lock:
             world.on_main(lambda: run.open(recipe, resume=resume, overwrite=overwrite))
             training = begin(recipe, session.distiller, session.device, world)
             if resume:
                 resuming.take_up(run, training, session, reporter, changed_data=changed_data, world=world)
             if prolonged:
                 training.stale = 0  # to go on was asked for
-            with watched(session, run, reporter, world) as tracking:
-                fit_student(session, run, training, reporter, teacher_ap, until, world, tracking)
-                results = _finish(session, run, training, reporter, known_teacher, world)
-            if recipe.run.compare_plain and session.teacher is not None:
-                plain = _sub_run(
-                    plain_recipe(recipe), run / "plain", overwrite, quiet, "plain student", changed_data, world
-                )
-                results["plain"] = plain["student"]
+            ahead = plain if not changed_data else None  # a worker does not take data that is not what it was
+            with beside(RunFolder(run / "plain"), ahead, threads, reporter, overwrite=overwrite, lock=lock) as other:
+                with watched(session, run, reporter, world) as tracking:
+                    fit_student(session, run, training, reporter, teacher_ap, until, world, tracking)
+                    results = _finish(session, run, training, reporter, known_teacher, world)
+                if plain is not None:
+                    found = other.results() or _sub_run(
+                        plain, run / "plain", overwrite, quiet, "plain student", changed_data, world
+                    )
+                    results["plain"] = found["student"]
             if world.is_main:
                 write_summary(run / SUMMARY, recipe.run.name or folder.name, results)
                 reporting.write_pages(session, run, results)

@@ -10,6 +10,11 @@ from defeat_cli.benchmark.memory import Peak, size_of
 from defeat_cli.benchmark.step import TERMS as TOGETHER
 from defeat_cli.benchmark.step import _necessary
 from defeat_cli.benchmark.timing import Spread, Stopwatch
+from defeat_cli.config import schema as recipes
+from defeat_cli.data.loading import training_loader
+from defeat_cli.engine.checkpoint import begin
+from defeat_cli.engine.step import train_step
+from defeat_cli.session import assemble
 
 CPU = torch.device("cpu")
 
@@ -61,6 +66,24 @@ def test_peak_memory_counts_what_is_alive_at_once():
         kept = torch.zeros(1000)
         kept.view(10, 100)[3].mul_(2)
     assert peak.bytes == 4000  # a view is no memory of its own
+
+
+def test_a_distilled_step_takes_little_more_memory_than_a_plain_one_and_the_teacher(tmp_path):
+    """15% more; 17% where the teacher's first layers run while the student's activations are kept."""
+    few = {"data.path": str(tmp_path / "shapes"), "data.shapes.train_images": 8, "data.shapes.val_images": 1}
+    session = assemble(recipes.load("quickstart", few))
+    training = begin(session.recipe, session.distiller, session.device)
+    training.distiller.train()
+    resident = [*training.distiller.parameters(), *training.distiller.buffers()]
+    (batch,) = training_loader(session.training_data, 8, 0)
+    taken = []
+    for strength in ({"neck": None}, 1.0):
+        with Peak(CPU, resident) as peak:
+            train_step(training, [batch], seed=0, lr=0.0, strength=strength, clip_norm=10.0, autocast=None)
+        taken.append(peak.bytes)
+    teacher = size_of(session.teacher.state_dict().values())
+    plain = taken[0] - teacher
+    assert plain + teacher < taken[1] < 1.15 * plain + teacher
 
 
 def test_shared_memory_counts_once():
