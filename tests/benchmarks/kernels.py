@@ -1,4 +1,4 @@
-"""Masks, the neck loss, scoring and JPEG, each against what it is to be compared with, in one run.
+"""Masks, a head on more regions, the neck loss, scoring and JPEG, each against what to compare it with, in one run.
 
     python tests/benchmarks/kernels.py                 # on a GPU where there is one; --device cpu
     OMP_NUM_THREADS=1 python tests/benchmarks/kernels.py --device cpu
@@ -27,6 +27,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).res
 from oracles import masks as oracle  # noqa: E402
 
 from defeat_cli.benchmark.timing import Stopwatch, machine  # noqa: E402
+from defeat_cli.building import build_student  # noqa: E402
+from defeat_cli.config import schema as recipes  # noqa: E402
 from defeat_cli.distillation.losses import imitation_loss  # noqa: E402
 from defeat_cli.distillation.masks import box_masks, fine_grained_masks, gaussian_masks  # noqa: E402
 from defeat_cli.engine import scorers  # noqa: E402
@@ -145,6 +147,33 @@ def jpeg(rounds: int) -> None:
     print("JPEG 640 x 480, ms:", {k: round(v, 2) for k, v in took.items()}, "same pixels:", same)
 
 
+def regions_at_once(device: torch.device, rounds: int) -> None:
+    """Pooling and head over a detector's own and as many other regions, forward and backward: in two passes, in one."""
+    recipe = recipes.load("faster_rcnn_r50_from_r101_coco", {"student.backbone_weights": None})
+    student = build_student(recipe, [f"class {number}" for number in range(80)]).to(device).train()
+    heads, side, images, each = student.model.roi_heads, 320, 2, 512
+    generator = torch.Generator().manual_seed(0)
+    starts, sides = (torch.rand(2, images, each, 2, generator=generator) * side for _ in range(2))
+    own, others = (list(both) for both in torch.cat([starts / 2, starts / 2 + sides / 4 + 8], dim=3).to(device))
+    maps = [torch.randn(images, 256, side // s, side // s, device=device, requires_grad=True) for s in STRIDES]
+    sizes, named = [(side, side)] * images, student._named(maps)
+
+    def features(boxes: list[torch.Tensor]) -> torch.Tensor:
+        return heads.box_head(heads.box_roi_pool(named, boxes, sizes))
+
+    def backward(mine: torch.Tensor, theirs: torch.Tensor) -> None:
+        student.zero_grad()
+        logits, deltas = heads.box_predictor(mine)
+        (logits.sum() + deltas.sum() + heads.box_predictor.cls_score(theirs).sum()).backward()
+
+    def one_pass() -> None:
+        both = features([torch.cat(pair) for pair in zip(own, others, strict=True)]).view(images, 2, each, -1)
+        backward(both[:, 0].flatten(0, 1), both[:, 1].flatten(0, 1))
+
+    took = least(device, rounds, two=lambda: backward(features(own), features(others)), one=one_pass)
+    print("head of R50 on 2 x 512 regions of 2 images, 320 px, in two passes and in one, ms:", took)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -154,6 +183,7 @@ def main() -> None:
     device = torch.device(options.device)
     print(machine(device))
     masks(device, options.rounds)
+    regions_at_once(device, min(options.rounds, 3) if device.type == "cpu" else options.rounds)
     neck_loss(device, min(options.rounds, 5) if device.type == "cpu" else options.rounds)
     scoring(options.images)
     jpeg(options.rounds)
