@@ -14,7 +14,7 @@ from defeat_cli.console import console, errors, show
 
 def predict(
     checkpoint: Annotated[str, typer.Argument(help="Any that `eval` takes, or an .onnx file of `defeat export`.")],
-    images: Annotated[list[str], typer.Argument(help="Image files, folders (video frames, too) or globs.")],
+    images: Annotated[list[str], typer.Argument(help="Image files, folders (video frames, by number) or globs.")],
     threshold: Annotated[float, typer.Option(min=0, max=1, help="Lowest score that is taken.")] = 0.5,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write to.")] = Path("runs/predict"),
     save_coco: Annotated[bool, typer.Option("--save-coco", help="Write predictions.json.")] = False,
