@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 from defeat_cli.audit.anchors import Fit, Level, fit, input_boxes
 from defeat_cli.audit.rules import class_faults
 from defeat_cli.audit.summary import facts, in_words
-from defeat_cli.config.schema import Data
+from defeat_cli.config.architecture import DETECTOR_FAMILIES
+from defeat_cli.config.schema import Data, Recipe
 from defeat_cli.data.dataset import DetectionDataset, overlap
 from defeat_cli.data.faults import IMAGE_RULES, Fault, Faults
 from defeat_cli.data.known import cache_folder
 from defeat_cli.data.unlabelled import ImageFolder
 from defeat_cli.data.verification import Verifier, verified, verified_folder
 from defeat_cli.detectors.contract import Detector, TorchvisionAnchors
+from defeat_cli.detectors.zoo import build_detector
 from defeat_cli.text import listed
 
 Watch = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 """Shows how far something is: given a title and a total, a context that gives what to call with the number done."""
+SMALL = {"backbone": "regnet", "widths": [8, 8, 16, 16], "norm": "batch", "fpn_channels": 64, "head_channels": 16}
 HINT = ". Mend or replace what is wrong, or leave such images out by --set data.on_bad_image=skip"
 
 
@@ -72,7 +76,7 @@ def notes_on(train: DetectionDataset, val: DetectionDataset, data: Data, student
         notes.append((listed(apart, 4), True))
     fitting = anchor_fit(student, train, data)
     if fitting is not None and fitting.bad:
-        notes.append((fitting.in_words(), True))
+        notes.append((fitting.in_words(), fitting.sizes is not None))
     return notes
 
 
@@ -109,3 +113,12 @@ def anchor_fit(student: Detector, train: DetectionDataset, data: Data) -> Fit | 
     levels = [Level(stride, shape) for stride, shape in zip(student.strides, shapes, strict=True)]
     boxes = input_boxes(train, data.short_side[-1], data.long_side)
     return fit(boxes, levels, generator.aspect_ratios[0])
+
+
+def recipe_anchor_fit(recipe: Recipe, data: DetectionDataset) -> Fit | None:
+    """As `anchor_fit`, of the detector that a recipe's student would be."""
+    architecture = recipe.student
+    if architecture.detector in DETECTOR_FAMILIES:  # anchors are the same on any backbone, and this one costs nothing
+        architecture = replace(architecture, **SMALL)
+    sides = {"short_side": recipe.data.short_side, "long_side": recipe.data.long_side}
+    return anchor_fit(build_detector(architecture, data.classes, **sides), data, recipe.data)
