@@ -235,7 +235,7 @@ def errors_table(report: dict[str, Any]) -> Table:
     """Error types with their counts and the AP50 that each costs."""
     found = report["background_false_positives"]
     return new_table(
-        f"Errors by TIDE's types; {found['count']} background false positives at score {found['score']}",
+        f"Errors by TIDE's types; {counted(found['count'], 'background false positive')} at score {found['score']}",
         ["error", "count", "AP50 it costs"],
         [[name, str(entry["count"]), percent(max(0.0, entry["dap"]))] for name, entry in report["types"].items()],
     )

@@ -18,7 +18,7 @@ from defeat_cli.data.unlabelled import ImageFolder
 from defeat_cli.data.verification import Verifier, verified, verified_folder
 from defeat_cli.detectors.contract import Detector, TorchvisionAnchors
 from defeat_cli.detectors.zoo import build_detector
-from defeat_cli.text import listed
+from defeat_cli.text import counted, listed, out_of
 
 Watch = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 """Shows how far something is: given a title and a total, a context that gives what to call with the number done."""
@@ -86,13 +86,16 @@ def notes_on_unlabelled(
     """What a user should know of the images without annotations, as `notes_on` gives it."""
     beside = min(data.unlabelled_a_batch, len(folder))
     others = f" (other files there: {folder.others})" if folder.others else ""
-    said = f"unlabelled: {len(folder)} images{others}, {beside} beside each batch of {data.batch_size} labelled"
+    said = (
+        f"unlabelled: {counted(len(folder), 'image')}{others}, {beside} beside each batch of {data.batch_size} labelled"
+    )
     notes = [(said, False)]
     if left_out := note_on_left_out(folder.left_out, len(folder), "unlabelled"):
         notes.append((left_out, True))
     for split, annotated in (("training", train), ("validation", val)):
         if shared := folder.shared_with(annotated):
-            notes.append((f"data.unlabelled: {shared} of its {len(folder)} images are {split} images too", True))
+            are = out_of(shared, len(folder), "image", f"is a {split} image", f"are {split} images")
+            notes.append((f"data.unlabelled: {are} too", True))
     return notes
 
 
@@ -100,8 +103,8 @@ def note_on_left_out(left_out: Sequence[Fault], kept: int, split: str) -> str | 
     """How many images were left out of how many, and why; None where none was."""
     if not left_out:
         return None
-    share = f"{len(left_out)} of {len(left_out) + kept} {split} images are left out"
-    return f"{share} (data.on_bad_image: skip): {listed([fault.text for fault in left_out], 3)}"
+    are = out_of(len(left_out), len(left_out) + kept, f"{split} image", "is", "are")
+    return f"{are} left out (data.on_bad_image: skip): {listed([fault.text for fault in left_out], 3)}"
 
 
 def anchor_fit(student: Detector, train: DetectionDataset, data: Data) -> Fit | None:

@@ -10,6 +10,7 @@ from rich.markup import escape
 
 from defeat_cli.commands.options import DataOption, DeviceOption, QuietOption, RecipeOption, SetOption, overrides
 from defeat_cli.console import console, errors, show
+from defeat_cli.text import counted
 
 
 def predict(
@@ -50,5 +51,5 @@ def predict(
         errors.print(f"[bold red]skipped:[/] {escape(reason)}", soft_wrap=True)
     if predictions.skipped:
         total = len(predictions.skipped) + len(predictions.images)
-        errors.print(f"{len(predictions.skipped)} of {total} images could not be read", soft_wrap=True)
+        errors.print(f"{len(predictions.skipped)} of {counted(total, 'image')} could not be read", soft_wrap=True)
         raise typer.Exit(2)

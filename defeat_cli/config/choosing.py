@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from defeat_cli.config.architecture import DETECTOR_FAMILIES, Architecture, backbone_name, family
 from defeat_cli.config.given import given_settings
 from defeat_cli.config.schema import ONLY, Recipe, merged, validate
+from defeat_cli.text import counted
 
 SMALLER = {
     **dict.fromkeys(("resnext101_64x4d", "resnext101_32x8d", "resnext101_32x4d", "resnet152", "resnet101"), "resnet50"),
@@ -78,8 +79,8 @@ class Facts:
         height, width = self.size
         supervised = f", teacher {family(self.teacher)} on {backbone_name(self.teacher)}" if self.teacher else ""
         return (
-            f"{'a GPU' if self.device == 'cuda' else 'a CPU'}, {self.images:,} training images of {width} x {height} "
-            f"pixels, half of the boxes up to {self.usual_box:.0f} pixels{supervised}"
+            f"{'a GPU' if self.device == 'cuda' else 'a CPU'}, {counted(self.images, 'training image')} of "
+            f"{width} x {height} pixels, half of the boxes up to {self.usual_box:.0f} pixels{supervised}"
         )
 
 
@@ -311,7 +312,9 @@ def _schedule(choice: Choice, facts: Facts) -> None:
         choice.take({"optimizer.lr": lr}, f"{base} for 16 images a step, in proportion", minor=True)
     choice.take({"optimizer.clip_norm": 10.0}, "keeps first steps of new heads small", minor=True)
     choice.take({"schedule.decay": "cosine"}, "has no milestones to be placed", minor=True)
-    choice.take({"schedule.warmup_steps": min(500, steps // 20)}, f"a twentieth of {steps:,} steps", minor=True)
+    choice.take(
+        {"schedule.warmup_steps": min(500, steps // 20)}, f"a twentieth of {counted(steps, 'step')}", minor=True
+    )
     choice.take({"run.evaluate_every": max(1, epochs // 6)}, "about six evaluations", minor=True)
     choice.take({"run.log_every": max(1, min(50, steps // 100))}, "about a hundred lines", minor=True)
 
@@ -319,7 +322,8 @@ def _schedule(choice: Choice, facts: Facts) -> None:
 def _terms(choice: Choice, facts: Facts) -> None:
     recipe, steps = choice.recipe(), choice.steps(facts.images)
     if steps < LEAST_STEPS_FOR_THE_HEAD and ONLY not in choice.said:
-        why = f"the neck alone; beside it the head has not paid in short trainings, and this one has {steps:,} steps"
+        length = counted(steps, "step")
+        why = f"the neck alone; beside it the head has not paid in short trainings, and this one has {length}"
         choice.take({"distillation.head": None}, why)
     if recipe.distillation.neck is not None and recipe.student.anchor_sizes:
         scale = 1.75 * recipe.student.anchor_sizes[0][0]  # 56 for the usual 32

@@ -30,6 +30,7 @@ from torchvision.utils import draw_bounding_boxes, make_grid
 from defeat_cli.detectors.contract import level_names
 from defeat_cli.files import replacing
 from defeat_cli.gradients.numbers import concise
+from defeat_cli.text import counted
 
 COLORS = matplotlib.colormaps["inferno"]
 """From black to a light yellow, ever lighter: it needs no telling of hues, and survives a grey print."""
@@ -181,9 +182,9 @@ def draw_panels(view: View, rows: Sequence[Row], scale: Scale, path: Path, *, he
         axes.set(xticks=[], yticks=[], frame_on=False)
     charts: list[Axes] = []
     for row, places in zip(rows, map(iter, grid if len(rows) > 1 else [grid.flat]), strict=True):
-        image, count = next(places), len(view.boxes)
+        image = next(places)
         image.set_ylabel(row.name if len(rows) > 1 else "", size=11, weight="bold")
-        _draw_pixels(image, view.pixels, view.boxes, f"image, {count} box{'es' * (count != 1)}")
+        _draw_pixels(image, view.pixels, view.boxes, f"image, {counted(len(view.boxes), 'box')}")
         for panel in row.panels:
             _draw_pixels(next(places), overlay(view, panel, scale), panel.boxes, panel.title)
         if row.numbers:
