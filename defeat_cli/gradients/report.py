@@ -144,7 +144,8 @@ class GradientReport:
     def _table(self, subject: Subject, rows: dict[str, dict[str, Any]]) -> Table:
         count = len(self.images)
         title = f"{subject.title}: {UNITS[self.about['reduce']]}, mean per cell over {counted(count, 'image')}"
-        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+        look = {"box": box.SIMPLE_HEAD, "show_edge": False, "pad_edge": False, "padding": (0, 1, 0, 0)}
+        table = Table(title=title, title_justify="left", **look)
         table.add_column("level", no_wrap=True)
         for column in (
             "inside\nboxes", "outside\n", "ratio\n[95% interval]", "share\ninside", "area\ninside", "images\nin > out"
