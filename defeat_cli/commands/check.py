@@ -70,7 +70,7 @@ def _audit(said: dict[str, Any], json_file: Path | None, sheet: Path | None) -> 
     _write(found.values, json_file)
     tiles = auditing.write_sheet(found, sheet) if sheet is not None else 0
     for line in found.lines():
-        console.print(escape(line), soft_wrap=True)
+        console.print(escape(line))
     console.print()
     show(found.class_table())
     for title, places in found.problems():
