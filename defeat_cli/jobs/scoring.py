@@ -28,6 +28,7 @@ from defeat_cli.jobs.estimate import of_detecting
 from defeat_cli.jobs.opening import open_exported
 from defeat_cli.memory import told
 from defeat_cli.precision import AUTOCAST, choose_precision
+from defeat_cli.text import counted
 from defeat_cli.verifying import note_on_left_out, verify
 
 
@@ -95,7 +96,9 @@ def score(
     if error_types:
         metrics["errors"] = error_report(detections, data.coco).to_dict()
     return Score(
-        f"{checkpoint} on {len(data)} {split} images of {recipe.data.path}", metrics, data.in_own_ids(detections)
+        f"{checkpoint} on {counted(len(data), f'{split} image')} of {recipe.data.path}",
+        metrics,
+        data.in_own_ids(detections),
     )
 
 
