@@ -46,11 +46,13 @@ def in_words(figures: dict[str, Any]) -> str:
     shown = f"of {sizes[0]}" if len(sizes) == 1 else f"of {narrow}x{low} to {wide}x{high}"
     counts = sorted(figures["classes"].items(), key=lambda item: -item[1])
     classes = listed([f"{name} {count:,}" for name, count in counts], MOST_CLASSES)
-    size = figures["box_size"]
-    pixels = f", {size['smallest']:.0f} to {size['largest']:.0f} pixels after resizing (median {size['median']:.0f})"
+    size, pixels = figures["box_size"], ""
+    if size is not None:
+        pixels = (
+            f", {size['smallest']:.0f} to {size['largest']:.0f} pixels after resizing (median {size['median']:.0f})"
+        )
     empty = f" ({figures['without_boxes']} without a box)" if figures["without_boxes"] else ""
     return (
-        f"{counted(figures['images'], 'image')} {shown}{empty}; {counted(figures['boxes'], 'box')}"
-        f"{pixels if size else ''}; "
+        f"{counted(figures['images'], 'image')} {shown}{empty}; {counted(figures['boxes'], 'box')}{pixels}; "
         f"{counted(len(counts), 'class')}: {classes}"
     )

@@ -241,3 +241,13 @@ def test_a_box_is_drawn_on_the_image_as_it_was_annotated(look, tmp_path):
     sheet = Image.open(tmp_path / "sheet.png")
     # 20 pixels are 237 wide on a tile, which begins at (8, 8).
     assert (sheet.getpixel((8 + 90, 8 + 100)), sheet.getpixel((8 + 200, 8 + 60))) == ((0, 0, 0), (0, 0, 255))
+
+
+def test_images_without_a_single_box_are_told_of(look, tmp_path):
+    for split in ("train", "val"):
+        write_images(tmp_path / "set/images", f"{split}.png")
+        write_coco(tmp_path / f"set/{split}.json", f"{split}.png", annotations=[])
+    output, found = look(tmp_path / "set", code=1)
+    assert "train: 1 image of 20x10 (1 without a box); 0 boxes; 1 class: dog 0" in output
+    assert found["splits"]["train"]["box_size"] is None
+    assert found["anchors"] is None
