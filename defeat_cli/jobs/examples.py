@@ -46,11 +46,14 @@ def write_detections(path: Path, examples: Sequence[Example], found: Mapping[str
     Args:
         found: who -> what it finds in each of the examples.
     """
-    rows = []
-    for i, example in enumerate(examples[:PICTURED]):
-        boxes = {"annotated": example.truth, **{who: per_image[i] for who, per_image in found.items()}}
-        classes = [*dict.fromkeys(name for one in boxes.values() for name in one.names)]
-        rows.append(side_by_side([_draw(example, one, classes, SMALLEST) for one in boxes.values()], list(boxes)))
+    shown = examples[:PICTURED]
+    columns = {"annotated": [example.truth for example in shown], **found}
+    # A class has one colour in all rows.
+    classes = [*dict.fromkeys(name for boxes in columns.values() for one in boxes[:PICTURED] for name in one.names)]
+    rows = [
+        side_by_side([_draw(example, boxes[i], classes, SMALLEST) for boxes in columns.values()], list(columns))
+        for i, example in enumerate(shown)
+    ]
     with replacing(path) as temporary:
         one_below_the_other(rows).save(temporary, format="PNG", optimize=True)
 

@@ -99,6 +99,20 @@ def test_the_picture_has_a_row_for_each_image_and_a_column_for_each_detector(tmp
     assert pixels.shape[0] == 2 * head + 150 + 14 + 360  # a hundredth of the width between rows
 
 
+def test_a_class_has_one_colour_in_all_rows(tmp_path):
+    box = torch.tensor([[100.0, 60, 300, 260]])
+    scene = torch.zeros(3, 300, 480, dtype=torch.uint8)
+    examples = [Example(name, scene, Boxes(box, [name])) for name in ("a", "b")]
+    write_detections(tmp_path / "d.png", examples, {"student": [Boxes(box, ["b"]), Boxes(box, ["a"])]})
+    with Image.open(tmp_path / "d.png") as picture:
+        pixels = np.asarray(picture.convert("RGB"))
+    head = int(12 * 1.8)
+    lower = head + 260, 2 * head + 300 + 9 + 260  # the boxes' lower edges, in either row
+    (first, second), (third, fourth) = ([tuple(pixels[y, left + 200]) for left in (0, 484)] for y in lower)
+    assert first == fourth == (0xE6, 0x9F, 0x00)  # a
+    assert second == third == (0x56, 0xB4, 0xE9)  # b
+
+
 def test_report_says_what_is_missing(run, defeat, tmp_path):
     assert "holds no finished run" in defeat("report", tmp_path, code=2)
     assert str(tmp_path / "gone") in defeat("report", run, "--data", tmp_path / "gone", code=2)
