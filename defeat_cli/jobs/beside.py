@@ -27,11 +27,14 @@ TITLE = "plain student"
 class Beside:
     """A run that another process trains; without `worker` there is none."""
 
-    def __init__(self, run: RunFolder, worker: Worker | None, reporter: Reporter) -> None:
-        self.run, self.worker, self.reporter = run, worker, reporter
+    def __init__(self, run: RunFolder, worker: Worker | None, threads: int, reporter: Reporter) -> None:
+        self.run, self.worker, self.threads, self.reporter = run, worker, threads, reporter
 
     def results(self) -> dict[str, Any] | None:
-        """What the run has come to; None where it is not at its end. It is nobody's then, and can be gone on with."""
+        """What the run has come to; None where it is not at its end. It is nobody's then, and can be gone on with: with
+        its own share of the threads, which is the smaller one of an odd number."""
+        if self.threads:
+            torch.set_num_threads(self.threads)
         if self.worker is None:
             return None
         running = self.worker.process.poll() is None
@@ -88,14 +91,16 @@ def beside(
     before, worker = torch.get_num_threads(), None
     torch.set_num_threads(before - threads)
     try:
-        if threads and recipe is not None:
+        # A run that is prolonged is left to this process too: a worker does not know that to go on was asked for.
+        if threads and recipe is not None and not (run.exists and run.prolonged_by(recipe)):
             anew = overwrite and run.exists and not run.holds(recipe)
             run.open(recipe, resume=not anew, overwrite=anew)
-            environment = {"OMP_NUM_THREADS": str(threads)}
+            # Where both are set, torch heeds the latter.
+            environment = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
             worker = Worker(run.path, command(run.path, recipe.schedule.epochs), environment, lock)
             share = counted(threads, "CPU thread")
             reporter.note(f"{TITLE}: trained beside the {reporter.title}, with {share}; see {run / LOG}")
-        other = Beside(run, worker, reporter)
+        other = Beside(run, worker, threads, reporter)
         try:
             yield other
         finally:

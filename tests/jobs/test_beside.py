@@ -9,7 +9,10 @@ import pytest
 import torch
 from runs import metrics
 
+from defeat_cli.config import schema as recipes
+from defeat_cli.console import Reporter
 from defeat_cli.engine import loop
+from defeat_cli.engine.runs import RunFolder
 from defeat_cli.jobs import beside
 from defeat_cli.jobs.beside import Beside
 
@@ -44,10 +47,10 @@ def worker(monkeypatch):
     """Gives what makes a script the worker, and the processes that were started."""
     started = []
 
-    def patient(run, worker, reporter):
+    def patient(run, worker, threads, reporter):
         if worker is not None:
             started.append(worker.process)
-        return Patient(run, worker, reporter)
+        return Patient(run, worker, threads, reporter)
 
     monkeypatch.setattr(beside, "Beside", patient)
     return lambda script: monkeypatch.setattr(beside, "command", lambda *_: [sys.executable, "-c", script]), started
@@ -82,7 +85,7 @@ def test_a_student_trained_beside_is_the_one_trained_afterwards(
     assert "plain student: 1 epoch" not in output
     assert [process.returncode for process in started] == [0]
     assert_same(tmp_path / "run", afterwards)
-    assert two_threads == [1, 2]
+    assert two_threads == [1, 1, 2]
 
 
 @pytest.mark.parametrize(
@@ -119,6 +122,41 @@ def test_both_stop_together_and_are_resumed(defeat, arguments, afterwards, two_t
     monkeypatch.setattr(loop, "train_step", make_step)
     defeat(*arguments, *BESIDE, "-o", tmp_path / "run", "--resume")
     assert_same(tmp_path / "run", afterwards)
+
+
+def test_of_an_odd_number_of_threads_the_plain_student_has_the_smaller_share_wherever_it_is_trained(
+    two_threads, tmp_path
+):
+    two_threads.append(3)
+    with beside.beside(RunFolder(tmp_path), None, 1, Reporter("student"), overwrite=False, lock=None) as other:
+        assert two_threads == [3, 2]
+        assert other.results() is None
+        assert two_threads == [3, 2, 1]
+    assert two_threads == [3, 2, 1, 3]
+
+
+def test_the_worker_has_its_share_of_threads_whatever_the_user_set(two_threads, worker, tmp_path, monkeypatch):
+    monkeypatch.setenv("MKL_NUM_THREADS", "4")
+    become, started = worker
+    become("import torch; print('threads', torch.get_num_threads())")
+    recipe = recipes.validate({"run": {"device": "cpu"}}, "tiny")
+    with beside.beside(RunFolder(tmp_path), recipe, 1, Reporter("student"), overwrite=False, lock=None):
+        started[0].wait(120)
+    assert (tmp_path / "log.txt").read_text() == "threads 1\n"
+
+
+def test_a_run_that_is_prolonged_is_left_to_this_process(two_threads, worker, tmp_path):
+    """Which alone knows that its patience begins anew."""
+    become, started = worker
+    become("")
+    short, longer = (recipes.validate({"schedule": {"epochs": epochs, "milestones": [1]}}, "tiny") for epochs in (2, 3))
+    run = RunFolder(tmp_path)
+    run.open(short, resume=False, overwrite=False)
+    with beside.beside(run, longer, 1, Reporter("student"), overwrite=False, lock=None):
+        assert started == []
+    assert run.recipe.schedule.epochs == 2
+    with beside.beside(run, short, 1, Reporter("student"), overwrite=False, lock=None):
+        assert len(started) == 1
 
 
 def test_there_is_nothing_to_train_beside_without_a_comparison(defeat, tiny, teacher, tmp_path):
