@@ -18,7 +18,7 @@ def report(
     device: DeviceOption = None,
     quiet: QuietOption = False,
 ) -> None:
-    """Write report.html and model_card.md of a finished run again; --data and --teacher say where these are now."""
+    """Write report.html, detections.png and model_card.md of a run again; --data, --teacher: where these are now."""
     from defeat_cli.jobs import reporting
 
     changes = overrides(None, data__path=data, teacher__checkpoint=teacher, run__device=device)

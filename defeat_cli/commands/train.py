@@ -117,7 +117,7 @@ def train(
             world=world,
         )
         show(results_sheet(results))
-        files = "report.html, student.pth (for torchvision), best.pt, results.json and .md, model_card.md, curves.png"
+        files = "report.html, detections.png, student.pth (for torchvision), best.pt, results.md, model_card.md"
         console.print(f"written to {folder}/: {files}", soft_wrap=True, markup=False)
 
 

@@ -20,12 +20,12 @@ PREVIOUS = "previous.pt"
 """What last.pt was before it was saved anew, while the run is unfinished."""
 STUDENT, LOADER, RESULTS, CURVES = "student.pth", "load_student.py", "results.json", "curves.png"
 SUMMARY = "results.md"
-REPORT, CARD = "report.html", "model_card.md"
+REPORT, CARD, DETECTIONS = "report.html", "model_card.md", "detections.png"
 TRACKING = "tracking.json"
 """What the run's trackers have of it so far."""
 RUN_FILES = (
     *(RECIPE, METRICS, TRACKING, LAST, PREVIOUS, BEST, BAD_STEP),
-    *(STUDENT, LOADER, RESULTS, SUMMARY, CURVES, REPORT, CARD),
+    *(STUDENT, LOADER, RESULTS, SUMMARY, CURVES, REPORT, CARD, DETECTIONS),
 )
 EVENTS = "tensorboard"
 """Folder of TensorBoard's event files."""

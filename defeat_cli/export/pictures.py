@@ -76,5 +76,17 @@ def side_by_side(pictures: Sequence[Image.Image], titles: Sequence[str]) -> Imag
     return whole
 
 
+def one_below_the_other(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Pictures in a column, on white where one is narrower than another."""
+    gap = max(4, pictures[0].width // 100)
+    height = sum(picture.height + gap for picture in pictures) - gap
+    whole = Image.new("RGB", (max(picture.width for picture in pictures), height), "white")
+    top = 0
+    for picture in pictures:
+        whole.paste(picture, (0, top))
+        top += picture.height + gap
+    return whole
+
+
 def _font(picture: Image.Image) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(findfont("DejaVu Sans"), max(12, max(picture.size) // LETTERS))

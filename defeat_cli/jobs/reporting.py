@@ -1,4 +1,4 @@
-"""report.html and model_card.md of a run: at its end, and again by `defeat report`."""
+"""report.html, model_card.md and detections.png of a run: at its end, and again by `defeat report`."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from defeat_cli.config.schema import Recipe
 from defeat_cli.console import Reporter
 from defeat_cli.detectors.contract import Detector
 from defeat_cli.detectors.loading import load_detector
-from defeat_cli.engine.runs import BEST, CARD, RECIPE, REPORT, RunFolder
+from defeat_cli.engine.runs import BEST, CARD, DETECTIONS, RECIPE, REPORT, RunFolder
 from defeat_cli.errors import RunError
-from defeat_cli.jobs.examples import find
+from defeat_cli.jobs.examples import find, write_detections
 from defeat_cli.pages.card import write_card
 from defeat_cli.pages.examples import choose_examples
 from defeat_cli.pages.report import write_report
@@ -33,7 +33,7 @@ EXAMPLES = 6
 
 
 def write_pages(session: Session, run: RunFolder, results: Mapping[str, Any]) -> None:
-    """Write both pages to the folder of a run whose checkpoints are there.
+    """Write the pages and their picture to the folder of a run whose checkpoints are there.
 
     Args:
         results: as results.json holds them.
@@ -48,6 +48,7 @@ def write_pages(session: Session, run: RunFolder, results: Mapping[str, Any]) ->
         detector = _detector(session, run, who)
         if detector is not None:
             found[called] = find(session, detector, examples)
+    write_detections(run / DETECTIONS, examples, found)
     write_report(
         run / REPORT,
         name,
@@ -92,7 +93,7 @@ def report(folder: Path, changes: Mapping[str, Any], quiet: bool = False) -> lis
     session = sessions.assemble(recipe, teacher=_trained_teacher(recipe, trained), doing=reporter.doing)
     session.distiller.to(session.device)
     write_pages(session, run, run.results())
-    return [run / REPORT, run / CARD]
+    return [run / REPORT, run / CARD, run / DETECTIONS]
 
 
 def _trained_teacher(recipe: Recipe, file: Path) -> str | None:

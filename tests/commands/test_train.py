@@ -29,7 +29,7 @@ def test_a_run_leaves_the_files_of_the_design(distilled):
     folder, output = distilled
     assert {path.name for path in folder.iterdir()} == {
         "recipe.yaml", "metrics.jsonl", "last.pt", "best.pt", "student.pth", "load_student.py", "results.json",
-        "results.md", "report.html", "model_card.md", "curves.png", "plain"
+        "results.md", "report.html", "detections.png", "model_card.md", "curves.png", "plain"
     }  # fmt: skip
     results = json.loads((folder / "results.json").read_text())
     for who in ("student", "teacher", "plain"):

@@ -8,12 +8,15 @@ import re
 import shutil
 import subprocess
 
+import numpy as np
 import pytest
 import torch
 from html_pages import Page
 from PIL import Image
 from runs import setting
 
+from defeat_cli.jobs.examples import write_detections
+from defeat_cli.pages.examples import Boxes, Example
 from defeat_cli.pages.report import write_report
 
 
@@ -69,12 +72,31 @@ def test_a_run_without_a_teacher_has_its_page_too(teacher):
 
 
 def test_report_writes_the_same_pages_again(run, defeat):
-    before = {name: (run / name).read_text() for name in ("report.html", "model_card.md")}
+    before = {name: (run / name).read_bytes() for name in ("report.html", "model_card.md", "detections.png")}
     for name in before:
         (run / name).unlink()
     output = defeat("report", run)
     assert str(run / "report.html") in output
-    assert {name: (run / name).read_text() for name in before} == before
+    assert {name: (run / name).read_bytes() for name in before} == before
+
+
+def test_the_picture_has_a_row_for_each_image_and_a_column_for_each_detector(tmp_path):
+    """Wide images are shown smaller, small ones larger; a box is where it belongs in either."""
+    box = torch.tensor([[100.0, 60, 900, 260]])
+    wide = Example("wide", torch.zeros(3, 300, 960, dtype=torch.uint8), Boxes(box, ["a"]))
+    small = Example("small", torch.zeros(3, 120, 160, dtype=torch.uint8), Boxes(torch.empty(0, 4), []))
+    seen = [Boxes(box, ["b"], torch.tensor([0.5])), Boxes(torch.empty(0, 4), [])]
+    write_detections(tmp_path / "d.png", [wide, small], {"teacher": seen, "student": seen})
+    with Image.open(tmp_path / "d.png") as picture:
+        pixels = np.asarray(picture.convert("RGB"))
+    lit = (pixels.max(2) > 0) & (pixels.min(2) < 250)
+    assert pixels.shape[1] == 3 * 480 + 2 * 4
+    head = int(12 * 1.8)
+    for column in range(3):  # the box's lower edge, at half its size: 260 / 2 below the title
+        left = column * 484
+        assert lit[head + 130, left + 50 : left + 450].all()
+        assert not lit[head + 135, left + 50 : left + 450].any()
+    assert pixels.shape[0] == 2 * head + 150 + 14 + 360  # a hundredth of the width between rows
 
 
 def test_report_says_what_is_missing(run, defeat, tmp_path):
