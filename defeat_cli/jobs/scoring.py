@@ -1,4 +1,4 @@
-"""One `defeat eval`: a checkpoint of any format, scored on COCO-format data."""
+"""One `defeat eval`: a checkpoint of any format, scored on a data set."""
 
 from __future__ import annotations
 
