@@ -35,6 +35,7 @@ class Reporter:
         self.quiet = quiet
         self.live = console.is_terminal and not quiet
         self.epochs = self.steps = 0
+        self.estimated = False
         self.status = ""
         self.progress: Progress | None = None
 
@@ -72,11 +73,12 @@ class Reporter:
             self.display.start()
 
     def paced(self, seconds: float, steps: int) -> None:
-        """A step takes so many seconds, and so many steps are to come."""
+        """A step takes so many seconds, by what was measured last, and so many steps are to come."""
         each = f"{seconds:.2f} s" if seconds >= 0.1 else f"{1000 * seconds:.0f} ms"
-        self.note(
-            f"{self.title}: about {spoken_duration(seconds * steps)} to go, at {each} a step; evaluations add to it"
-        )
+        estimate = "estimated anew" if self.estimated else "an estimate"
+        self.estimated = True
+        left = spoken_duration(seconds * steps)
+        self.note(f"{self.title}: about {left} to go, {estimate} at {each} a step; evaluations add to it")
 
     def stepped(self, step: int) -> None:
         """A step is done."""
@@ -235,7 +237,7 @@ def errors_table(report: dict[str, Any]) -> Table:
     """Error types with their counts and the AP50 that each costs."""
     found = report["background_false_positives"]
     return new_table(
-        f"Errors by TIDE's types; {found['count']} background false positives at score {found['score']}",
+        f"Errors by TIDE's types; {counted(found['count'], 'background false positive')} at score {found['score']}",
         ["error", "count", "AP50 it costs"],
         [[name, str(entry["count"]), percent(max(0.0, entry["dap"]))] for name, entry in report["types"].items()],
     )

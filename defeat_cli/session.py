@@ -25,6 +25,7 @@ from defeat_cli.distillation.distiller import Distiller
 from defeat_cli.errors import DataError, RecipeError, RunError
 from defeat_cli.precision import choose_precision
 from defeat_cli.starting import start_from
+from defeat_cli.text import counted
 from defeat_cli.tracking import require_trackers
 from defeat_cli.verifying import Watch, faults_of, notes_on, notes_on_unlabelled, unwatched, verify, verify_unlabelled
 
@@ -199,7 +200,8 @@ def choose_device(name: str, precision: str = "fp32") -> torch.device:
         raise RunError(f"run.device: {name} is not supported; use auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        raise RunError(f"run.device: {name} was asked for, but this machine has {found} CUDA devices; use auto or cpu")
+        devices = counted(found, "CUDA device")
+        raise RunError(f"run.device: {name} was asked for, but this machine has {devices}; use auto or cpu")
     choose_precision(precision, device)
     return device
 

@@ -13,7 +13,7 @@ from defeat_cli.detectors import faster_rcnn, retinanet
 from defeat_cli.detectors.contract import Detector
 from defeat_cli.distillation.pairing import match_classes
 from defeat_cli.errors import CheckpointError
-from defeat_cli.text import listed
+from defeat_cli.text import counted, listed
 
 ANCHOR_SIZES = {"faster_rcnn": faster_rcnn.ANCHOR_SIZES, "retinanet": retinanet.ANCHOR_SIZES}
 
@@ -54,8 +54,8 @@ def start_from(student: Detector, source: str, architecture: Architecture) -> li
     load_strict(student.model, weights.state_dict, source)
     if weights.classes is None:
         lines.append(
-            f"{source} does not name its {weights.num_classes} classes: taken to be the data's, in the data's order "
-            f"({listed(student.classes)})"
+            f"{source} does not name its {counted(weights.num_classes, 'class')}: taken to be the data's, in the "
+            f"data's order ({listed(student.classes)})"
         )
     elif weights.classes != student.classes:
         order, strangers = _order(student.classes, weights.classes)

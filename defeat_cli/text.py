@@ -18,6 +18,11 @@ def counted(number: int, one: str, many: str | None = None) -> str:
     return f"{number:,} {one if number == 1 else plural}"
 
 
+def out_of(part: int, whole: int, noun: str, one: str, many: str) -> str:
+    """`1 of 3 images is`, `2 of 3 images are`: noun `image`, one `is`, many `are`."""
+    return f"{part:,} of {counted(whole, noun)} {one if part == 1 else many}"
+
+
 def spoken_duration(seconds: float) -> str:
     """`40 s`, `12 min`, `3 h 10 min`."""
     if seconds < 90:

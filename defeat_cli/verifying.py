@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 from defeat_cli.audit.anchors import Fit, Level, fit, input_boxes
 from defeat_cli.audit.rules import class_faults
 from defeat_cli.audit.summary import facts, in_words
-from defeat_cli.config.schema import Data
+from defeat_cli.config.architecture import DETECTOR_FAMILIES
+from defeat_cli.config.schema import Data, Recipe
 from defeat_cli.data.dataset import DetectionDataset, overlap
 from defeat_cli.data.faults import IMAGE_RULES, Fault, Faults
 from defeat_cli.data.known import cache_folder
 from defeat_cli.data.unlabelled import ImageFolder
 from defeat_cli.data.verification import Verifier, verified, verified_folder
 from defeat_cli.detectors.contract import Detector, TorchvisionAnchors
-from defeat_cli.text import listed
+from defeat_cli.detectors.zoo import build_detector
+from defeat_cli.text import counted, listed, out_of
 
 Watch = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 """Shows how far something is: given a title and a total, a context that gives what to call with the number done."""
+SMALL = {"backbone": "regnet", "widths": [8, 8, 16, 16], "norm": "batch", "fpn_channels": 64, "head_channels": 16}
 HINT = ". Mend or replace what is wrong, or leave such images out by --set data.on_bad_image=skip"
 
 
@@ -72,7 +76,7 @@ def notes_on(train: DetectionDataset, val: DetectionDataset, data: Data, student
         notes.append((listed(apart, 4), True))
     fitting = anchor_fit(student, train, data)
     if fitting is not None and fitting.bad:
-        notes.append((fitting.in_words(), True))
+        notes.append((fitting.in_words(), fitting.sizes is not None))
     return notes
 
 
@@ -82,13 +86,16 @@ def notes_on_unlabelled(
     """What a user should know of the images without annotations, as `notes_on` gives it."""
     beside = min(data.unlabelled_a_batch, len(folder))
     others = f" (other files there: {folder.others})" if folder.others else ""
-    said = f"unlabelled: {len(folder)} images{others}, {beside} beside each batch of {data.batch_size} labelled"
+    said = (
+        f"unlabelled: {counted(len(folder), 'image')}{others}, {beside} beside each batch of {data.batch_size} labelled"
+    )
     notes = [(said, False)]
     if left_out := note_on_left_out(folder.left_out, len(folder), "unlabelled"):
         notes.append((left_out, True))
     for split, annotated in (("training", train), ("validation", val)):
         if shared := folder.shared_with(annotated):
-            notes.append((f"data.unlabelled: {shared} of its {len(folder)} images are {split} images too", True))
+            are = out_of(shared, len(folder), "image", f"is a {split} image", f"are {split} images")
+            notes.append((f"data.unlabelled: {are} too", True))
     return notes
 
 
@@ -96,8 +103,8 @@ def note_on_left_out(left_out: Sequence[Fault], kept: int, split: str) -> str | 
     """How many images were left out of how many, and why; None where none was."""
     if not left_out:
         return None
-    share = f"{len(left_out)} of {len(left_out) + kept} {split} images are left out"
-    return f"{share} (data.on_bad_image: skip): {listed([fault.text for fault in left_out], 3)}"
+    are = out_of(len(left_out), len(left_out) + kept, f"{split} image", "is", "are")
+    return f"{are} left out (data.on_bad_image: skip): {listed([fault.text for fault in left_out], 3)}"
 
 
 def anchor_fit(student: Detector, train: DetectionDataset, data: Data) -> Fit | None:
@@ -109,3 +116,12 @@ def anchor_fit(student: Detector, train: DetectionDataset, data: Data) -> Fit | 
     levels = [Level(stride, shape) for stride, shape in zip(student.strides, shapes, strict=True)]
     boxes = input_boxes(train, data.short_side[-1], data.long_side)
     return fit(boxes, levels, generator.aspect_ratios[0])
+
+
+def recipe_anchor_fit(recipe: Recipe, data: DetectionDataset) -> Fit | None:
+    """As `anchor_fit`, of the detector that a recipe's student would be."""
+    architecture = recipe.student
+    if architecture.detector in DETECTOR_FAMILIES:  # anchors are the same on any backbone, and this one costs nothing
+        architecture = replace(architecture, **SMALL)
+    sides = {"short_side": recipe.data.short_side, "long_side": recipe.data.long_side}
+    return anchor_fit(build_detector(architecture, data.classes, **sides), data, recipe.data)

@@ -17,7 +17,7 @@ ALLOWED = {
     "tables": set(),
     "console": {"tables", "text"},
     "precision": {"errors"},
-    "config": {"config", "errors", "files"},
+    "config": {"config", "errors", "files", "text"},
     "checkpoints": {"checkpoints", "config", "errors", "files", "text"},
     "detectors": {"detectors", "checkpoints", "config", "errors", "text"},
     "data": {"data", "errors", "files", "text"},
@@ -35,7 +35,7 @@ ALLOWED = {
     "building": {"distillation", "detectors", "config", "errors"},
     "session": {
         *("building", "tracking", "precision", "starting", "verifying", "audit"),
-        *("distillation", "detectors", "data", "config", "errors"),
+        *("distillation", "detectors", "data", "config", "errors", "text"),
     },
 }
 """What each part may import of ours. Parts not named here stand on top and may import anything."""

@@ -79,6 +79,6 @@ def test_the_pace_is_told_in_words(narrow):
     reporter.paced(1.55, 7392)  # 11457.6 s are 190.96 minutes
     reporter.paced(0.0123, 500)
     assert narrow.getvalue().splitlines() == [
-        "student: about 3 h 11 min to go, at 1.55 s a step; evaluations add to it",
-        "student: about 6 s to go, at 12 ms a step; evaluations add to it",
+        "student: about 3 h 11 min to go, an estimate at 1.55 s a step; evaluations add to it",
+        "student: about 6 s to go, estimated anew at 12 ms a step; evaluations add to it",
     ]

@@ -1,4 +1,4 @@
-from defeat_cli.text import counted, listed
+from defeat_cli.text import counted, listed, out_of
 
 
 def test_the_first_names_are_listed_and_the_others_counted():
@@ -13,3 +13,8 @@ def test_one_thing_is_not_many():
     assert [counted(1, "step"), counted(1200, "step"), counted(0, "image")] == ["1 step", "1,200 steps", "0 images"]
     assert [counted(1, "class"), counted(3, "class")] == ["1 class", "3 classes"]
     assert [counted(n, "image has", "images have") for n in (1, 118000)] == ["1 image has", "118,000 images have"]
+
+
+def test_a_part_of_many_has_its_own_verb():
+    shares = [out_of(part, whole, "image", "is", "are") for part, whole in ((1, 1), (1, 3), (2, 3), (1200, 5000))]
+    assert shares == ["1 of 1 image is", "1 of 3 images is", "2 of 3 images are", "1,200 of 5,000 images are"]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from defeat_cli.errors import RunError
+from defeat_cli.text import counted
 
 
 def stops(values: int, epochs: int, budget: float, every: int = 1) -> list[int]:
@@ -37,8 +38,9 @@ def stops(values: int, epochs: int, budget: float, every: int = 1) -> list[int]:
         if costs[-1] <= budget:
             return plan
     raise RunError(
-        f"--budget {budget:g}: a sweep of {values} values costs at least {math.ceil(10 * min(costs)) / 10:g} whole "
-        f"trainings of {epochs} epochs with each seed; give that, or fewer values"
+        f"--budget {budget:g}: a sweep of {counted(values, 'value')} costs at least "
+        f"{math.ceil(10 * min(costs)) / 10:g} whole trainings of {counted(epochs, 'epoch')} with each seed; give "
+        "that, or fewer values"
     )
 
 

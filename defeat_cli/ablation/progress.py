@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from defeat_cli.console import console
+from defeat_cli.text import counted
 
 
 class StudyProgress:
@@ -42,7 +43,7 @@ class StudyProgress:
         self.bars.start()
         taken = sum(self.taken.values())
         self.whole = self.bars.add_task("[bold]study", total=sum(self.steps.values()), completed=taken, status="")
-        self._say(f"study: {len(self.steps)} of {self.runs} runs to train")
+        self._say(f"study: {len(self.steps)} of {counted(self.runs, 'run')} to train")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -66,7 +67,7 @@ class StudyProgress:
             self.taken[name] = self.step(name)
             self.bars.update(task, completed=self.taken[name])
         self.bars.update(self.whole, completed=sum(self.taken.values()))
-        self.bars.update(self.whole, status=f", {self.ended}/{self.runs} runs{self._rest()}")
+        self.bars.update(self.whole, status=f", {self.ended}/{counted(self.runs, 'run')}{self._rest()}")
 
     def warn(self, text: str) -> None:
         """One line that deserves attention."""

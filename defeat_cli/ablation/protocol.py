@@ -31,6 +31,7 @@ from defeat_cli.config.variants import Variant
 from defeat_cli.engine.runs import RunFolder
 from defeat_cli.errors import RecipeError, RunError
 from defeat_cli.files import replacing
+from defeat_cli.text import counted
 
 PROTOCOL, TUNING, FINAL = "protocol.yaml", "tuning", "final"
 LONGER = f"{BASELINE}-longer"
@@ -219,7 +220,7 @@ def as_long_as(variant: str, outcomes: Sequence[Outcome], plain: Variant, schedu
     epochs = overrides.get("schedule.epochs")
     if epochs in (None, plain.overrides.get("schedule.epochs", schedule.epochs)):
         return None
-    return Variant(f"the student alone, for {epochs} epochs: as long as {variant} takes", overrides)
+    return Variant(f"the student alone, for {counted(epochs, 'epoch')}: as long as {variant} takes", overrides)
 
 
 def stretched(schedule: Schedule, overrides: Mapping[str, Any], ratio: float) -> dict[str, Any]:

@@ -113,7 +113,8 @@ def equal_time_sheet(study: Study, rows: Sequence[Row]) -> Sheet | None:
 def _choice(study: Study, report: Report) -> Iterator[Block]:
     """How the tuning study chose."""
     yield Heading("How settings were chosen")
-    cut = "" if study.budget is None else f", worse values stopping early ({study.budget:g} trainings a sweep and seed)"
+    cost = f"{study.budget:g} times a training, for a sweep and seed" if study.budget is not None else ""
+    cut = f", worse values stopping early (budget: {cost})" if cost else ""
     seeds = listed(study.seeds, 20)
     yield f"Each sweep's best is the value with the highest mean AP at the last epoch on seeds {seeds}{cut}."
     cells = [[sweep.base, *_chosen_cells(sweep)] for sweep in report.sweeps]

@@ -15,6 +15,8 @@ WORTH_SAYING = 0.03
 MOST_BOXES = 20_000
 """So many boxes, spread evenly over all, decide; more change the figures in the third place."""
 ROUNDS = 100
+STEPS = range(-2, 9)
+"""Pyramids that are tried: the finest level's anchors have 2^(step / 2) times its stride."""
 PADDING = 32
 """Batches are padded to multiples of this, and the grid of anchors covers the padding."""
 
@@ -59,11 +61,13 @@ class Fit:
         iou = f"the best anchor of a box has an IoU of {self.mean:.2f} with it on average"
         if not self.bad:
             return iou
-        said = f"the student's anchors fit the boxes badly: {iou}"
         if self.sizes is None:
-            return f"{said}. No other sizes do much better; a larger data.short_side or student.anchor_ratios may"
+            return f"{iou}. No other sizes do much better; a larger data.short_side or student.anchor_ratios may"
         sizes = ",".join("[" + ",".join(f"{side:g}" for side in level) + "]" for level in self.sizes)
-        return f"{said}. --set student.anchor_sizes=[{sizes}] has {self.better:.2f}"
+        return (
+            f"the student's anchors fit the boxes badly: {iou}. --set student.anchor_sizes=[{sizes}] has "
+            f"{self.better:.2f}"
+        )
 
 
 def input_boxes(data: DetectionDataset, short_side: int, long_side: int) -> Boxes:
@@ -129,12 +133,28 @@ def better_sizes(boxes: Boxes, levels: int, a_level: int, ratios: Sequence[float
 
 
 def fit(boxes: Boxes, levels: Sequence[Level], ratios: Sequence[float]) -> Fit:
-    """How well the anchors of some levels fit, and sizes that fit better where they fit badly."""
+    """How well the anchors of some levels fit, and sizes that fit better where they fit badly.
+
+    Offered are the best of those that k-means finds, which knows no strides, and of pyramids, whose sizes grow as the
+    strides do.
+    """
     overlaps = best_overlaps(boxes, levels)
     mean = float(overlaps.mean()) if len(overlaps) else 1.0
     if mean >= GOOD_FIT:
         return Fit(mean)
-    sizes = better_sizes(boxes, len(levels), max(1, len(levels[0].shapes) // len(ratios)), ratios)
-    offered = [Level(level.stride, anchor_shapes(own, ratios)) for level, own in zip(levels, sizes, strict=True)]
-    better = float(best_overlaps(boxes, offered).mean())
+    strides, a_level = [level.stride for level in levels], max(1, len(levels[0].shapes) // len(ratios))
+    offers = [better_sizes(boxes, len(levels), a_level, ratios)]
+    offers += [pyramid(strides[0] * 2 ** (step / 2), strides, a_level) for step in STEPS]
+
+    def overlap(sizes: list[list[float]]) -> float:
+        offered = [Level(stride, anchor_shapes(own, ratios)) for stride, own in zip(strides, sizes, strict=True)]
+        return float(best_overlaps(boxes, offered).mean())
+
+    better, sizes = max(((overlap(sizes), sizes) for sizes in offers), key=lambda offer: offer[0])
     return Fit(mean, sizes, better) if better > mean + WORTH_SAYING else Fit(mean)
+
+
+def pyramid(finest: float, strides: Sequence[int], a_level: int) -> list[list[float]]:
+    """Anchor sizes that grow as the strides do, in whole pixels; those of a level share out an octave."""
+    octaves = [2 ** (i / a_level) for i in range(a_level)]
+    return [[max(1.0, float(round(finest * s / strides[0] * octave))) for octave in octaves] for s in strides]

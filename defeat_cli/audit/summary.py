@@ -39,17 +39,18 @@ def facts(data: DetectionDataset, short_side: int, long_side: int) -> dict[str, 
 
 
 def in_words(figures: dict[str, Any]) -> str:
-    """`292 images of 640x480; 3941 boxes, 12 to 310 pixels after resizing (median 97); 3 classes: RBC 3371, …`."""
+    """`292 images of 640x480; 3,941 boxes, 12 to 310 pixels after resizing (median 97); 3 classes: RBC 3,371, …`."""
     sizes = list(figures["image_sizes"])
     sides = np.array([[int(side) for side in size.split("x")] for size in sizes])
     (narrow, low), (wide, high) = sides.min(axis=0), sides.max(axis=0)
     shown = f"of {sizes[0]}" if len(sizes) == 1 else f"of {narrow}x{low} to {wide}x{high}"
     counts = sorted(figures["classes"].items(), key=lambda item: -item[1])
-    classes = listed([f"{name} {count}" for name, count in counts], MOST_CLASSES)
+    classes = listed([f"{name} {count:,}" for name, count in counts], MOST_CLASSES)
     size = figures["box_size"]
     pixels = f", {size['smallest']:.0f} to {size['largest']:.0f} pixels after resizing (median {size['median']:.0f})"
     empty = f" ({figures['without_boxes']} without a box)" if figures["without_boxes"] else ""
     return (
-        f"{figures['images']} images {shown}{empty}; {figures['boxes']} boxes{pixels if size else ''}; "
+        f"{counted(figures['images'], 'image')} {shown}{empty}; {counted(figures['boxes'], 'box')}"
+        f"{pixels if size else ''}; "
         f"{counted(len(counts), 'class')}: {classes}"
     )

@@ -218,7 +218,9 @@ def _class_names(meta: Mapping[str, Any], classes: int) -> tuple[list[str] | Non
     if isinstance(names, list | tuple) and all(isinstance(name, str) for name in names):
         if len(names) == classes:
             return list(names), []
-        notes = [f"the file names {len(names)} classes where the head has {classes}: these names are left out"]
+        notes = [
+            f"the file names {counted(len(names), 'class')} where the head has {classes}: these names are left out"
+        ]
     guess, guessing = guessed_classes(classes)
     return guess, notes + guessing
 

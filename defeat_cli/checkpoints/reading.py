@@ -21,6 +21,7 @@ from torch import Tensor
 
 from defeat_cli.checkpoints.unpickling import Placeholder, Unpickler, resolved
 from defeat_cli.errors import CheckpointError
+from defeat_cli.text import counted
 
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 """How `torch.save` began its files before 1.6: a pickled magic number."""
@@ -196,7 +197,7 @@ def described(content: Any) -> str:
         if not content:
             return "an empty dict"
         if all(isinstance(value, Tensor) for value in content.values()):
-            return f"{len(content)} tensors ({_listing([str(key) for key in content])})"
+            return f"{counted(len(content), 'tensor')} ({_listing([str(key) for key in content])})"
         return f"a dict with {_listing([f'{key}: {_kind(value)}' for key, value in content.items()], 12)}"
     return _kind(content)
 
@@ -206,7 +207,7 @@ def _kind(value: Any) -> str:
         return f"an object of class {value.origin}"
     if isinstance(value, Mapping):
         tensors = [str(key) for key, inner in value.items() if isinstance(inner, Tensor)]
-        return f"{len(tensors)} tensors ({_listing(tensors)})" if tensors else f"a dict of {len(value)}"
+        return f"{counted(len(tensors), 'tensor')} ({_listing(tensors)})" if tensors else f"a dict of {len(value)}"
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
     if isinstance(value, list | tuple):

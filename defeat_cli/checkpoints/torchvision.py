@@ -26,6 +26,7 @@ from defeat_cli.config.architecture import (
 )
 from defeat_cli.config.schema import nearest
 from defeat_cli.errors import CheckpointError
+from defeat_cli.text import counted
 
 WRAPPERS = ("model_ema", "state_dict_ema", "model", "state_dict", "model_state_dict")
 """Keys under which training scripts keep the state dict, a moving average's first: that is what they evaluate."""
@@ -120,7 +121,7 @@ def to_weights(content: Any, origin: str, architecture: Architecture | None = No
         notes,
         []
         if classes or not coco_classes(num_classes)
-        else [f"{num_classes} classes without names: taken to be COCO's"],
+        else [f"{counted(num_classes, 'class')} without names: taken to be COCO's"],
         stated=stated is not None,
         recipe=recipe,
     )

@@ -23,6 +23,7 @@ from defeat_cli.commands.options import (
 from defeat_cli.console import console, show
 from defeat_cli.errors import DefeatError
 from defeat_cli.files import require_place_for_file, write_json
+from defeat_cli.text import counted
 
 
 def check(
@@ -77,7 +78,9 @@ def _audit(said: dict[str, Any], json_file: Path | None, sheet: Path | None) -> 
         console.print(Padding(Text("\n".join(places)), (0, 0, 0, 4), expand=False))
     console.print("no problems found" if found.values["clean"] else f"problems found: {found.total}")
     if sheet is not None:
-        console.print(f"{sheet}: {tiles} images" if tiles else f"{sheet}: not written, there is nothing to draw")
+        console.print(
+            f"{sheet}: {counted(tiles, 'image')}" if tiles else f"{sheet}: not written, there is nothing to draw"
+        )
     if not found.values["clean"]:
         raise typer.Exit(1)
 

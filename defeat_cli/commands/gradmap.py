@@ -34,7 +34,9 @@ def visualize_gradients(
     split: Annotated[str, typer.Option(help="train, val or test, of the data folder.")] = "val",
     limit: Annotated[int | None, typer.Option(min=1, help="Most images that are looked at.")] = None,
     loss: Annotated[str, typer.Option(help="total, rpn, classification, regression or distillation.")] = "total",
-    distillation: Annotated[bool, typer.Option("--distillation", help="The neck term's variants too.")] = False,
+    distillation: Annotated[
+        bool, typer.Option("--distillation", help="The neck term's variants, and all that it compares.")
+    ] = False,
     samples: Annotated[int, typer.Option(min=1, help="Draws of the samplers that are averaged.")] = 8,
     reduce: Annotated[str, typer.Option(help="Over channels: l2 or mean-abs.")] = "l2",
     own_level: Annotated[bool, typer.Option("--own-level", help="Boxes count on their own level only.")] = False,

@@ -10,11 +10,12 @@ from rich.markup import escape
 
 from defeat_cli.commands.options import DataOption, DeviceOption, QuietOption, RecipeOption, SetOption, overrides
 from defeat_cli.console import console, errors, show
+from defeat_cli.text import counted
 
 
 def predict(
     checkpoint: Annotated[str, typer.Argument(help="Any that `eval` takes, or an .onnx file of `defeat export`.")],
-    images: Annotated[list[str], typer.Argument(help="Image files, folders (video frames, too) or globs.")],
+    images: Annotated[list[str], typer.Argument(help="Image files, folders (video frames, by number) or globs.")],
     threshold: Annotated[float, typer.Option(min=0, max=1, help="Lowest score that is taken.")] = 0.5,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write to.")] = Path("runs/predict"),
     save_coco: Annotated[bool, typer.Option("--save-coco", help="Write predictions.json.")] = False,
@@ -50,5 +51,5 @@ def predict(
         errors.print(f"[bold red]skipped:[/] {escape(reason)}", soft_wrap=True)
     if predictions.skipped:
         total = len(predictions.skipped) + len(predictions.images)
-        errors.print(f"{len(predictions.skipped)} of {total} images could not be read", soft_wrap=True)
+        errors.print(f"{len(predictions.skipped)} of {counted(total, 'image')} could not be read", soft_wrap=True)
         raise typer.Exit(2)

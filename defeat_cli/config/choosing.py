@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 from defeat_cli.config.architecture import DETECTOR_FAMILIES, Architecture, backbone_name, family
 from defeat_cli.config.given import given_settings
 from defeat_cli.config.schema import ONLY, Recipe, merged, validate
+from defeat_cli.text import counted
 
 SMALLER = {
     **dict.fromkeys(("resnext101_64x4d", "resnext101_32x8d", "resnext101_32x4d", "resnet152", "resnet101"), "resnet50"),
@@ -47,6 +48,14 @@ LEAST_STEPS_FOR_THE_HEAD = 10_000
 """Below this many steps the head term has not paid beside the neck's (recipes/RESULTS.md)."""
 
 
+class AnchorFit(Protocol):
+    """How well anchors fit the boxes, as `audit.anchors.Fit` tells it."""
+
+    mean: float
+    bad: bool
+    sizes: list[list[float]] | None
+
+
 @dataclass(frozen=True)
 class Facts:
     """What there is.
@@ -56,6 +65,7 @@ class Facts:
     small_box, usual_box: sqrt(width * height) of the boxes at the 10th and 50th percentile, in the images' own pixels.
     teacher: what it is made of; None where there is none. teacher_side: short side that it was trained with.
     pretrained: whether torchvision's ImageNet weights of a backbone are here, or can be downloaded.
+    anchor_fit: how well a recipe's anchors fit the boxes; None where it has none, or nobody knows.
     """
 
     device: str
@@ -68,13 +78,14 @@ class Facts:
     teacher: Architecture | None = None
     teacher_side: int | None = None
     pretrained: Callable[[str], bool] = lambda backbone: False
+    anchor_fit: Callable[[Recipe], AnchorFit | None] = lambda recipe: None
 
     def __str__(self) -> str:
         height, width = self.size
         supervised = f", teacher {family(self.teacher)} on {backbone_name(self.teacher)}" if self.teacher else ""
         return (
-            f"{'a GPU' if self.device == 'cuda' else 'a CPU'}, {self.images:,} training images of {width} x {height} "
-            f"pixels, half of the boxes up to {self.usual_box:.0f} pixels{supervised}"
+            f"{'a GPU' if self.device == 'cuda' else 'a CPU'}, {counted(self.images, 'training image')} of "
+            f"{width} x {height} pixels, half of the boxes up to {self.usual_box:.0f} pixels{supervised}"
         )
 
 
@@ -257,17 +268,34 @@ def _images(choice: Choice, facts: Facts) -> None:
 
 
 def _anchors(choice: Choice, facts: Facts) -> None:
-    """Anchors scaled down where boxes are small after resizing: the middle level's is to be the median box's."""
+    """Anchors scaled down where boxes are small after resizing: the middle level's is to be the median box's.
+
+    Where the boxes fit such anchors badly, the nearest that they fit; where there are none, the best that are known.
+    """
     recipe = choice.recipe()
-    if recipe.student.detector not in OCTAVES:
+    if recipe.student.detector not in OCTAVES or choice.is_said("student.anchor_sizes"):
         return
     usual = facts.usual_box * recipe.data.short_side[-1] / min(facts.size)
-    base = min(FINEST_ANCHORS, key=lambda size: abs(math.log(4 * size / usual)))
-    if base == FINEST_ANCHORS[-1]:
-        return  # the family's own
-    octaves = [2 ** (i / OCTAVES[recipe.student.detector]) for i in range(OCTAVES[recipe.student.detector])]
-    sizes = [[round(base * 2**level * octave) for octave in octaves] for level in range(5)]
-    choice.take({"student.anchor_sizes": sizes}, f"half of the boxes have up to {usual:.0f} pixels after resizing")
+    count = OCTAVES[recipe.student.detector]
+    pyramids = [
+        [[round(base * 2 ** (level + i / count)) for i in range(count)] for level in range(5)]
+        if base != FINEST_ANCHORS[-1]
+        else None  # the family's own
+        for base in sorted(FINEST_ANCHORS, key=lambda size: abs(math.log(4 * size / usual)))
+    ]
+
+    def fit(sizes: list[list[float]] | None) -> AnchorFit | None:
+        return facts.anchor_fit(recipe.model_copy(update={"student": replace(recipe.student, anchor_sizes=sizes)}))
+
+    why = f"half of the boxes have up to {usual:.0f} pixels after resizing"
+    for sizes in pyramids:
+        found = fit(sizes)
+        if found is None or not found.bad:
+            break
+    else:
+        sizes, why = fit(pyramids[0]).sizes or pyramids[0], f"{why}, and none fits them well; these do best"
+    if sizes is not None:
+        choice.take({"student.anchor_sizes": sizes}, why)
 
 
 def _schedule(choice: Choice, facts: Facts) -> None:
@@ -296,7 +324,7 @@ def _schedule(choice: Choice, facts: Facts) -> None:
     choice.take({"optimizer.clip_norm": 10.0}, "keeps first steps of new heads small", minor=True)
     choice.take({"schedule.decay": "cosine"}, "has no milestones to be placed", minor=True)
     warmup = min(500, max(steps // 20, min(LEAST_WARMUP, steps // 4)))
-    choice.take({"schedule.warmup_steps": warmup}, f"of {steps:,} steps; keeps new heads from going astray", minor=True)
+    choice.take({"schedule.warmup_steps": warmup}, f"of {counted(steps, 'step')}; keeps new heads steady", minor=True)
     choice.take({"run.evaluate_every": max(1, epochs // 6)}, "about six evaluations", minor=True)
     choice.take({"run.log_every": max(1, min(50, steps // 100))}, "about a hundred lines", minor=True)
 
@@ -304,7 +332,8 @@ def _schedule(choice: Choice, facts: Facts) -> None:
 def _terms(choice: Choice, facts: Facts) -> None:
     recipe, steps = choice.recipe(), choice.steps(facts.images)
     if steps < LEAST_STEPS_FOR_THE_HEAD and ONLY not in choice.said:
-        why = f"the neck alone; beside it the head has not paid in short trainings, and this one has {steps:,} steps"
+        length = counted(steps, "step")
+        why = f"the neck alone; beside it the head has not paid in short trainings, and this one has {length}"
         choice.take({"distillation.head": None}, why)
     if recipe.distillation.neck is not None and recipe.student.anchor_sizes:
         scale = 1.75 * recipe.student.anchor_sizes[0][0]  # 56 for the usual 32

@@ -44,7 +44,7 @@ def other_units(annotations: Annotations) -> list[Fault]:
     far = boxes[:, :2] + boxes[:, 2:]
     if far.max() <= 1 and (boxes[:, 2:] > 0).all(axis=1).any() and limits.min() > 2:
         text = (
-            f"{annotations.origin}: all its {len(boxes)} boxes are within 0..1, so they seem to be shares of the image "
+            f"{annotations.origin}: all its boxes are within 0..1, so they seem to be shares of the image "
             f"({shown}); boxes must be in pixels: multiply by width and height"
         )
         return [Fault("units", text)]

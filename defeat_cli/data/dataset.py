@@ -24,7 +24,7 @@ from defeat_cli.data.faults import Fault, Faults
 from defeat_cli.data.presence import present
 from defeat_cli.data.transforms import Target, Transform, read_image
 from defeat_cli.errors import DataError
-from defeat_cli.text import counted, listed
+from defeat_cli.text import counted, listed, out_of
 
 
 class Sample(NamedTuple):
@@ -215,7 +215,7 @@ class DetectionDataset(Dataset):
         """
         if not len(self._boxes):
             held = len(self.annotations.labels)
-            but = f" but {held} crowds or boxes without area" if held else ""
+            but = f" but {counted(held, 'crowd or box', 'crowds or boxes')} without area" if held else ""
             text = f"{self.annotations.origin}: the {what} images have no boxes{but}: nothing to learn or to score"
             (faults or Faults()).tell(Fault("boxless", text))
 
@@ -251,7 +251,8 @@ class DetectionDataset(Dataset):
         present = set(self.annotations.labels[~self.annotations.crowd].tolist())
         absent = [name for label, name in enumerate(self.classes, start=1) if label not in present]
         if absent:
-            notes.append(f"{len(absent)} of {len(self.classes)} classes have no box: {listed(absent, 8)}")
+            without = out_of(len(absent), len(self.classes), "class", "has no box", "have no box")
+            notes.append(f"{without}: {listed(absent, 8)}")
         empty = int((np.diff(self._first) == 0).sum())
         if empty and train:
             notes.append(f"{counted(empty, 'image has', 'images have')} no box; used as background")
@@ -291,7 +292,5 @@ def overlap(train: DetectionDataset, val: DetectionDataset) -> str | None:
     shared = [val.file_name(i) for i in shared_images(train, val)]
     if not shared:
         return None
-    return (
-        f"{len(shared)} of {len(val)} validation images are training images too ({listed(shared, 3)}): "
-        "the figures will be too good"
-    )
+    are = out_of(len(shared), len(val), "validation image", "is a training image", "are training images")
+    return f"{are} too ({listed(shared, 3)}): the figures will be too good"

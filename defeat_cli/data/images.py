@@ -12,7 +12,7 @@ from urllib.parse import unquote
 
 from defeat_cli.data.faults import Fault, Faults
 from defeat_cli.errors import DataError
-from defeat_cli.text import listed
+from defeat_cli.text import counted, listed
 
 SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 SAMPLE = 20
@@ -139,7 +139,7 @@ def place_images(
     if len(missing) == len(names):
         there = [str(folder) for folder in found if folder.is_dir()]
         raise DataError(
-            f"{origin}: none of its {len(names)} images is there ({listed(missing, 3)}). Looked in "
+            f"{origin}: not one of its {counted(len(names), 'image')} is there ({listed(missing, 3)}). Looked in "
             f"{listed(there, 6) or beneath} and for files of these names anywhere in {beneath}; name the folder by "
             "data.train_images, data.val_images"
         )

@@ -10,7 +10,7 @@ from defeat_cli.data.annotations import Annotations
 from defeat_cli.data.faults import Fault, Faults, ImageError
 from defeat_cli.data.images import leaves
 from defeat_cli.data.transforms import image_size
-from defeat_cli.text import listed
+from defeat_cli.text import listed, out_of
 
 
 def present(annotations: Annotations, images: Path, faults: Faults) -> Annotations:
@@ -32,10 +32,10 @@ def present(annotations: Annotations, images: Path, faults: Faults) -> Annotatio
         ]
     )
     missing = sorted(set(_missing(names, images)) - set(outside))
-    share = f"{len(missing)} of its {len(names)} images are not in {images}"
+    absent = f"{out_of(len(missing), len(names), 'image', 'is', 'are')} not in {images}"
     faults.tell(
         [Fault("missing", f"{images / names[i]}: is not there", images / names[i]) for i in missing],
-        f"{annotations.origin}: {share}: {listed([names[i] for i in missing], 3)}",
+        f"{annotations.origin}: {absent}: {listed([names[i] for i in missing], 3)}",
     )
     repeated = _tell_repeated(annotations, faults)
     sizes, unread = [], []

@@ -10,7 +10,7 @@ import numpy as np
 
 from defeat_cli.data.annotations import Annotations
 from defeat_cli.errors import DataError
-from defeat_cli.text import listed
+from defeat_cli.text import counted, listed
 
 
 def divide(annotations: Annotations, split: str, fraction: float, seed: int) -> Annotations:
@@ -27,7 +27,7 @@ def divide(annotations: Annotations, split: str, fraction: float, seed: int) -> 
     """
     total = len(annotations.file_names)
     if total < 2:
-        raise DataError(f"{annotations.origin}: has {total} image; data.val_fraction needs two at least")
+        raise DataError(f"{annotations.origin}: has {counted(total, 'image')}; data.val_fraction needs two at least")
     by_name = np.array(sorted(range(total), key=annotations.file_names.__getitem__))
     shuffled = by_name[np.random.default_rng(seed).permutation(total)]
     count = min(max(round(fraction * total), 1), total - 1)
@@ -52,7 +52,8 @@ def keep_classes(annotations: Annotations, names: Sequence[str]) -> Annotations:
     new_label[kept] = np.arange(1, len(kept) + 1)
     rows = np.flatnonzero(new_label[annotations.labels])
     dropped = len(annotations.labels) - len(rows)
-    note = f"data.classes keeps {len(kept)} of {len(annotations.classes)} classes; {dropped} boxes of others left out"
+    keeps = f"{len(kept)} of {counted(len(annotations.classes), 'class')}"
+    note = f"data.classes keeps {keeps}; {counted(dropped, 'box')} of others left out"
     return dataclasses.replace(
         annotations,
         classes=[annotations.classes[label - 1] for label in kept],

@@ -15,6 +15,7 @@ from torch.utils.data import Sampler
 
 from defeat_cli.data.loading import BatchOrder, Keys
 from defeat_cli.errors import RecipeError
+from defeat_cli.text import counted
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,9 @@ def pieces(batch_size: int, accumulate: int, processes: int) -> int:
     """
     if batch_size * accumulate < processes:
         raise RecipeError(
-            f"data.batch_size {batch_size} x optimizer.accumulate {accumulate} makes {batch_size * accumulate} images "
-            f"a step, fewer than the {processes} processes; raise one of them, and optimizer.lr in proportion"
+            f"data.batch_size {batch_size} x optimizer.accumulate {accumulate} makes "
+            f"{counted(batch_size * accumulate, 'image')} a step, fewer than the {processes} processes; raise one of "
+            "them, and optimizer.lr in proportion"
         )
     cuts = range(1, batch_size + 1)
     even = next((cut for cut in cuts if accumulate * cut % processes == 0), None)

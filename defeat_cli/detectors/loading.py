@@ -33,7 +33,7 @@ from defeat_cli.config.schema import merged
 from defeat_cli.detectors.contract import Detector
 from defeat_cli.detectors.zoo import build_detector
 from defeat_cli.errors import CheckpointError, RecipeError
-from defeat_cli.text import listed
+from defeat_cli.text import counted, listed
 
 UNTOLD = ("proposals", "score_threshold", "nms_threshold", "detections_per_image", "anchor_sizes")
 """Settings that have to be assumed where a checkpoint states none."""
@@ -119,7 +119,7 @@ def load_detector(
     assumptions = [*weights.assumptions, *_assumed(settings, weights, architecture, sides)]
     if weights.classes is None and classes is not None:
         assumptions.append(
-            f"{origin} does not name its {len(names)} classes: taken to be the data's, in the data's order "
+            f"{origin} does not name its {counted(len(names), 'class')}: taken to be the data's, in the data's order "
             f"({listed(names)})"
         )
     meaning = Meaning(architecture, weights.classes or classes, **sides)
@@ -269,7 +269,7 @@ def _names(weights: Weights, classes: list[str] | None) -> list[str]:
         return [f"class {label}" for label in range(1, weights.num_classes + 1)]
     if len(classes) != weights.num_classes:
         raise CheckpointError(
-            f"{weights.origin}: has {weights.num_classes} classes and does not name them; the data has {len(classes)}. "
-            "Give the data it was trained on"
+            f"{weights.origin}: has {counted(weights.num_classes, 'class')} without names; the data has "
+            f"{len(classes)}. Give the data it was trained on"
         )
     return classes

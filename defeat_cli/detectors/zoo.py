@@ -15,6 +15,7 @@ from defeat_cli.detectors.faster_rcnn import FasterRCNNDetector, build_faster_rc
 from defeat_cli.detectors.fcos import FCOSDetector, build_fcos
 from defeat_cli.detectors.retinanet import RetinaNetDetector, build_retinanet
 from defeat_cli.errors import DefeatError
+from defeat_cli.text import counted
 
 Build = Callable[[Architecture, int, list[int], int], nn.Module]
 """(architecture, classes without background, short sides, long side) -> torchvision model."""
@@ -107,8 +108,8 @@ def wrap(model: nn.Module, classes: Sequence[str]) -> Detector:
         columns = model.head.classification_head.num_classes
     if columns != len(classes) + 1:
         raise DefeatError(
-            f"wrap: the model was built with num_classes={columns}, which is {columns - 1} classes and background; "
-            f"{len(classes)} names were given"
+            f"wrap: the model was built with num_classes={columns}, which is {counted(columns - 1, 'class')} and "
+            f"background; {counted(len(classes), 'name was', 'names were')} given"
         )
     return kind(model, classes)
 

@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from defeat_cli.engine.watch import SERVED_BY_LAUNCHER, Silent, Watch
 from defeat_cli.errors import DefeatError, Ended, Interrupted, RunError
+from defeat_cli.text import counted
 
 Value = TypeVar("Value")
 
@@ -154,8 +155,8 @@ class World:
             raise RunError(f"run.device: {device} is one GPU, and there are {self.size} processes; use cuda or auto")
         if self.local_size > torch.cuda.device_count():
             raise RunError(
-                f"{self.local_size} processes on {platform.node()}, which has {torch.cuda.device_count()} GPUs; start "
-                "one process a GPU"
+                f"{self.local_size} processes on {platform.node()}, which has "
+                f"{counted(torch.cuda.device_count(), 'GPU')}; start one process a GPU"
             )
 
 

@@ -11,6 +11,7 @@ from defeat_cli.detectors.contract import Detector
 from defeat_cli.engine.checkpoint import Training
 from defeat_cli.engine.saving import Saver
 from defeat_cli.engine.stopping import stoppable
+from defeat_cli.text import counted
 
 
 class Judge:
@@ -69,4 +70,5 @@ class Judge:
         if better and saver.best():
             training.best_ap = metrics["AP"]
         if self.impatient:
-            self.reporter.note(f"stopped early: {training.stale} evaluations without a better AP (run.patience)")
+            evaluations = counted(training.stale, "evaluation")
+            self.reporter.note(f"stopped early: {evaluations} without a better AP (run.patience)")

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from defeat_cli.engine.watch import SERVED_BY_LAUNCHER, tell
 from defeat_cli.errors import RunError
+from defeat_cli.text import counted
 
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 10.0
@@ -46,8 +47,8 @@ def check_count(count: int, device: str, option: str = "--gpus") -> None:
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device != "cpu" and count > max(1, found):
         raise RunError(
-            f"{option} {count}: this machine has {found} CUDA devices; with --device cpu it is {count} processes "
-            "on the CPU instead"
+            f"{option} {count}: this machine has {counted(found, 'CUDA device')}; with --device cpu it is {count} "
+            "processes on the CPU instead"
         )
 
 

@@ -108,25 +108,42 @@ class Clock:
 
 
 class Pace:
-    """How long a step takes: the median of the first steps, once, where a fair number of them is to come."""
+    """How long a step takes: the median of the first steps, and again whenever a stretch of steps, each twice as long
+    as the one before, has taken a share `OFF` more or less than that. Nothing where few steps are to come."""
 
-    WARM, STEPS = 3, 10
-    """Steps that are not counted, for the first are slower, and steps that are."""
+    WARM, STEPS, OFF = 3, 10, 0.25
+    """Steps that are not counted, for the first are slower; steps that are; and the share."""
 
     def __init__(self, training: Training, steps: int) -> None:
-        self.training = training
+        self.training, self.steps = training, steps
         self.last = training.seconds
         self.step = training.step
         self.seconds: list[float] = []
         self.wanted = self.WARM + self.STEPS if steps - training.step > 2 * (self.WARM + self.STEPS) else 0
+        self.told: float | None = None
+        self.stretch = 2 * self.STEPS
 
     def known(self) -> float | None:
-        """Seconds a step, asked after each; None until they are known, and afterwards."""
+        """Seconds a step, asked after each; None until they are known, and while they stay what they were."""
         now, step = self.training.seconds, self.training.step
+        if self.told is not None:
+            return self._changed(now, step)
         if self.step == step - 1:  # else something else was done in between
             self.seconds.append(now - self.last)
         self.last, self.step = now, step
         if not self.wanted or len(self.seconds) < self.wanted:
             return None
-        self.wanted = 0
-        return median(self.seconds[self.WARM :])
+        self.told = median(self.seconds[self.WARM :])
+        return self.told
+
+    def _changed(self, now: float, step: int) -> float | None:
+        """Seconds a step over the stretch that ends here, all that was done in it included, where they are others."""
+        made = step - self.step
+        if made < self.stretch or self.steps - step < made:
+            return None
+        found = (now - self.last) / made
+        self.last, self.step, self.stretch = now, step, 2 * self.stretch
+        if abs(found - self.told) <= self.OFF * self.told:
+            return None
+        self.told = found
+        return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import itertools
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -73,7 +74,7 @@ class Source:
 def find_images(
     inputs: Sequence[str], annotations: Annotations | None = None, limit: int | None = None
 ) -> list[Source]:
-    """Images by file, folder or glob pattern, each once, in the order given and by name within a folder.
+    """Images by file, folder or glob pattern, each once, in the order given; within a folder by the numbers in names.
 
     Args:
         annotations: their ground truth, found by file name; None where there is none. Of a folder or pattern the images
@@ -114,7 +115,14 @@ def _expand(name: str) -> list[Path]:
         problem = "no file matches this pattern" if glob.has_magic(name) else "no such image or folder"
     if not found:
         raise DataError(f"{name}: {problem}")
-    return sorted(found)
+    return sorted(found, key=_by_number)
+
+
+def _by_number(path: Path) -> tuple[list[str | int], str]:
+    """Sorts paths as people count: `frame_2.jpg` before `frame_10.jpg`."""
+    # Splitting by a group gives text and digits in turn, so that places are compared with their own kind.
+    parts = re.split(r"([0-9]+)", str(path))
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)], str(path)
 
 
 def _ends(annotations: Annotations) -> dict[tuple[str, ...], int]:

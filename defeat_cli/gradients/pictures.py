@@ -30,6 +30,7 @@ from torchvision.utils import draw_bounding_boxes, make_grid
 from defeat_cli.detectors.contract import level_names
 from defeat_cli.files import replacing
 from defeat_cli.gradients.numbers import concise
+from defeat_cli.text import counted
 
 COLORS = matplotlib.colormaps["inferno"]
 """From black to a light yellow, ever lighter: it needs no telling of hues, and survives a grey print."""
@@ -131,11 +132,11 @@ def level_panels(maps: Sequence[np.ndarray], strides: Sequence[int], boxes: Sequ
 def sum_over_levels(maps: Sequence[np.ndarray], strides: Sequence[int]) -> np.ndarray:
     """Sum of [h_l, w_l] maps at the finest level's resolution: a cell adds its value to each finest cell it covers."""
     return sum(
-        _at_resolution(values, stride, maps[0].shape, strides[0]) for values, stride in zip(maps, strides, strict=True)
+        at_resolution(values, stride, maps[0].shape, strides[0]) for values, stride in zip(maps, strides, strict=True)
     )
 
 
-def _at_resolution(values: np.ndarray, stride: int, shape: tuple[int, int], step: int = 1) -> np.ndarray:
+def at_resolution(values: np.ndarray, stride: int, shape: tuple[int, int], step: int = 1) -> np.ndarray:
     """A map of cells of `stride` pixels, looked up every `step` pixels; nothing is smoothed: cells stay visible."""
     rows, columns = (
         np.minimum(np.arange(wanted) * step // stride, cells - 1)
@@ -159,7 +160,7 @@ def common_scale(maps: Iterable[np.ndarray], unit: str, decades: bool) -> Scale:
 
 def overlay(view: View, panel: Panel, scale: Scale) -> Tensor:
     """[3, h, w] uint8: the panel's map over the image; what of it reaches over the image's edge is cut away."""
-    lit = scale.light(_at_resolution(panel.values, panel.stride, view.pixels.shape[1:]), view.backdrop)
+    lit = scale.light(at_resolution(panel.values, panel.stride, view.pixels.shape[1:]), view.backdrop)
     return torch.from_numpy((255 * lit).round().astype(np.uint8)).permute(2, 0, 1)
 
 
@@ -175,20 +176,20 @@ def draw_panels(view: View, rows: Sequence[Row], scale: Scale, path: Path, *, he
     lines, columns = (len(rows), max(counts)) if len(rows) > 1 else (2, math.ceil(counts[0] / 2))
     ratio = math.sqrt(view.pixels.shape[2] / view.pixels.shape[1])
     side = min(PANEL, WIDEST / columns / ratio)
-    figure = _figure(columns * side * ratio + 0.6, lines * (side / ratio + 0.3) + 1.6, heading, note)
+    figure = new_figure(columns * side * ratio + 0.6, lines * (side / ratio + 0.3) + 1.6, heading, note)
     grid = figure.subplots(lines, columns, squeeze=False)
     for axes in grid.flat:
         axes.set(xticks=[], yticks=[], frame_on=False)
     charts: list[Axes] = []
     for row, places in zip(rows, map(iter, grid if len(rows) > 1 else [grid.flat]), strict=True):
-        image, count = next(places), len(view.boxes)
+        image = next(places)
         image.set_ylabel(row.name if len(rows) > 1 else "", size=11, weight="bold")
-        _draw_pixels(image, view.pixels, view.boxes, f"image, {count} box{'es' * (count != 1)}")
+        draw_pixels(image, view.pixels, view.boxes, f"image, {counted(len(view.boxes), 'box')}")
         for panel in row.panels:
-            _draw_pixels(next(places), overlay(view, panel, scale), panel.boxes, panel.title)
+            draw_pixels(next(places), overlay(view, panel, scale), panel.boxes, panel.title)
         if row.numbers:
             charts.append(next(places))
-            _draw_means(charts[-1], row.numbers)
+            draw_means(charts[-1], row.numbers)
             charts[-1].set_box_aspect(1 / ratio**2)
             charts[-1].sharey(charts[0])
     if charts:
@@ -199,15 +200,18 @@ def draw_panels(view: View, rows: Sequence[Row], scale: Scale, path: Path, *, he
         figure.legend(dots, labels, ncols=2, fontsize=9, frameon=False, **place)
     bar = figure.colorbar(scale.key, ax=grid, location="bottom", shrink=0.5, aspect=50, anchor=(0, 0), **scale.ticks)
     bar.set_label(scale.unit, loc="left", size=9)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _draw_pixels(axes: Axes, pixels: Tensor, boxes: Tensor, title: str) -> None:
-    axes.imshow(_outlined(pixels, boxes, PANEL_PIXELS, width=2).permute(1, 2, 0).numpy())
+def draw_pixels(
+    axes: Axes, pixels: Tensor, boxes: Tensor, title: str, color: str = BOX_COLOR, side: int = PANEL_PIXELS
+) -> None:
+    """An image [3, h, w] uint8 with boxes [M, 4] in its pixels, below a title; side: longer one that it is drawn at."""
+    axes.imshow(_outlined(pixels, boxes, side, width=2, color=color).permute(1, 2, 0).numpy())
     axes.set_title(title, size=10, loc="left")
 
 
-def _draw_means(axes: Axes, numbers: dict[str, dict[str, Any]]) -> None:
+def draw_means(axes: Axes, numbers: dict[str, dict[str, Any]], outside_color: str = OUTSIDE_COLOR) -> None:
     """Dots on a log axis: levels differ by orders of magnitude, and what matters is the ratio of two dots."""
     levels = [level for level in numbers if level != "overall"]
     places = np.arange(len(levels))
@@ -218,7 +222,7 @@ def _draw_means(axes: Axes, numbers: dict[str, dict[str, Any]]) -> None:
     axes.set_yscale("log")
     axes.vlines(places, inside, outside, color="#c8c8c8", linewidth=3, zorder=1)
     axes.scatter(places, inside, 40, INSIDE_COLOR, label="inside boxes", zorder=3)
-    axes.scatter(places, outside, 40, OUTSIDE_COLOR, label="outside", zorder=2)
+    axes.scatter(places, outside, 40, outside_color, label="outside", zorder=2)
     for place, top, ratio in zip(places, np.maximum(inside, outside), inside / outside, strict=True):
         if not math.isnan(ratio):
             label = f"×{concise(ratio)}"
@@ -232,11 +236,11 @@ def _draw_means(axes: Axes, numbers: dict[str, dict[str, Any]]) -> None:
     axes.set_title("mean per cell", size=10, loc="left")
 
 
-def _outlined(pixels: Tensor, boxes: Tensor, side: int, width: int = 1) -> Tensor:
+def _outlined(pixels: Tensor, boxes: Tensor, side: int, width: int = 1, color: str = BOX_COLOR) -> Tensor:
     """[3, h, w] uint8 resized to a longer side of so many pixels, with its boxes."""
     factor = side / max(pixels.shape)
     sized = resize(pixels, [max(1, round(side * factor)) for side in pixels.shape[1:]])
-    return draw_bounding_boxes(sized, boxes * factor, colors=BOX_COLOR, width=width) if len(boxes) else sized
+    return draw_bounding_boxes(sized, boxes * factor, colors=color, width=width) if len(boxes) else sized
 
 
 def thumbnails(view: View, panels: Sequence[Panel], scale: Scale, side: int) -> Tensor:
@@ -251,7 +255,7 @@ def draw_contact_sheet(strips: Sequence[Tensor], captions: Sequence[str], path: 
     columns = max(1, round(math.sqrt(1.4 * len(strips) * height / width)))
     room = [F.pad(s, (0, width - s.shape[2], 0, height - s.shape[1] + CAPTION), value=255) for s in strips]
     sheet = make_grid(room, nrow=columns, padding=GAP, pad_value=255).permute(1, 2, 0).numpy()
-    figure = _figure(sheet.shape[1] / DPI, sheet.shape[0] / DPI + 0.9, heading, note)
+    figure = new_figure(sheet.shape[1] / DPI, sheet.shape[0] / DPI + 0.9, heading, note)
     axes = figure.subplots()
     axes.set_axis_off()
     axes.imshow(sheet)
@@ -259,7 +263,7 @@ def draw_contact_sheet(strips: Sequence[Tensor], captions: Sequence[str], path: 
         row, column = divmod(i, columns)
         place = GAP + column * (width + GAP), (row + 1) * (height + CAPTION + GAP)
         axes.text(*place, shortened(caption, width // 7), size=8, va="bottom", parse_math=False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def shortened(text: str, most: int) -> str:
@@ -267,7 +271,7 @@ def shortened(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most // 2]}…{text[-(most // 2) :]}"
 
 
-def _figure(width: float, height: float, heading: str, note: str) -> Figure:
+def new_figure(width: float, height: float, heading: str, note: str) -> Figure:
     """A figure of so many inches or a little wider, with its heading above and its note below."""
     width = max(width, NARROWEST)
     figure = Figure(figsize=(width, height), dpi=DPI, layout="compressed")
@@ -279,8 +283,8 @@ def _figure(width: float, height: float, heading: str, note: str) -> Figure:
     return figure
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
     with replacing(path) as temporary, warnings.catch_warnings():
         # A name in a script that the font has not is drawn as boxes; the picture is worth having all the same.
         warnings.filterwarnings("ignore", message="Glyph .* missing")
-        figure.savefig(temporary)
+        figure.savefig(temporary, pil_kwargs={"optimize": True})

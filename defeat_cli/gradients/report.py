@@ -16,9 +16,11 @@ from torch import Tensor
 from defeat_cli.config.schema import nearest
 from defeat_cli.detectors.contract import Batch, Detector, level_names
 from defeat_cli.distillation.distiller import Distiller
+from defeat_cli.distillation.terms import View as Look
 from defeat_cli.errors import CheckpointError, DataError, DefeatError
 from defeat_cli.files import replacing, write_json
 from defeat_cli.gradients import pictures
+from defeat_cli.gradients.decoupling import draw_decoupling
 from defeat_cli.gradients.images import Objects, Source, detected, device_of, distinct_names, require_classes, view_of
 from defeat_cli.gradients.maps import PARTS, REDUCTIONS, detection_maps, loss_maps, neck_features, term_loss
 from defeat_cli.gradients.numbers import cells_of_boxes, concise, map_numbers, own_area, summarize
@@ -142,7 +144,8 @@ class GradientReport:
     def _table(self, subject: Subject, rows: dict[str, dict[str, Any]]) -> Table:
         count = len(self.images)
         title = f"{subject.title}: {UNITS[self.about['reduce']]}, mean per cell over {counted(count, 'image')}"
-        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+        look = {"box": box.SIMPLE_HEAD, "show_edge": False, "pad_edge": False, "padding": (0, 1, 0, 0)}
+        table = Table(title=title, title_justify="left", **look)
         table.add_column("level", no_wrap=True)
         for column in (
             "inside\nboxes", "outside\n", "ratio\n[95% interval]", "share\ninside", "area\ninside", "images\nin > out"
@@ -184,8 +187,9 @@ def run_gradient_maps(
 ) -> GradientReport:
     """Measure and draw where a detector's gradients live, image by image.
 
-    Writes `NAME_gradients.png` for each image (and `NAME_distillation.png`, `NAME_gradients.npz` where asked for),
-    `contact_sheet.png` and `gradients.json`. Detectors are put into eval mode.
+    Writes `NAME_gradients.png` for each image (and `NAME_distillation.png`, `NAME_decoupled.png` of what the neck term
+    compares, `NAME_gradients.npz` where asked for), `contact_sheet.png` and `gradients.json`. Detectors are put into
+    eval mode.
 
     Args:
         student: the detector that is looked at; it prepares the images for the teacher too.
@@ -251,10 +255,11 @@ class _Look:
         batch = self.student.prepare([image], [objects.target(self.student)])
         view = view_of(batch)
         entry: dict[str, Any] = {"file": str(source.path), "boxes": objects.origin, "objects": len(view.boxes)}
+        views = self.distiller and self.distiller.views([image], [objects.target(self.student)])
         arrays, on_sheet = {}, []
         for subject in self.settings.subjects:
             distils = subject.name == "distillation"
-            maps = self._distillation(image, objects) if distils else self._detection(image, objects)
+            maps = self._distillation(*views) if distils else self._detection(image, objects)
             finest_scale = self.settings.finest_scale if subject.own_level else None
             rows = [_row(*named, batch, view, finest_scale) for named in maps]
             values = (panel.values for row in rows for panel in row.panels)
@@ -269,6 +274,10 @@ class _Look:
             for row in rows:
                 levels = zip(list(row.numbers)[:-1], row.panels[:-1], strict=True)
                 arrays |= {f"{row.name}/{level}": panel.values for level, panel in levels}
+        if views and "neck" in self.distiller.terms:
+            path = stem.with_name(f"{stem.name}_decoupled.png")
+            heading = f"{pictures.shortened(source.path.name, 60)} · what DeFeat keeps apart"
+            draw_decoupling(*views, self.distiller.terms["neck"], path, heading=heading, seed=self.settings.seed)
         if self.settings.save_arrays:
             with replacing(stem.with_name(f"{stem.name}_gradients.npz")) as temporary:
                 np.savez_compressed(temporary, **arrays)
@@ -287,9 +296,8 @@ class _Look:
                 batch = self.student.prepare([image], [objects.target(detector)])
                 yield name, detector.strides, detection_maps(detector, batch, self.settings.loss, **self._draws)
 
-    def _distillation(self, image: Tensor, objects: Objects) -> Iterator[NamedMaps]:
+    def _distillation(self, ours: Look, theirs: Look) -> Iterator[NamedMaps]:
         """Each term's name, the student's strides, and maps of the term's loss."""
-        ours, theirs = self.distiller.views([image], [objects.target(self.student)])
         features = neck_features(self.student, ours.batch)
         for name, term in self.distiller.terms.items():
             yield name, self.student.strides, loss_maps(term_loss(term, ours, theirs), features, **self._draws)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from defeat_cli import session
 from defeat_cli.audit.auditing import Audit, as_values, audit
 from defeat_cli.audit.sheet import draw_sheet
 from defeat_cli.audit.summary import facts, in_words
-from defeat_cli.config.architecture import DETECTOR_FAMILIES
+from defeat_cli.config.choosing import choose
 from defeat_cli.config.given import understood
 from defeat_cli.config.idle import idle_in_data, refuse_idle
 from defeat_cli.config.schema import Recipe
@@ -24,11 +24,11 @@ from defeat_cli.data.dataset import DetectionDataset
 from defeat_cli.data.faults import Faults
 from defeat_cli.data.known import cache_folder
 from defeat_cli.data.verification import Verifier
-from defeat_cli.detectors.zoo import build_detector
 from defeat_cli.errors import DataError
 from defeat_cli.files import replacing
 from defeat_cli.jobs.asked import SOURCE
-from defeat_cli.verifying import anchor_fit
+from defeat_cli.jobs.choosing import facts_of
+from defeat_cli.verifying import recipe_anchor_fit
 
 EFFECTIVE = (
     *(f"data.{name}" for name in (*SOURCE, "short_side", "long_side", "workers", "verify")),
@@ -38,7 +38,6 @@ EFFECTIVE = (
 EXAMPLES, LISTED = 5, 1000
 """Places of each problem that are printed, and that `--json` has."""
 MOST_CLASSES = 40
-SMALL = {"backbone": "regnet", "widths": [8, 8, 16, 16], "norm": "batch", "fpn_channels": 64, "head_channels": 16}
 
 
 @dataclass(frozen=True)
@@ -99,13 +98,14 @@ def look(changes: Mapping[str, Any]) -> Looked:
     workers = recipe.data.workers if "data.workers" in said else os.cpu_count() or 1
     verifier = Verifier(recipe.data.verify == "full", session.loader_processes(workers), cache_folder())
     result = audit(partial(_open, recipe), verifier, counting)
-    sides = (recipe.data.short_side[-1], recipe.data.long_side)
+    to_train, origin = _to_train(recipe, said, result)
+    sides = (to_train.data.short_side[-1], to_train.data.long_side)
     values = {
         "path": str(Path(recipe.data.path)),
         "clean": result.clean,
         "splits": {name: {**facts(data, *sides), "layout": data.layout} for name, data in result.splits.items()},
         "problems": as_values(result, LISTED),
-        "anchors": _anchors(recipe, result),
+        "anchors": _anchors(to_train, origin, result),
         "notes": result.notes,
     }
     return Looked(result, values)
@@ -125,24 +125,39 @@ def _open(recipe: Recipe, split: str, faults: Faults) -> DetectionDataset:
     return session.open_data(recipe.data, split, train=split == "train", faults=faults)
 
 
-def _anchors(recipe: Recipe, result: Audit) -> dict[str, Any] | None:
-    """How the student's anchors, by default Faster R-CNN's, fit the boxes; None where there are none."""
-    data = result.splits.get("train") or next(iter(result.splits.values()))
+def _to_train(recipe: Recipe, said: Mapping[str, Any], result: Audit) -> tuple[Recipe, str]:
+    """The recipe whose sizes and anchors boxes are judged by, and whose it is, for people: that which `train` would
+    choose here; the given one where there are no boxes to choose it for."""
+    data = _judged(result)
     if not len(data.boxes[0]):
-        return None
-    short_side, long_side = recipe.data.short_side, recipe.data.long_side
-    architecture = recipe.student
-    if architecture.detector in DETECTOR_FAMILIES:  # anchors are the same on any backbone, and this one costs nothing
-        architecture = replace(architecture, **SMALL)
-    student = build_detector(architecture, data.classes, short_side=short_side, long_side=long_side)
-    fitting = anchor_fit(student, data, recipe.data)
+        return recipe, ""
+    device = session.choose_device(recipe.run.device).type
+    chosen = choose(facts_of(data, recipe, device), {key: value for key, (value, _) in said.items()}).recipe()
+    return chosen, f"as `train` would have it on {'a GPU' if device == 'cuda' else 'a CPU'}: "
+
+
+def _judged(result: Audit) -> DetectionDataset:
+    """The split that a detector would be trained on; where there is none, what there is."""
+    return result.splits.get("train") or next(iter(result.splits.values()))
+
+
+def _anchors(recipe: Recipe, origin: str, result: Audit) -> dict[str, Any] | None:
+    """How the anchors of a recipe's student fit the boxes; None where there are none.
+
+    Args:
+        origin: whose recipe it is.
+    """
+    data = _judged(result)
+    fitting = recipe_anchor_fit(recipe, data) if len(data.boxes[0]) else None
     if fitting is None:
         return None
+    short_side = recipe.data.short_side[-1]
     return {
         "detector": recipe.student.detector,
-        "resized_to": [short_side[-1], long_side],
+        "sizes": recipe.student.anchor_sizes,
+        "resized_to": [short_side, recipe.data.long_side],
         "mean_best_iou": round(fitting.mean, 4),
         "better_sizes": fitting.sizes,
         "better_mean_best_iou": fitting.better and round(fitting.better, 4),
-        "said": f"anchors of {recipe.student.detector}, images resized to {short_side[-1]}: {fitting.in_words()}",
+        "said": f"{origin}anchors of {recipe.student.detector}, images resized to {short_side}: {fitting.in_words()}",
     }

@@ -28,6 +28,7 @@ from defeat_cli.jobs.fitting import batches_of
 from defeat_cli.jobs.opening import Opened, open_finder
 from defeat_cli.jobs.training import tell
 from defeat_cli.precision import AUTOCAST
+from defeat_cli.text import counted
 
 MIB = 2**20
 
@@ -93,7 +94,8 @@ def _parts_table(cost: StepCost, facts: Mapping[str, Any]) -> Table:
         rows.append([name, *_milliseconds(spread), f"{100 * spread.median / whole:.0f}%", speed])
     height, width = facts["pixels"]
     return new_table(
-        f"{cost.images} images of {width}x{height} a step, {facts['rounds']} rounds; {_spoken(facts['machine'])}",
+        f"{counted(cost.images, 'image')} of {width}x{height} a step, {counted(facts['rounds'], 'round')}; "
+        f"{_spoken(facts['machine'])}",
         ["part, ms", "min", "median", "p95", "share", "images/s"],
         rows,
     )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +14,17 @@ import numpy as np
 from defeat_cli import session
 from defeat_cli.checkpoints.loading import load_weights
 from defeat_cli.config import schema as recipes
-from defeat_cli.config.architecture import Architecture
 from defeat_cli.config.choosing import Facts, choose
 from defeat_cli.config.commenting import commented
 from defeat_cli.config.given import COMMAND_LINE, given_settings
 from defeat_cli.config.schema import Recipe
 from defeat_cli.console import Reporter
+from defeat_cli.data.dataset import DetectionDataset
 from defeat_cli.detectors.backbones import can_have_imagenet
 from defeat_cli.detectors.loading import hint
 from defeat_cli.errors import DataError, RecipeError
 from defeat_cli.files import replacing
+from defeat_cli.verifying import recipe_anchor_fit
 
 
 def choose_recipe(said: Mapping[str, Any], reporter: Reporter) -> Recipe:
@@ -79,31 +82,33 @@ def look(said: Mapping[str, Any], reporter: Reporter) -> Facts:
     device = session.choose_device(recipe.run.device, recipe.run.precision)
     reporter.doing(f"looking at {recipe.data.path}")
     data = session.open_data(recipe.data, "train", train=True)
+    return replace(facts_of(data, recipe, device.type), **_teacher(recipe, said), pretrained=can_have_imagenet)
+
+
+def facts_of(data: DetectionDataset, recipe: Recipe, device: str) -> Facts:
+    """What there is to know of training images, which have boxes, for a device; nothing of teachers or weights."""
     sides = np.sqrt(np.prod(np.maximum(data.annotations.boxes[:, 2:], 1.0), axis=1))
     height, width = (int(side) for side in np.median(np.array(data.sizes), axis=0))
-    architecture, side = _teacher(recipe, said)
     return Facts(
-        device=device.type,
+        device=device,
         cores=os.cpu_count() or 1,
         data=Path(recipe.data.path).resolve().name,
         images=len(data),
         size=(height, width),
         small_box=float(np.quantile(sides, 0.1)),
         usual_box=float(np.median(sides)),
-        teacher=architecture,
-        teacher_side=side,
-        pretrained=can_have_imagenet,
+        anchor_fit=partial(recipe_anchor_fit, data=data),
     )
 
 
-def _teacher(recipe: Recipe, said: Mapping[str, Any]) -> tuple[Architecture | None, int | None]:
-    """What the teacher is made of, and the short side that it was trained with, where they are known."""
+def _teacher(recipe: Recipe, said: Mapping[str, Any]) -> dict[str, Any]:
+    """What `Facts` tell of the teacher."""
     checkpoint = recipe.teacher.checkpoint
     if checkpoint is not None:
         given = given_settings(recipes.merged({}, dict(said)), COMMAND_LINE)
         weights = load_weights(checkpoint, hint(given, "teacher.architecture"))
-        return weights.architecture, weights.short_side
+        return {"teacher": weights.architecture, "teacher_side": weights.short_side}
     if recipe.teacher.recipe is not None:
         own = recipes.load(recipe.teacher.recipe)
-        return own.student, own.data.short_side[-1]
-    return None, None
+        return {"teacher": own.student, "teacher_side": own.data.short_side[-1]}
+    return {}

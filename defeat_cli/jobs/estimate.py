@@ -12,6 +12,7 @@ from defeat_cli.config.schema import Recipe
 from defeat_cli.distillation.distiller import Distiller
 from defeat_cli.memory import shortage
 from defeat_cli.session import Session
+from defeat_cli.text import counted
 
 
 def images_a_batch(session: Session) -> int:
@@ -68,7 +69,7 @@ def of_training(session: Session) -> str:
     lower += ["data.short_side and data.long_side"]
     halved = ", or set run.precision: bf16" if session.device.type == "cuda" and recipe.run.precision == "fp32" else ""
     return (
-        f"a training step on {images} images ({_size(recipe.data.short_side, recipe.data.long_side)}) in "
+        f"a training step on {counted(images, 'image')} ({_size(recipe.data.short_side, recipe.data.long_side)}) in "
         f"{recipe.run.precision} {estimate}; {_capacity(session.device)}. Lower {', '.join(lower)}{halved}"
     )
 

@@ -21,6 +21,7 @@ from defeat_cli.gradients.images import Source, distinct_names, find_images
 from defeat_cli.jobs.estimate import of_detecting
 from defeat_cli.jobs.opening import Opened, open_finder
 from defeat_cli.memory import told
+from defeat_cli.text import counted
 
 COCO, LABELS, CLASSES, CROPS = "predictions.json", "labels", "classes.txt", "crops"
 
@@ -42,7 +43,8 @@ class Predictions:
             counts.update(labels)
             images.update(set(labels))
         rows = [[self.classes[label - 1], str(count), str(images[label])] for label, count in counts.most_common()]
-        title = f"{counts.total()} detections of score {self.threshold:g} and above in {len(self.images)} images"
+        found, looked_at = counted(counts.total(), "detection"), counted(len(self.images), "image")
+        title = f"{found} of score {self.threshold:g} and above in {looked_at}"
         return new_table(title, ["class", "detections", "images"], rows)
 
 

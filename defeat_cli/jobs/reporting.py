@@ -118,12 +118,13 @@ def what_was_trained(session: Session, recipe: Recipe, results: Mapping[str, Any
     data, schedule, optimizer = recipe.data, recipe.schedule, recipe.optimizer
     classes = session.training_data.classes
     facts = {
-        "data": f"{data.path}: {len(session.training_data):,} training and {len(session.validation_data):,} "
-        f"validation images, {counted(len(classes), 'class')} ({listed(classes)})",
+        "data": f"{data.path}: {len(session.training_data):,} training and "
+        f"{counted(len(session.validation_data), 'validation image')}, {counted(len(classes), 'class')} "
+        f"({listed(classes)})",
         "student": f"{family(recipe.student)} on {backbone_name(recipe.student)}, {_size(session.student)}",
     }
     if session.unlabelled is not None:
-        facts["data"] += f"; {len(session.unlabelled):,} images without annotations ({data.unlabelled})"
+        facts["data"] += f"; {counted(len(session.unlabelled), 'image')} without annotations ({data.unlabelled})"
     if session.teacher is not None:
         teacher = session.checkpoint or f"by the recipe {recipe.teacher.recipe}"
         facts["teacher"] = f"{teacher}, {type(session.teacher.model).__name__}, {_size(session.teacher)}"

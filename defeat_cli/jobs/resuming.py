@@ -16,6 +16,7 @@ from defeat_cli.engine.distributed import ALONE, World
 from defeat_cli.engine.runs import BEST, LAST, METRICS, PREVIOUS, RECIPE, RESULTS, STUDENT, RunFolder
 from defeat_cli.errors import CheckpointError, RecipeError, RunError
 from defeat_cli.session import Session
+from defeat_cli.text import counted
 
 
 def mend(run: RunFolder, reporter: Any) -> None:
@@ -104,7 +105,7 @@ def take_up(
     before = training.load_state_dict(content["training"], world)
     step = training.step
     if before != world.size:
-        reporter.note(f"{run.path}: {before} processes until step {step}, {world.size} from there on")
+        reporter.note(f"{run.path}: {counted(before, 'process')} until step {step}, {world.size} from there on")
     different = world.on_main(lambda: changes(content.get("data", {}), fingerprints(session)))
     if different:
         _other_data(run, training, session, different, reporter, changed_data)
@@ -160,4 +161,6 @@ def _other_data(
     steps_per_epoch = session.steps // session.recipe.schedule.epochs
     if not training.epochs * steps_per_epoch <= training.step <= (training.epochs + 1) * steps_per_epoch:
         training.step = training.epochs * steps_per_epoch
-        reporter.warn(f"epochs have {steps_per_epoch} steps now: it goes on with epoch {training.epochs + 1}")
+        reporter.warn(
+            f"epochs have {counted(steps_per_epoch, 'step')} now: it goes on with epoch {training.epochs + 1}"
+        )

@@ -28,6 +28,7 @@ from defeat_cli.jobs.estimate import of_detecting
 from defeat_cli.jobs.opening import open_exported
 from defeat_cli.memory import told
 from defeat_cli.precision import AUTOCAST, choose_precision
+from defeat_cli.text import counted
 from defeat_cli.verifying import note_on_left_out, verify
 
 
@@ -94,7 +95,7 @@ def score(
         metrics["VOC_AP50"] = voc_ap50(detections, data.coco.dataset)["AP50"]
     if error_types:
         metrics["errors"] = error_report(detections, data.coco).to_dict()
-    title = f"{checkpoint} on {len(data)} {split} images of {recipe.data.path}"
+    title = f"{checkpoint} on {counted(len(data), f'{split} image')} of {recipe.data.path}"
     if subject.precision != "fp32":  # exported files and plain torchvision compute in fp32, and find a little else
         title += f", in {subject.precision}"
     return Score(title, metrics, data.in_own_ids(detections))

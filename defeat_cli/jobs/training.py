@@ -36,6 +36,7 @@ from defeat_cli.jobs.validating import count_pseudo_labels, score, score_teacher
 from defeat_cli.jobs.watching import watched
 from defeat_cli.precision import AUTOCAST
 from defeat_cli.session import Session, assemble
+from defeat_cli.text import counted
 
 
 def train(
@@ -136,7 +137,9 @@ def _look(run: RunFolder, recipe: Recipe, reporter: Reporter, resume: bool, over
     """Find out whether a recipe can be run in a folder; its results where that has been done already."""
     run.check(recipe, resume=resume, overwrite=overwrite)
     if resume and run.exists and run.prolonged_by(recipe):
-        text = f"{run.path}: goes on to {recipe.schedule.epochs} epochs, by the learning rates of that schedule"
+        text = (
+            f"{run.path}: goes on to {counted(recipe.schedule.epochs, 'epoch')}, by the learning rates of that schedule"
+        )
         reporter.note(text)
     elif resume and run.finished:
         reporter.note(f"{run.path}: is finished already; more epochs are possible: --set schedule.epochs=N")

@@ -66,7 +66,7 @@ def score_teacher(
     if known is not None:
         reporter.note(f"teacher: AP {percent(known['AP'])} on the validation images, as another run has found")
         return known["AP"]
-    reporter.doing(f"scoring the teacher on {images} validation images")
+    reporter.doing(f"scoring the teacher on {counted(images, 'validation image')}")
     teacher.to(session.device)
     few = torch.utils.data.Subset(data, [i * len(data) // images for i in range(images)])
     ap = score(session, teacher, reporter, subset=few, world=world)["AP"]
@@ -76,7 +76,7 @@ def score_teacher(
             "tried on; run.teacher_check_images sets how many they are"
         )
         return None
-    reporter.note(f"teacher: AP {percent(ap)} on {images} validation images")
+    reporter.note(f"teacher: AP {percent(ap)} on {counted(images, 'validation image')}")
     if ap < NEAR_ZERO_AP:
         reporter.warn(
             "the teacher finds next to nothing on these images. Was it trained for these classes, and for images of "

@@ -10,6 +10,7 @@ from markupsafe import Markup, escape
 from PIL import Image
 
 from defeat_cli.pages.examples import Boxes, Example
+from defeat_cli.text import counted
 
 LONG_SIDE, QUALITY = 480, 82
 """Pixels that a larger image is shrunk to, and JPEG's quality."""
@@ -57,7 +58,7 @@ def overlaid(example: Example, boxes: Boxes, id: str, classes: Sequence[str], wh
             f'height="{round(max(0, bottom - top), 1)}"/>'
             f'<text x="{left}" y="{round(max(size, top - size / 4), 1)}">{escape(name)}{score}</text></g>'
         )
-    label = f"{example.name}: {len(boxes.names)} boxes of {what}"
+    label = f"{example.name}: {counted(len(boxes.names), 'box')} of {what}"
     return Markup(
         f'<svg class="picture" viewBox="0 0 {width} {height}" font-size="{size:.1f}" role="img" '
         f'aria-label="{escape(label)}"><use href="#{id}"/>{"".join(parts)}</svg>'

@@ -149,8 +149,8 @@ def test_a_clean_data_set(look, shapes, tmp_path):
         counts[val["categories"][annotation["category_id"] - 1]["name"]] += 1
     assert found["splits"]["val"]["classes"] == counts
     assert found["splits"]["val"]["image_sizes"] == {"64x64": 6}
-    # 64 pixels are shown at 800, so a box of w x h has a side of sqrt(w h) * 12.5.
-    sides = sorted(12.5 * math.sqrt(a["bbox"][2] * a["bbox"][3]) for a in val["annotations"])
+    # The images keep their 64 pixels, which a recipe that is chosen for them has.
+    sides = sorted(math.sqrt(a["bbox"][2] * a["bbox"][3]) for a in val["annotations"])
     assert found["splits"]["val"]["box_size"]["smallest"] == pytest.approx(sides[0], abs=0.06)
     assert found["splits"]["val"]["box_size"]["largest"] == pytest.approx(sides[-1], abs=0.06)
 

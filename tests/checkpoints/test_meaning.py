@@ -137,7 +137,7 @@ def test_order_is_assumed_for_as_many_classes_without_names_and_said(tmp_path):
     loaded = load_detector(path, classes=["cat", "ant", "zebra"])
     assert loaded.detector.classes == ["cat", "ant", "zebra"]
     assert any("taken to be the data's, in the data's order (cat, ant, zebra)" in line for line in loaded.assumptions)
-    with pytest.raises(CheckpointError, match="has 3 classes and does not name them; the data has 2"):
+    with pytest.raises(CheckpointError, match="has 3 classes without names; the data has 2"):
         load_detector(path, classes=["cat", "ant"])
     named = str(write(tmp_path / "named.pth", with_meaning(state_of(TINY), SAID)))
     loaded = load_detector(named, classes=["cat", "ant", "zebra"])

@@ -82,7 +82,7 @@ def test_check_and_train_tell_the_same_of_the_data(defeat, tiny, folder, tmp_pat
     text = "\n".join(notes[0])
     assert "\ntraining: 12 images of 64x64" in text
     assert "validation: 6 images of 64x64" in text
-    assert "warning: 1 of 6 validation images are training images too (val_00000.png)" in text
+    assert "warning: 1 of 6 validation images is a training image too (val_00000.png)" in text
     assert "class circle: has boxes in training and none in validation" in text
 
 
@@ -102,7 +102,7 @@ def test_images_are_left_out_counted_and_reported(defeat, tiny, broken, tmp_path
     skip = ["--set", "data.on_bad_image=skip"]
     output = defeat("train", "-r", tiny, "-d", broken, "-o", tmp_path / "run", *skip)
     assert "warning: 4 of 12 training images are left out (data.on_bad_image: skip)" in output
-    assert "warning: 1 of 6 validation images are left out" in output
+    assert "warning: 1 of 6 validation images is left out" in output
     results = json.loads((tmp_path / "run/results.json").read_text())
     left_out = {"training": [image(broken, "train", i) for i in (3, 4, 1, 2)], "validation": [image(broken, "val", 5)]}
     assert {split: set(paths) for split, paths in results["left_out"].items()} == {
@@ -122,7 +122,7 @@ def test_images_are_left_out_counted_and_reported(defeat, tiny, broken, tmp_path
     assert "val_00005.png: cannot be read" in output
     assert "--set data.on_bad_image=skip" in output
     output = defeat("eval", tmp_path / "other/best.pt", "--data", broken, *skip)
-    assert "1 of 6 validation images are left out" in output
+    assert "1 of 6 validation images is left out" in output
 
 
 def test_a_run_that_leaves_images_out_resumes_bit_for_bit(defeat, tiny, broken, tmp_path):
@@ -150,7 +150,7 @@ def test_a_broken_image_without_annotations_is_found_or_left_out(defeat, tiny, t
     assert "train_00002.png: cannot be read" in defeat("check", *options, code=2)
     output = defeat("check", *options, "--set", "data.on_bad_image=skip")
     assert "unlabelled: 2 images, 2 beside each batch" in output
-    assert "warning: 1 of 3 unlabelled images are left out" in output
+    assert "warning: 1 of 3 unlabelled images is left out" in output
 
 
 def test_a_run_that_left_images_out_notices_that_others_are(defeat, tiny, broken, tmp_path):

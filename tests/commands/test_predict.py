@@ -68,6 +68,19 @@ def test_every_file_tells_of_the_same_detections(defeat, teacher, whole, tmp_pat
             assert abs(crop.shape[0] - height) <= 2
 
 
+def test_frames_are_told_of_in_the_order_of_their_numbers(defeat, teacher, shapes, tmp_path):
+    frames = tmp_path / "frames"
+    frames.mkdir()
+    for number, image in zip((10, 2, 1), sorted((shapes / "images").iterdir()), strict=False):
+        (frames / f"frame_{number}.png").write_bytes(image.read_bytes())
+    (frames / "frame_3.png").write_bytes(b"no image")
+    output = defeat("predict", teacher, frames, "-o", tmp_path / "out", "--save-coco", "--threshold", 0.1, code=2)
+    assert "1 of 4 images could not be read" in output
+    images = json.loads((tmp_path / "out" / "predictions.json").read_text())["images"]
+    assert [image["file_name"] for image in images] == ["frame_1.png", "frame_2.png", "frame_10.png"]
+    assert [image["id"] for image in images] == [1, 2, 3]
+
+
 def test_predictions_are_those_of_eval(defeat, teacher, shapes, tmp_path):
     out = tmp_path / "out"
     defeat("eval", teacher, "-d", shapes, "--save-detections", tmp_path / "eval.json")

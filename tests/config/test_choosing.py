@@ -1,6 +1,7 @@
 """The recipe that is chosen for what there is, on facts alone."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -103,6 +104,26 @@ def test_retinanets_anchors_are_three_a_level():
     student = chosen(replace(CELLS, teacher=Architecture(detector="retinanet"))).student
     # 12, and a third and two thirds of an octave above: 15.1 and 19.0.
     assert student.anchor_sizes[:2] == [[12, 15, 19], [24, 30, 38]]
+
+
+def test_anchors_that_do_not_fit_give_way_to_the_nearest_that_do():
+    """The median box asks for 10.2 pixels on the finest level: by ratio 12 is nearest, then 8, 16 and 6."""
+
+    def fitting(*good, offered=None):
+        def fit(recipe):
+            sizes = recipe.student.anchor_sizes
+            return SimpleNamespace(mean=0.5, bad=sizes is None or sizes[0][0] not in good, sizes=offered)
+
+        return replace(CELLS, anchor_fit=fit)
+
+    assert chosen(fitting(6, 16)).student.anchor_sizes == [[16], [32], [64], [128], [256]]
+    assert chosen(fitting()).student.anchor_sizes[0] == [12]
+    offered = [[5.0], [6.0], [7.0], [8.0], [9.0]]
+    recipe = chosen(fitting(offered=offered))
+    assert recipe.student.anchor_sizes == offered
+    assert recipe.distillation.neck.finest_scale == 1.75 * 5
+    assert "none fits them well" in told(fitting(offered=offered))
+    assert chosen(fitting(), student__anchor_sizes=offered).student.anchor_sizes == offered
 
 
 def test_without_pretrained_weights_it_is_trained_longer_and_said():

@@ -163,13 +163,13 @@ def test_data_without_any_box_is_refused(folder: Path) -> None:
     assert data[0].target["boxes"].shape == (0, 4)
     with pytest.raises(DataError, match=r"train\.json: the test images have no boxes: nothing to learn"):
         data.refuse_boxless("test")
-    with pytest.raises(DataError, match="images have no boxes but 1 crowds or boxes without area"):
+    with pytest.raises(DataError, match="images have no boxes but 1 crowd or box without area"):
         opened(folder, with_boxes([1, 1, 0, 0])).refuse_boxless("training")
     opened(folder, with_boxes([1, 1, 2, 2])).refuse_boxless("training")
 
 
 def test_boxes_that_are_shares_of_the_image_are_recognised(folder: Path) -> None:
-    with pytest.raises(DataError, match=r"train\.json: all its 2 boxes are within 0\.\.1.*the first is \[0\.1, 0\.2"):
+    with pytest.raises(DataError, match=r"train\.json: all its boxes are within 0\.\.1.*the first is \[0\.1, 0\.2"):
         opened(folder, with_boxes([0.1, 0.2, 0.5, 0.5], [0, 0, 1, 1]))
     opened(folder, with_boxes([0.1, 0.2, 0.5, 0.5], [0, 0, 10, 5]))  # a small one among others
     opened(folder, with_boxes([0, 0, 0, 0]))
@@ -262,11 +262,11 @@ def test_survives_pickling(folder: Path) -> None:
 def test_missing_images_are_counted_and_named_at_once(folder: Path) -> None:
     what = content()
     what["images"] += [{"id": 100 + i, "file_name": f"gone/{i}.jpg"} for i in range(5)]
-    with pytest.raises(DataError, match=r"5 of its 7 images are not in .*: gone/0.jpg, gone/1.jpg, gone/2.jpg and 2 m"):
+    with pytest.raises(DataError, match=r"5 of 7 images are not in .*: gone/0.jpg, gone/1.jpg, gone/2.jpg and 2 m"):
         opened(folder, what)
     what = content()
     what["images"][0]["file_name"] = f"{'x' * 5000}\0.jpg"
-    with pytest.raises(DataError, match="1 of its 2 images are not in"):
+    with pytest.raises(DataError, match="1 of 2 images is not in"):
         opened(folder, what)
 
 
@@ -282,7 +282,7 @@ def test_validation_images_among_the_training_images_are_told(folder: Path, tmp_
     only_first["images"] = only_first["images"][:1]
     only_first["annotations"] = only_first["annotations"][1:2]
     val = opened(folder, only_first, train=False)
-    assert "1 of 1 validation images are training images too (a.png)" in overlap(opened(folder, train), val)
+    assert "1 of 1 validation image is a training image too (a.png)" in overlap(opened(folder, train), val)
     # A copy elsewhere, with the same boxes; with others it may be another image of that name.
     (tmp_path / "copy").mkdir()
     (tmp_path / "copy" / "a.png").write_bytes((folder / "a.png").read_bytes())

@@ -257,8 +257,8 @@ def test_check_tells_of_unlabelled_images(defeat, tiny, teacher, folder, shapes)
     assert "unlabelled: 7 images (other files there: 1), 4 beside each batch of 4 labelled" in told
     assert "warning: the teacher finds nothing with a score of 1.0 on unlabelled images" in told
     told = defeat("check", "-r", tiny, "-t", teacher, *setting(data__unlabelled=shapes / "images"))
-    assert "warning: data.unlabelled: 12 of its 18 images are training images too" in told
-    assert "warning: data.unlabelled: 6 of its 18 images are validation images too" in told
+    assert "warning: data.unlabelled: 12 of 18 images are training images too" in told
+    assert "warning: data.unlabelled: 6 of 18 images are validation images too" in told
 
 
 def test_a_teacher_of_other_classes_is_told_of(defeat, tiny, teacher, folder, tmp_path):

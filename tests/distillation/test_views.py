@@ -142,7 +142,7 @@ def test_wrap_takes_torchvisions_models_as_they_are(family):
     wrapped = wrap(model, ["a", "b"])
     assert wrapped.model is model
     assert wrapped.strides[0] == (4 if family.startswith("faster") else 8)
-    with pytest.raises(DefeatError, match="num_classes=3, which is 2 classes and background; 1 names"):
+    with pytest.raises(DefeatError, match="num_classes=3, which is 2 classes and background; 1 name was given"):
         wrap(model, ["a"])
 
 

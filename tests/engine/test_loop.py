@@ -57,7 +57,7 @@ def test_the_learning_rate_in_words():
     assert learning_rate_text(optimizer, Schedule(epochs=8, warmup_steps=0)) == "learning rate 0.02"
 
 
-def test_the_pace_is_the_median_of_ten_steps_after_three_told_once():
+def test_the_pace_is_the_median_of_ten_steps_after_three():
     training = SimpleNamespace(seconds=0.0, step=0)
     pace = Pace(training, 100)
     told = []
@@ -70,3 +70,18 @@ def test_the_pace_is_the_median_of_ten_steps_after_three_told_once():
     # Sixteen are asked about, of which the first and the one after the measured are not whole steps of their own.
     assert told == [(16, 2)]
     assert Pace(training, 18 + 26).wanted == 0
+
+
+def test_a_pace_that_has_changed_is_told_again():
+    """Told after 13 steps, then looked at after 20, 40, 80 and 160 more: 33, 73, 153 and 313."""
+    training = SimpleNamespace(seconds=0.0, step=0)
+    pace = Pace(training, 600)
+    told = []
+    for step in range(1, 601):
+        # Twice as slow from step 14 on; in the 80 from step 74 on a quarter of the steps takes 6 instead of 2.
+        training.seconds += 1 if step <= 13 else 6 if 74 <= step <= 93 else 2
+        training.step = step
+        if (known := pace.known()) is not None:
+            told.append((step, known))
+    # (20 * 6 + 60 * 2) / 80 = 3; then 2 again, which is a third less.
+    assert told == [(13, 1), (33, 2), (153, 3), (313, 2)]

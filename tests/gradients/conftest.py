@@ -11,6 +11,6 @@ from defeat_cli.gradients import pictures
 @pytest.fixture
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """The figures that are saved, which are saved all the same."""
-    saved, save = [], pictures._save
-    monkeypatch.setattr(pictures, "_save", lambda figure, path: (saved.append(figure), save(figure, path)))
+    saved, save = [], pictures.save_figure
+    monkeypatch.setattr(pictures, "save_figure", lambda figure, path: (saved.append(figure), save(figure, path)))
     return saved

@@ -35,6 +35,17 @@ def test_files_folders_and_patterns_lead_to_each_image_once(shapes: Path):
     assert len(find_images([str(folder)], limit=3)) == 3
 
 
+def test_frames_of_a_folder_stand_in_the_order_of_their_numbers(tmp_path: Path):
+    names = ["2.png", "frame_1.png", "frame_2.png", "frame_02.png", "frame_10.png", "frame_10b.png", "frame_a.png"]
+    (tmp_path / "take_10").mkdir()
+    for name in names:
+        (tmp_path / "take_10" / name).touch()
+    for given in (str(tmp_path / "take_10"), str(tmp_path / "*" / "*.png")):
+        found = [source.path.name for source in find_images([given])]
+        # 02 and 2 are one number; between them the letters decide.
+        assert found == ["2.png", "frame_1.png", "frame_02.png", "frame_2.png", *names[4:]]
+
+
 def test_annotations_choose_among_the_images_of_a_folder(shapes: Path):
     """The folder holds both splits; the file knows one of them, and a file named by itself must be in it."""
     known = read_annotations(shapes / "val.json")

@@ -160,6 +160,7 @@ def test_a_teacher_stands_beside_and_can_say_where_the_objects_are(
     assert rows["bg-only"]["overall"]["background"]["mean"] == 0
     assert "gradients" not in report.images[0]
     assert (out / f"{Path(first[0]).stem}_distillation.png").is_file()
+    assert (out / f"{Path(first[0]).stem}_decoupled.png").is_file()
 
 
 def test_one_bad_image_is_named_and_skipped(checkpoint: Path, shapes: Path, tmp_path: Path):

@@ -14,7 +14,7 @@ from defeat_cli.data.formats.voc_xml import Page, collect, image_of, read_page
 from defeat_cli.data.images import FileIndex, is_image
 from defeat_cli.data.reading import read_lines
 from defeat_cli.errors import DataError
-from defeat_cli.text import listed
+from defeat_cli.text import counted, listed
 
 IMAGE_SETS = "ImageSets/Main"
 
@@ -62,7 +62,9 @@ def read(
                 found.append(page)
                 files.append(f"{pictures}/{image}".removeprefix("./"))
         if len(set(names)) < len(names):
-            notes.append(f"{len(names) - len(set(names))} lines of the image sets repeat an image, which is read once")
+            repeated = len(names) - len(set(names))
+            lines = counted(repeated, "line of the image sets repeats", "lines of the image sets repeat")
+            notes.append(f"{lines} an image, which is read once")
         pages += xmls.all_pages()
     origin = " + ".join(str(image_set.file) for image_set in image_sets)
     return collect(found, files, pages, origin, official=True, notes=notes), path

@@ -16,7 +16,7 @@ from defeat_cli.data.images import FileIndex, leaves, parts_of
 from defeat_cli.data.reading import read_lines, read_yaml
 from defeat_cli.data.transforms import image_size
 from defeat_cli.errors import DataError
-from defeat_cli.text import listed
+from defeat_cli.text import counted, listed, out_of
 
 CONFIGS = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
 NAME_LISTS = ("classes.txt", "obj.names", "data/obj.names", "labels/classes.txt", "predefined_classes.txt")
@@ -59,7 +59,8 @@ def read(
     notes: list[str] = []
     files = _images(path, config, split, images, faults)
     if len(set(files)) < len(files):
-        notes.append(f"{len(files) - len(set(files))} images are listed twice, and read once")
+        repeated = len(files) - len(set(files))
+        notes.append(f"{counted(repeated, 'image is', 'images are')} listed twice, and read once")
         files = list(dict.fromkeys(files))
     folder = _common_folder(path, files)
     sized, objects, unlabelled = [], [], []
@@ -77,12 +78,12 @@ def read(
         sized.append((os.path.relpath(image, folder).replace(os.sep, "/"), size))
     if len(unlabelled) == len(files):
         raise DataError(
-            f"{config.file}: none of the {len(files)} {split} images has a label file; for {files[0]} looked for "
-            f"{' and '.join(map(str, _label_places(files[0])))}"
+            f"{config.file}: none of the {counted(len(files), f'{split} image')} has a label file; for {files[0]} "
+            f"looked for {' and '.join(map(str, _label_places(files[0])))}"
         )
     if unlabelled:
-        share = f"{len(unlabelled)} of {len(files)} images have no label file ({listed(unlabelled, 3)})"
-        notes.append(f"{share}; they are taken for images without objects")
+        without = out_of(len(unlabelled), len(files), "image", "has no label file", "have no label file")
+        notes.append(f"{without} ({listed(unlabelled, 3)}); such are taken for images without objects")
     if alone := _labels_alone(files):
         notes.append(f"label files without an image, which are not used: {listed(alone, 3)}")
         faults.tell([Fault("label alone", f"{label}: there is no image of this name") for label in alone])
@@ -166,7 +167,7 @@ def _names(value: Any, file: Path, count: Any) -> dict[int, str]:
     if twice is not None:
         raise DataError(f"{file}: names: {twice!r} is there more than once")
     if count is not None and count != len(names) and str(count) != str(len(names)):
-        raise DataError(f"{file}: nc is {count!r}, but names has {len(names)} classes")
+        raise DataError(f"{file}: nc is {count!r}, but names has {counted(len(names), 'class')}")
     return names
 
 
@@ -302,7 +303,8 @@ def _object(words: Sequence[str], size: tuple[int, int], config: Config) -> tupl
     if len(values) != 5 and not polygon and not (config.keypoints and len(values) > 5):
         raise EntryError(f"must be class x y w h, or class and the points x y of a polygon; found {shown!r}")
     if not values[0].is_integer() or int(values[0]) not in config.names:
-        text = f"class {words[0]} is not one of the {len(config.names)} classes of {config.file.name}"
+        known = f"{config.file.name} has {counted(len(config.names), 'class')}, counted from 0"
+        text = f"class {words[0]} is not known; {known}"
         raise EntryError(text, "unknown category")
     shares = values[1:] if polygon else values[1:5]
     if not all(math.isfinite(share) and 1 - BEYOND <= share <= BEYOND for share in shares):

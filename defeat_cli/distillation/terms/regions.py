@@ -13,7 +13,7 @@ from defeat_cli.detectors.contract import Detector, RegionClassifier
 from defeat_cli.distillation.losses import region_kl, region_kl_sigmoid
 from defeat_cli.distillation.pairing import match_classes
 from defeat_cli.distillation.terms.base import Loss, Term, View
-from defeat_cli.text import listed
+from defeat_cli.text import counted, listed
 
 OWN_ANCHORS = (
     "a head scores the anchors or points of the images that it sees, and those of other sizes are not the same"
@@ -34,7 +34,7 @@ class RegionTerm(Term):
         pairs = match_classes(student.classes, teacher.classes, class_map)
         if len(pairs) < max(len(student.classes), len(teacher.classes)):
             shared = listed([student.classes[s] for s, _ in pairs])
-            self.notes.append(f"head distillation runs over {len(pairs)} shared classes ({shared})")
+            self.notes.append(f"head distillation runs over {counted(len(pairs), 'shared class')} ({shared})")
         # The background column comes first in softmax logits and is shared by every pair of detectors.
         columns = [(0, 0)] + [(s + 1, t + 1) for s, t in pairs] if self.softmax else pairs
         if pairs != [(i, i) for i in range(max(len(student.classes), len(teacher.classes)))]:

@@ -147,7 +147,7 @@ def test_files_and_folders_that_the_user_names(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"gone: no such folder \(data\.train_images\)"):
         open_split(tmp_path, "train", images="gone", train=False)
     write_images(tmp_path / "empty", "b.jpg")
-    with pytest.raises(DataError, match=r"none of its 1 images is there .* anywhere in .*empty; name the folder"):
+    with pytest.raises(DataError, match=r"not one of its 1 image is there .* anywhere in .*empty; name the folder"):
         open_split(tmp_path, "train", images="empty", train=False)
     with pytest.raises(
         DataError, match=r"gone\.json: no such file; .* holds empty, images, mine\.json, other, train\.json"
@@ -157,13 +157,13 @@ def test_files_and_folders_that_the_user_names(tmp_path: Path) -> None:
 
 def test_bad_cases_are_named(tmp_path: Path) -> None:
     write_coco(tmp_path / "train.json", "a.jpg")
-    with pytest.raises(DataError, match=r"train\.json: none of its 1 images is there \(a\.jpg\)\. Looked in"):
+    with pytest.raises(DataError, match=r"train\.json: not one of its 1 image is there \(a\.jpg\)\. Looked in"):
         open_split(tmp_path, "train", train=False)
     with pytest.raises(DataError, match=r"no val data there\. Looked for annotations/instances_val2017\.json, val"):
         open_split(tmp_path, "val", train=False)
     write_images(tmp_path / "images", "b.jpg")
     write_text(tmp_path / "train.json", json.dumps(coco_of("a.jpg", "b.jpg")))
-    with pytest.raises(DataError, match=r"train\.json: 1 of its 2 images are not in .*images: a\.jpg"):
+    with pytest.raises(DataError, match=r"train\.json: 1 of 2 images is not in .*images: a\.jpg"):
         open_split(tmp_path, "train", train=False)
 
 

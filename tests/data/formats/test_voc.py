@@ -175,7 +175,7 @@ def test_what_is_missing_is_named(folder: Path) -> None:
     with pytest.raises(DataError, match=r"three\.xml: is listed in an image set \(.*val\.txt:1\), but is not there"):
         opened(folder, "val")
     (folder / "JPEGImages/one.jpg").unlink()
-    with pytest.raises(DataError, match=r"1 of its 2 images are not in .*: JPEGImages/one\.jpg"):
+    with pytest.raises(DataError, match=r"1 of 2 images is not in .*: JPEGImages/one\.jpg"):
         opened(folder)
     write_text(folder / "ImageSets/Main/train.txt", "one\nz\xe8bre\n", "latin-1")
     with pytest.raises(DataError, match=r"train\.txt:2: not text in UTF-8"):

@@ -65,7 +65,7 @@ def test_bad_cases_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nowhere: no such folder \(data\.train_images\)"):
         open_split(tmp_path, "train", images="nowhere", train=True)
     (tmp_path / "train/a.jpg").unlink()
-    with pytest.raises(DataError, match=r"1 of its 2 images are not in .*: train/a\.jpg"):
+    with pytest.raises(DataError, match=r"1 of 2 images is not in .*: train/a\.jpg"):
         open_split(tmp_path, "train", train=True)
     write_images(tmp_path / "other", "a.png", "a.bmp")
     with pytest.raises(

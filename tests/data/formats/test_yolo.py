@@ -70,7 +70,7 @@ def test_images_without_labels_are_background_and_that_is_said(folder: Path) -> 
     (folder / "labels/train/b.txt").unlink()
     data = open_split(folder, "train", train=True)
     assert data[1].target["boxes"].shape == (0, 4)
-    assert any("1 of 2 images have no label file" in note for note in data.notes)
+    assert any("1 of 2 images has no label file" in note for note in data.notes)
     (folder / "labels/train/a.txt").unlink()
     with pytest.raises(DataError, match=r"none of the 2 train images has a label file; for .*labels/train/a\.txt and"):
         open_split(folder, "train", train=True)
@@ -103,10 +103,10 @@ def test_a_list_of_names_in_place_of_data_yaml(tmp_path: Path) -> None:
         ),
         ("1", r"c\.txt:3: must be class x y w h"),
         ("dog 0.5 0.5 0.1 0.1", r"c\.txt:3: must be numbers, class x y w h; found 'dog"),
-        ("2 0.5 0.5 0.1 0.1", r"c\.txt:3: class 2 is not one of the 2 classes of data\.yaml"),
-        ("-1 0.5 0.5 0.1 0.1", r"c\.txt:3: class -1 is not one of"),
-        ("0.5 0.5 0.5 0.1 0.1", r"c\.txt:3: class 0\.5 is not one of"),
-        ("nan 0.5 0.5 0.1 0.1", r"c\.txt:3: class nan is not one of"),
+        ("2 0.5 0.5 0.1 0.1", r"c\.txt:3: class 2 is not known; data\.yaml has 2 classes, counted from 0"),
+        ("-1 0.5 0.5 0.1 0.1", r"c\.txt:3: class -1 is not known"),
+        ("0.5 0.5 0.5 0.1 0.1", r"c\.txt:3: class 0\.5 is not known"),
+        ("nan 0.5 0.5 0.1 0.1", r"c\.txt:3: class nan is not known"),
         ("1 0.5 0.5 0.1 0.1 0.9", r"c\.txt:3: has 6 numbers: with a score behind each box these are detections"),
         ("1 10 5 6 4", r"c\.txt:3: x y w h must be shares of the image within 0\.\.1, found '1 10 5 6 4'"),
         ("1 0.5 0.5 nan 0.1", r"c\.txt:3: x y w h must be shares"),
@@ -153,7 +153,7 @@ def test_what_is_missing_is_named(folder: Path) -> None:
         open_split(folder, "val", "yolo", annotations="gone.yaml", train=False)
     write_text(folder / "list.txt", "images/val/c.jpg\nimages/val/c.jpg\n")
     data = open_split(folder, "val", images="list.txt", train=False)
-    assert any("1 images are listed twice, and read once" in note for note in data.notes)
+    assert any("1 image is listed twice, and read once" in note for note in data.notes)
     write_text(folder / "list.txt", "images/val/c.jpg\nimages/val/gone.jpg\n")
     with pytest.raises(DataError, match=r"list\.txt:2: 'images/val/gone\.jpg' is not there"):
         open_split(folder, "val", images="list.txt", train=False)
