@@ -96,6 +96,8 @@ def test_a_bf16_run_resumes_bit_for_bit_and_evaluates_as_it_trained(defeat, tiny
     assert all(value.dtype != torch.bfloat16 for value in saved.values())
     scored = defeat("eval", tmp_path / "whole" / "best.pt", "--json", tmp_path / "figures.json")
     assert "evaluated in" not in scored
+    assert ", in bf16" in " ".join(scored.split())
+    assert "in bf16" not in defeat("eval", tmp_path / "whole" / "best.pt", *setting(run__precision="fp32"))
     assert RunFolder(tmp_path / "whole").results()["student"]["AP"] == pytest.approx(
         yaml.safe_load((tmp_path / "figures.json").read_text())["AP"], abs=1e-12
     )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import inspect
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -83,18 +85,27 @@ def defeat(
         console.print(f"Distil a large object detector into a small one:\n{next_steps()}", markup=False, soft_wrap=True)
 
 
-app.command("train")(train.train)
-app.command("init")(init.init)
-app.command("eval")(evaluation.evaluate)
-app.command("ablate")(ablate.ablate)
-app.command("gradmap", help="The same as visualize-gradients.")(gradmap.visualize_gradients)
-app.command("visualize-gradients")(gradmap.visualize_gradients)
-app.command("check")(check.check)
-app.command("bench")(bench.bench)
-app.command("convert")(convert.convert)
-app.command("predict")(predict.predict)
-app.command("export")(export.export)
-app.command("report")(report.report)
+def _help(command: Callable[..., None]) -> str:
+    """A command's docstring, each paragraph in one line, so that the terminal breaks it where it is full."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in inspect.getdoc(command).split("\n\n"))
+
+
+COMMANDS = {
+    "train": train.train,
+    "init": init.init,
+    "eval": evaluation.evaluate,
+    "ablate": ablate.ablate,
+    "gradmap": gradmap.visualize_gradients,
+    "visualize-gradients": gradmap.visualize_gradients,
+    "check": check.check,
+    "bench": bench.bench,
+    "convert": convert.convert,
+    "predict": predict.predict,
+    "export": export.export,
+    "report": report.report,
+}
+for _name, _command in COMMANDS.items():
+    app.command(_name, help=_help(_command) if _name != "gradmap" else "The same as visualize-gradients.")(_command)
 
 
 def main() -> None:

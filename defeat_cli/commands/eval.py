@@ -31,7 +31,7 @@ def evaluate(
     set_: SetOption = None,
     quiet: QuietOption = False,
 ) -> None:
-    """Score a detector on COCO-format data: the twelve COCO figures."""
+    """Score a detector on a data set in any layout: the twelve COCO figures."""
     from defeat_cli.jobs import scoring
 
     if json_file is not None and json_file == save_detections:

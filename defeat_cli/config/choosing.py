@@ -39,6 +39,11 @@ OCTAVES = {"faster_rcnn": 1, "retinanet": 3}
 FINEST_ANCHORS = (4, 6, 8, 12, 16, 24, 32)
 """Of the finest level, pixels; the last is the families' own."""
 MANY_IMAGES = 20_000
+LEAST_STEPS = 300
+"""A detector learns hardly anything in fewer: from ImageNet's ResNet-50, 12 epochs of 30 images of BCCD are 48 steps,
+and ended at 7 AP."""
+LEAST_WARMUP = 15
+"""Steps, where a training is long enough: after 2 that one's first losses were a hundred times too large."""
 LEAST_STEPS_FOR_THE_HEAD = 10_000
 """Below this many steps the head term has not paid beside the neck's (recipes/RESULTS.md)."""
 
@@ -131,11 +136,14 @@ class Choice:
         recipe.run.name = recipe.run.name or self.name
         return recipe
 
-    def steps(self, images: int) -> int:
-        """Optimizer steps of the recipe on so many training images."""
+    def steps_per_epoch(self, images: int) -> int:
+        """Optimizer steps that so many training images give."""
         recipe = self.recipe()
-        batches = math.ceil(images / recipe.data.batch_size)
-        return recipe.schedule.epochs * math.ceil(batches / recipe.optimizer.accumulate)
+        return math.ceil(math.ceil(images / recipe.data.batch_size) / recipe.optimizer.accumulate)
+
+    def steps(self, images: int) -> int:
+        """Optimizer steps of the whole recipe on so many training images."""
+        return self.recipe().schedule.epochs * self.steps_per_epoch(images)
 
 
 def choose(facts: Facts, said: Mapping[str, Any]) -> Choice:
@@ -298,6 +306,9 @@ def _schedule(choice: Choice, facts: Facts) -> None:
         epochs, why = max(4, min(12, round(4000 / facts.images))), "what a CPU does in good time"
     if not pretrained:
         epochs, why = 2 * epochs, f"{why}, twice as long from scratch"
+    least = math.ceil(LEAST_STEPS / choice.steps_per_epoch(facts.images))
+    if epochs < least:
+        epochs, why = least, f"few images, so that this is {LEAST_STEPS} steps"
     choice.take({"schedule.epochs": epochs}, why)
     steps, epochs = choice.steps(facts.images), choice.recipe().schedule.epochs
     if facts.device == "cpu" or not pretrained:
@@ -312,9 +323,8 @@ def _schedule(choice: Choice, facts: Facts) -> None:
         choice.take({"optimizer.lr": lr}, f"{base} for 16 images a step, in proportion", minor=True)
     choice.take({"optimizer.clip_norm": 10.0}, "keeps first steps of new heads small", minor=True)
     choice.take({"schedule.decay": "cosine"}, "has no milestones to be placed", minor=True)
-    choice.take(
-        {"schedule.warmup_steps": min(500, steps // 20)}, f"a twentieth of {counted(steps, 'step')}", minor=True
-    )
+    warmup = min(500, max(steps // 20, min(LEAST_WARMUP, steps // 4)))
+    choice.take({"schedule.warmup_steps": warmup}, f"of {counted(steps, 'step')}; keeps new heads steady", minor=True)
     choice.take({"run.evaluate_every": max(1, epochs // 6)}, "about six evaluations", minor=True)
     choice.take({"run.log_every": max(1, min(50, steps // 100))}, "about a hundred lines", minor=True)
 
@@ -329,6 +339,7 @@ def _terms(choice: Choice, facts: Facts) -> None:
         scale = 1.75 * recipe.student.anchor_sizes[0][0]  # 56 for the usual 32
         choice.take({"distillation.neck.finest_scale": scale}, "in proportion to the anchors", minor=True)
     choice.take({"distillation.warmup_steps": min(2000, steps // 10)}, "a tenth of the steps", minor=True)
+    choice.take({"run.pull_every": max(1, min(100, steps // 10))}, "ten points of its curve, or more", minor=True)
 
 
 def _shown(value: Any) -> str:

@@ -69,6 +69,11 @@ def parts_of(name: str) -> list[str]:
     return [part for part in name.replace("\\", "/").split("/") if part not in ("", ".", "..")]
 
 
+def without_upload_prefix(name: str) -> str:
+    """A file's own name, where Label Studio put eight hexadecimal digits before it as it was uploaded."""
+    return re.sub(r"^[0-9a-f]{8}-(?=.)", "", name)
+
+
 def nearest(paths: Sequence[str], wanted: Sequence[str]) -> list[str]:
     """Those of some paths that share the most parts with `wanted`, counted from their ends."""
 
@@ -122,7 +127,8 @@ def place_images(
     placed = []
     for name in names:
         parts = parts_of(name)
-        candidates = [] if name in climbing else nearest(index.by_name.get(parts[-1], []) if parts else [], parts)
+        there = index.by_name.get(parts[-1]) or index.by_name.get(without_upload_prefix(parts[-1]), []) if parts else []
+        candidates = [] if name in climbing else nearest(there, parts)
         if len(candidates) > 1:
             text = f"{origin}: image {name!r} can be {' or '.join(candidates[:3])} in {beneath}"
             faults.tell(Fault("ambiguous", f"{text}; name the folder by data.train_images, data.val_images"))

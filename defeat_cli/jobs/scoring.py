@@ -1,4 +1,4 @@
-"""One `defeat eval`: a checkpoint of any format, scored on COCO-format data."""
+"""One `defeat eval`: a checkpoint of any format, scored on a data set."""
 
 from __future__ import annotations
 
@@ -95,11 +95,10 @@ def score(
         metrics["VOC_AP50"] = voc_ap50(detections, data.coco.dataset)["AP50"]
     if error_types:
         metrics["errors"] = error_report(detections, data.coco).to_dict()
-    return Score(
-        f"{checkpoint} on {counted(len(data), f'{split} image')} of {recipe.data.path}",
-        metrics,
-        data.in_own_ids(detections),
-    )
+    title = f"{checkpoint} on {counted(len(data), f'{split} image')} of {recipe.data.path}"
+    if subject.precision != "fp32":  # exported files and plain torchvision compute in fp32, and find a little else
+        title += f", in {subject.precision}"
+    return Score(title, metrics, data.in_own_ids(detections))
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,21 @@ def test_a_gpu_and_many_images_get_the_usual_schedule_and_both_terms():
     assert recipe.data.workers == 4
 
 
+def test_few_images_get_steps_enough_and_a_warm_up():
+    few = replace(CELLS, images=30)  # 4 batches of 8 an epoch
+    recipe = chosen(few)
+    assert recipe.schedule.epochs == 75  # 300 / 4
+    assert "epochs 75: few images, so that this is 300 steps" in told(few)
+    assert (recipe.schedule.warmup_steps, recipe.distillation.warmup_steps, recipe.run.pull_every) == (15, 30, 30)
+    # From scratch too, and on a GPU; twice 12 epochs of 13 batches are more than 300 steps.
+    assert chosen(replace(few, pretrained=lambda backbone: False)).schedule.epochs == 75
+    assert chosen(replace(few, device="cuda")).schedule.epochs == 75
+    assert chosen(replace(few, images=100, pretrained=lambda backbone: False)).schedule.epochs == 24
+    # A quarter of the 12 steps of 3 epochs, and no twentieth of them, which is none.
+    assert chosen(few, schedule__epochs=3).schedule.warmup_steps == 3
+    assert chosen(few, schedule__epochs=3).run.pull_every == 1
+
+
 def test_small_boxes_ask_for_larger_images_up_to_twice():
     # The smallest tenth has 16 pixels of 480: to keep 8 the short side must be 240, which is 256 in steps of 32
     # (240 / 32 = 7.5, and Python rounds that to the even 8).

@@ -87,6 +87,18 @@ def test_names_with_folders_or_urls_of_elsewhere(tmp_path: Path, names: list[str
     assert any(f"{named[0]} is pictures/deep/a.jpg" in note for note in data.notes)
 
 
+def test_names_that_label_studio_put_digits_before(tmp_path: Path) -> None:
+    """As it exports files that were uploaded, while whoever labelled them has them by their own names."""
+    write_images(tmp_path / "images", "cat-1.jpg", "deadbeef-b.jpg", "c.jpg")
+    names = ("534f0edd-cat-1.jpg", "deadbeef-b.jpg", "0a1b2c3d-c.jpg")
+    write_coco(tmp_path / "result.json", *(f"/data/upload/3/{name}" for name in names))
+    data = open_split(tmp_path, "train", annotations="result.json", train=False)
+    assert files(data) == [tmp_path / "images" / name for name in ("cat-1.jpg", "deadbeef-b.jpg", "c.jpg")]
+    write_coco(tmp_path / "result.json", "/data/upload/3/534f0edd-c.jpg", "/data/upload/3/0a1b2c3d-c.jpg")
+    with pytest.raises(DataError, match=r"image images/c\.jpg is listed twice, with ids"):
+        open_split(tmp_path, "train", annotations="result.json", train=False)
+
+
 def test_of_files_called_alike_the_one_whose_folders_agree_is_taken(tmp_path: Path) -> None:
     write_images(tmp_path, "x/left/a.jpg", "x/right/a.jpg")
     write_coco(tmp_path / "train.json", "/old/place/right/a.jpg")
