@@ -12,7 +12,7 @@ from matplotlib.colors import Normalize, to_rgb
 from matplotlib.ticker import LogLocator
 from torch import Tensor
 
-from defeat_cli.detectors.contract import RegionClassifier, Regions, level_names
+from defeat_cli.detectors.contract import Detector, RegionClassifier, Regions, level_names
 from defeat_cli.distillation.terms import Neck
 from defeat_cli.distillation.terms import View as Look
 from defeat_cli.gradients import pictures
@@ -34,8 +34,10 @@ ROWS = ("mask", "teacher", "student", "difference")
 NOTE = (
     "Orange: foreground; blue: background; each has a weight of its own. Teacher, student: length of a cell's "
     "features, the student's in the teacher's channels, one scale a level. Difference: mean square over channels, "
-    "which the neck term weighs. Both heads classify the teacher's regions."
+    "which the neck term weighs."
 )
+HEAD_NOTE = "Both heads classify the teacher's regions."
+"""Said where they can, and the regions are shown."""
 
 
 @torch.no_grad()
@@ -65,12 +67,14 @@ def draw_decoupling(student: Look, teacher: Look, term: Neck, path: Path, *, hea
 
     ratio = (view.pixels.shape[2] / view.pixels.shape[1]) ** 0.5
     columns = 1 + len(compared)
-    figure = pictures.new_figure(columns * PANEL * ratio + 0.5, len(ROWS) * (PANEL / ratio + 0.25) + 1, heading, NOTE)
+    heads = _classify_the_same(student.detector, teacher.detector)
+    note = f"{NOTE} {HEAD_NOTE}" if heads else NOTE
+    figure = pictures.new_figure(columns * PANEL * ratio + 0.5, len(ROWS) * (PANEL / ratio + 0.25) + 1, heading, note)
     grid = figure.subplots(len(ROWS), columns, squeeze=False)
     for axes in grid.flat:
         axes.set(xticks=[], yticks=[], frame_on=False)
     pictures.draw_pixels(grid[0, 0], view.pixels, view.boxes, f"image, {counted(len(view.boxes), 'box')}", side=PIXELS)
-    if isinstance(teacher.detector, RegionClassifier):
+    if heads:
         _draw_regions(grid[1:3, 0], view, _regions(student, teacher, seed))
     numbers = map_numbers(apart, [mask > 0.5 for mask in inside], names)
     pictures.draw_means(grid[3, 0], numbers, BACKGROUND_COLOR)
@@ -115,6 +119,12 @@ def _in_two_colors(view: View, mask: np.ndarray, stride: int) -> np.ndarray:
     """[h, w, 3] in [0, 1], of the image's size: the foreground's colour by as much as a cell is it, else the other."""
     share = pictures.at_resolution(mask, stride, view.pixels.shape[1:])[..., None]
     return share * to_rgb(INSIDE_COLOR) + (1 - share) * to_rgb(BACKGROUND_COLOR)
+
+
+def _classify_the_same(student: Detector, teacher: Detector) -> bool:
+    """Whether both heads can classify the teacher's regions."""
+    both = isinstance(student, RegionClassifier) and isinstance(teacher, RegionClassifier)
+    return both and student.region_obstacle(teacher) is None
 
 
 def _regions(student: Look, teacher: Look, seed: int) -> Regions:

@@ -16,10 +16,10 @@ from defeat_cli.gradients.pictures import COLORS
 ROWS = ["mask", "teacher", "student", "difference"]
 
 
-def views(family: str = "faster_rcnn"):
+def views(family: str = "faster_rcnn", other: str | None = None):
     """Student's and teacher's look at an image of 64 x 96, and the neck term between them; its box, 32 pixels wide and
     high, is on the finest level."""
-    student, teacher = build(family), build(family, seed=1)
+    student, teacher = build(family), build(other or family, seed=1)
     term = distil(student, teacher, ["neck"], finest_scale=56.0).eval()
     image = torch.rand(3, 64, 96, generator=torch.Generator().manual_seed(3))
     target = {"boxes": torch.tensor([[16.0, 0, 48, 32]]), "labels": torch.tensor([1])}
@@ -94,3 +94,14 @@ def test_detectors_whose_regions_are_all_points_show_some(tmp_path: Path, figure
     draw_decoupling(ours, theirs, term, tmp_path / "x.png", heading="heading")
     background = figures[0].axes[12].get_title(loc="left")
     assert background == f"{int((theirs.regions.labels[0] == 0).sum()):,} background regions"
+
+
+def test_no_regions_are_shown_that_only_one_of_the_heads_can_classify(tmp_path: Path, figures: list[Figure]):
+    ours, theirs, term = views("faster_rcnn", "retinanet")
+    draw_decoupling(ours, theirs, term, tmp_path / "x.png", heading="heading")
+    titles = [axes.get_title(loc="left") for axes in figures[0].axes]
+    assert not any("region" in title for title in titles)
+    assert titles[:2] == ["image, 1 box", "P3 · stride 8"]
+    said = " ".join(" ".join(text.get_text() for text in figures[0].texts).split())
+    assert "which the neck term weighs." in said
+    assert "Both heads" not in said
