@@ -15,6 +15,8 @@ from defeat_cli.checkpoints import native
 from defeat_cli.checkpoints.loading import TORCHVISION_PREFIX, file_of
 from defeat_cli.checkpoints.reading import read
 from defeat_cli.config.architecture import TRAINING
+from defeat_cli.config.given import COMMAND_LINE, given_settings
+from defeat_cli.config.idle import refuse_idle
 from defeat_cli.config.schema import Distillation, Recipe, merged, validate
 from defeat_cli.config.terms import NeckSettings
 from defeat_cli.console import Reporter, counting
@@ -68,6 +70,8 @@ def visualize(
         require_place_for_file(output / name)
     if teacher is None and (settings.distils or teacher_boxes):
         raise DefeatError("--distillation and --teacher-boxes need a teacher: add --teacher CHECKPOINT")
+    said = given_settings(merged({}, changes or {}), COMMAND_LINE)
+    refuse_idle(said, {"distillation.neck.mask": "the neck term is shown as its variants, each with its mask"})
     asked = ask(
         checkpoint,
         recipe_name,

@@ -9,6 +9,10 @@ CASES = {
     "annotations beside a data set": (["-d", "DATA", "--annotations", "FILE"], "--annotations: without effect"),
     "a threshold beside a data set": (["-d", "DATA", "--threshold", "0.2"], "--threshold: without effect"),
     "a threshold that no score reaches": (["IMAGE", "--threshold", "7"], "--threshold"),
+    "a mask, which each of the neck's variants has": (
+        ["IMAGE", "-t", "TEACHER", "--distillation", "--set", "distillation.neck={mask: full}"],
+        "distillation.neck.mask: without effect",
+    ),
     "shapes that are not drawn": (["-d", "DATA", "--set", "data.shapes.size=64"], "data.shapes.size: without effect"),
 }
 
@@ -16,7 +20,12 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_options_without_effect_are_refused(case, defeat, shapes, teacher, tmp_path):
     arguments, told = CASES[case]
-    places = {"IMAGE": next((shapes / "images").iterdir()), "FILE": shapes / "val.json", "DATA": shapes}
+    places = {
+        "IMAGE": next((shapes / "images").iterdir()),
+        "FILE": shapes / "val.json",
+        "DATA": shapes,
+        "TEACHER": teacher,
+    }
     arguments = [places.get(word, word) for word in arguments]
     assert told in defeat("gradmap", "-c", teacher, "-o", tmp_path / "out", *arguments, code=2)
     assert not (tmp_path / "out").exists()
