@@ -31,21 +31,22 @@ def in_blocks(text: str, block: str = r"```bash\n(.*?)```") -> list[list[str]]:
     for shell in re.findall(block, text, re.DOTALL):
         variables: dict[str, str] = {}
         for line in re.sub(r"\$\([^)]*\)", "", shell.replace("\\\n", " ")).splitlines():
-            if assigned := re.fullmatch(r"([A-Z]+)=(\S+|'.*')", line):
-                variables[assigned[1]] = assigned[2].strip("'")
+            line = with_values(line, variables)
+            if assigned := re.fullmatch(r"""([A-Z0-9]+)=(\S+|'.*'|".*")""", line):
+                variables[assigned[1]] = assigned[2].strip("'\"")
             for part in line.split("&&"):
-                words = [with_values(word, variables) for word in shlex.split(part, comments=True)]
+                words = shlex.split(part, comments=True)
                 starts = [i for i, word in enumerate(words) if re.fullmatch(r"(.*/)?defeat|defeat_cli", word)]
                 if starts:
                     found.append([word.replace("…", "X") for word in words[starts[0] + 1 :]])
     return found
 
 
-def with_values(word: str, variables: dict[str, str]) -> str:
-    """A word with the values of the shell variables that are in it."""
+def with_values(line: str, variables: dict[str, str]) -> str:
+    """A line with the values of the shell variables that are in it, which are words of their own where unquoted."""
     for name, value in variables.items():
-        word = re.sub(rf"\${name}\b", lambda match, value=value: value, word)
-    return word
+        line = re.sub(rf"\${name}\b", lambda match, value=value: value, line)
+    return line
 
 
 def in_text(text: str) -> list[list[str]]:
@@ -75,7 +76,13 @@ def refuse_wrong(words: list[str]) -> None:
         find_variant(said["variant"], VARIANTS)
     if name == "ablate":
         ablate.refuse_idle(context)
-        choose(said["names"] or [], VARIANTS, GROUPS, recipe)
+        # Of the user's own variants only their file, which is not here, says what they are.
+        own = (
+            dict.fromkeys((n for n in said["names"] or [] if ":" not in n), VARIANTS["none"])
+            if said["variants"]
+            else {}
+        )
+        choose(said["names"] or [], {**own, **VARIANTS}, GROUPS, recipe)
         numbers = {key: said[key] for key in ("seeds", "tuning_seeds", "budget", "equal_time")}
         ablate.protocol_of(None, said["names"] or [], **numbers)
     if name == "gradmap":
@@ -118,7 +125,7 @@ def test_the_commands_are_found():
     assert [words[0] for words in BLOCKS["defeat_cli/engine/README.md"]] == ["train", "bench", "bench", "train"]
     assert all(BLOCKS[path.name] for path in RECIPES)
     (assigned, filled) = in_blocks("```bash\nB='a b'\ndefeat x:$B \"$B\" \\\n    --y && pip z\ndefeat w  # v\n```")
-    assert (assigned, filled) == (["x:a b", "a b", "--y"], ["w"])
+    assert (assigned, filled) == (["x:a", "b", "a b", "--y"], ["w"])  # as a shell has it
     assert len(in_text((ROOT / "README.md").read_text(encoding="utf-8"))) > 15
 
 
