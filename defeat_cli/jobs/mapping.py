@@ -70,8 +70,9 @@ def visualize(
         require_place_for_file(output / name)
     if teacher is None and (settings.distils or teacher_boxes):
         raise DefeatError("--distillation and --teacher-boxes need a teacher: add --teacher CHECKPOINT")
-    said = given_settings(merged({}, changes or {}), COMMAND_LINE)
-    refuse_idle(said, {"distillation.neck.mask": "the neck term is shown as its variants, each with its mask"})
+    if settings.distils:
+        said = given_settings(merged({}, changes or {}), COMMAND_LINE)
+        refuse_idle(said, {"distillation.neck.mask": "the neck term is shown as its variants, each with its mask"})
     asked = ask(
         checkpoint,
         recipe_name,
