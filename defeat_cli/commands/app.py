@@ -86,8 +86,11 @@ def defeat(
 
 
 def _help(command: Callable[..., None]) -> str:
-    """A command's docstring, each paragraph in one line, so that the terminal breaks it where it is full."""
-    return "\n\n".join(" ".join(paragraph.split()) for paragraph in inspect.getdoc(command).split("\n\n"))
+    """A command's docstring, each paragraph in one line, so that the terminal breaks it where it is full.
+
+    `python -OO` leaves docstrings out.
+    """
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in (inspect.getdoc(command) or "").split("\n\n"))
 
 
 COMMANDS = {

@@ -1,8 +1,7 @@
 """Foreground masks: which cells of a feature map lie on objects, by each of the definitions that the paper compares.
 
 Boxes are xyxy in network-input pixels, one [M, 4] tensor an image. A mask is [N, h, w], one for each level: bool, or
-float in [0, 1] where cells count in part. Nothing here loops over single boxes or waits for
-the device.
+float in [0, 1] where cells count in part. Nothing here loops over single boxes or waits for the device.
 """
 
 from __future__ import annotations
