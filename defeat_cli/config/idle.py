@@ -55,7 +55,8 @@ def idle_in_training(recipe: Recipe) -> dict[str, str]:
     if schedule.warmup_steps == 0:
         idle["schedule.warmup_factor"] = "schedule.warmup_steps is 0"
     if recipe.teacher.checkpoint is None and recipe.teacher.recipe is None:
-        names = ("teacher.architecture", "teacher.size", "distillation", "run.teacher_check_images", "run.pull_every")
+        names = ("teacher.architecture", "teacher.size", "teacher.cache_gib", "distillation")
+        names += ("run.teacher_check_images", "run.pull_every")
         idle |= dict.fromkeys(names, "there is no teacher; add --teacher")
     if not recipe.run.compare_plain:
         idle["run.plain_beside"] = "run.compare_plain is false"

@@ -60,6 +60,9 @@ class Teacher(Section):
     size: Literal["student", "own"] = "student"
     """The image size that it sees: the student's (cheapest: images are prepared once), or the one that it was trained
     with (its features are resized to the student's grid, its regions scaled)."""
+    cache_gib: Positive | None = None
+    """GiB of the device's memory in which the teacher's features of each image are kept, so that it looks at an image
+    once and not in every epoch; null keeps none. For few or small images: `check` says what they take."""
 
 
 class Shapes(Section):

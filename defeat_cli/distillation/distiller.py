@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from defeat_cli.detectors.contract import Detector, Stages, Target
 from defeat_cli.distillation.balance import Balance, pulls
+from defeat_cli.distillation.caching import FeatureCache
 from defeat_cli.distillation.terms import Loss, Term, View
 from defeat_cli.distillation.unlabelled import PseudoLabels, apart, averaged
 from defeat_cli.errors import TermError
@@ -42,9 +43,10 @@ class Distiller(nn.Module):
         balance: the pull that every term is to have, by a factor on its weight that is measured in the first steps;
             None leaves the weights as they are.
         pseudo_labels: what stands for the targets of unlabelled images; None takes the default ones.
+        cache: what keeps the teacher's features from one batch to another; None computes them for each.
 
     Raises:
-        TermError: `own_size` with a term that cannot have it.
+        TermError: `own_size` or `cache` with a term that cannot have it.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Distiller(nn.Module):
         own_size: bool = False,
         balance: float | None = None,
         pseudo_labels: PseudoLabels | None = None,
+        cache: FeatureCache | None = None,
     ) -> None:
         super().__init__()
         if terms and teacher is None:
@@ -63,10 +66,16 @@ class Distiller(nn.Module):
         for name, term in (terms or {}).items():
             if own_size and term.own_size_obstacle is not None:
                 raise TermError(f"teacher.size: own: distillation.{name} cannot have it: {term.own_size_obstacle}")
+            if cache is not None and term.place == "backbone":
+                raise TermError(
+                    f"teacher.cache_gib: distillation.{name} cannot have it: it needs the teacher's backbone stages, "
+                    "and features alone are kept. Leave one of the two out"
+                )
         self.student = student
         self.teacher = teacher.eval().requires_grad_(False) if teacher is not None else None
         self.terms = nn.ModuleDict(terms or {})
         self.own_size = own_size
+        self.cache = cache
         self.balance = Balance(list(self.terms), balance) if balance is not None and terms else None
         if pseudo_labels is None and teacher is not None:
             pseudo_labels = PseudoLabels(student, teacher)
@@ -91,8 +100,8 @@ class Distiller(nn.Module):
             return View(self.student, batch), None
         theirs = self.teacher.prepare(images, targets) if self.own_size else batch
         if targets is not None:
-            return View(self.student, batch), View(self.teacher, theirs, frozen=True)
-        teacher = View(self.teacher, theirs, frozen=True, find=self.pseudo_labels)
+            return View(self.student, batch), View(self.teacher, theirs, frozen=True, cache=self.cache)
+        teacher = View(self.teacher, theirs, frozen=True, find=self.pseudo_labels, cache=self.cache)
         return View(self.student, batch, find=teacher.targets_in), teacher
 
     def forward(
@@ -165,7 +174,8 @@ def _begin(teacher: View) -> None:
     Before the student: what the layers on the way take is freed then before the student's activations are there, which
     are kept for the backward pass.
     """
-    teacher.look_at(["stages" if isinstance(teacher.detector, Stages) else "features"])
+    in_parts = isinstance(teacher.detector, Stages) and teacher.cache is None
+    teacher.look_at(["stages" if in_parts else "features"])
 
 
 def _pulls(student: View, detection: list[Tensor], computed: Mapping[str, Mapping[str, Loss]]) -> dict[str, Tensor]:

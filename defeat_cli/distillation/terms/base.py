@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from defeat_cli.config.terms import TermSettings
 from defeat_cli.detectors.contract import Batch, Detector, Regions, Stages, Target, at_least_float32, scaled
+from defeat_cli.distillation.caching import FeatureCache
 from defeat_cli.errors import TermError
 
 
@@ -28,12 +29,14 @@ class View:
 
     frozen: no gradients, as for a teacher.
     find: what stands for the targets of a batch that has none, from this view.
+    cache: what keeps the detector's features from one batch to another.
     """
 
     detector: Detector
     batch: Batch
     frozen: bool = False
     find: Callable[[View], list[Target]] | None = None
+    cache: FeatureCache | None = None
     _logits: list[tuple[Regions, Tensor]] = field(default_factory=list)
 
     @classmethod
@@ -52,6 +55,8 @@ class View:
     @cached_property
     def features(self) -> list[Tensor]:
         """FPN features, finest first."""
+        if self.cache is not None:
+            return self.cache.features(self.detector, self.batch)
         with self._gradients():
             if isinstance(self.detector, Stages):
                 return self.detector.neck(self.stages)
@@ -203,6 +208,9 @@ class Term(nn.Module, ABC):
     """
 
     Settings: ClassVar[type[TermSettings]] = TermSettings
+
+    place: ClassVar[Literal["neck", "backbone"]] = "neck"
+    """Whose maps it works on: FPN features, or backbone stages."""
 
     dispensable: ClassVar[bool] = False
     """A pair that cannot have this term trains without it, and is told; else it is refused."""

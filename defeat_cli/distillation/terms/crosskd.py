@@ -97,7 +97,6 @@ class CrossKd(Term):
 
     def _recast(self, adapter: nn.Module, ours: Tensor, theirs: Tensor, cells: Tensor) -> Tensor:
         """A student's map with the teacher's mean and deviation in each channel: [N, C, h, w]."""
-        with torch.autocast(ours.device.type, enabled=False):
-            adapted = adapter(ours)
+        adapted = at_least_float32(adapter(ours))
         (mean, std), (their_mean, their_std) = moments(adapted, cells), moments(theirs, cells)
         return (adapted - mean) / (std + 1e-6) * their_std + their_mean

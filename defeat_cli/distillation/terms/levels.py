@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from defeat_cli.detectors.contract import Detector, Level, Stages, at_least_float32, level_names
@@ -38,8 +37,6 @@ class LevelTerm(Term):
         pairs: (student, teacher) indices of the levels that are compared.
         adapters: one module a pair, from student to teacher channels.
     """
-
-    place: ClassVar[Literal["neck", "backbone"]] = "neck"
 
     strides: ClassVar[tuple[int, ...] | None] = None
     """Strides that are compared; None takes all that are shared."""
@@ -95,7 +92,7 @@ class LevelTerm(Term):
         return None
 
     def compared(self, student: View, teacher: View) -> Iterator[Compared]:
-        """The pairs of maps of a batch, in float32 at least."""
+        """The pairs of maps of a batch, in float32 at least; adapters compute in autocast's format, as networks do."""
         ours, theirs = (
             (student.features, teacher.features) if self.place == "neck" else (student.stages, teacher.stages)
         )
@@ -104,9 +101,7 @@ class LevelTerm(Term):
         for (s, t), adapter in zip(self.pairs, self.adapters, strict=True):
             here, there = self.levels[s].stride, self.teacher_levels[t].stride
             target = teacher.on_grid_of(student, at_least_float32(theirs[t]), there, shapes[s], here)
-            with torch.autocast(ours[s].device.type, enabled=False):
-                adapted = adapter(at_least_float32(ours[s]))
-            yield Compared(s, self.names[s], adapted, target, valid[s])
+            yield Compared(s, self.names[s], at_least_float32(adapter(ours[s])), target, valid[s])
 
     def pairings(self) -> list[Pairing]:
         partner = {s: (t, adapter) for (s, t), adapter in zip(self.pairs, self.adapters, strict=True)}

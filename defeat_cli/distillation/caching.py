@@ -1,0 +1,69 @@
+"""A frozen teacher's features, kept, so that it looks at each picture once and not in every epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from hashlib import blake2b
+
+import torch
+from torch import Tensor
+
+from defeat_cli.detectors.contract import Batch, Detector, Level
+
+Key = tuple[bytes, tuple[int, int], torch.dtype]
+
+
+class FeatureCache:
+    """FPN features of a detector that does not change, by the pixels that they were computed from.
+
+    An image is found again wherever its pixels are the same: mirrored, resized or padded otherwise it is another one.
+    Each is computed alone, kept or not, because the last bits of a convolution may depend on what else is in the batch:
+    so a run that is resumed, whose cache is empty, goes on bit for bit.
+
+    Features stay on the device that computed them, in its precision: under autocast in 16 bits an element.
+
+    Args:
+        limit: bytes that are kept at most. What comes after that is computed each time.
+
+    Attributes:
+        bytes: that are kept.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.bytes = limit, 0
+        self._kept: dict[Key, list[Tensor]] = {}
+
+    @torch.no_grad()
+    def features(self, detector: Detector, batch: Batch) -> list[Tensor]:
+        """What `detector.features(batch)` gives, but for rounding: finest first, each [N, C_l, h_l, w_l], float32.
+
+        On a GPU the host waits for the pixels, once a batch.
+        """
+        found = [self._of_image(detector, batch, i, pixels) for i, pixels in enumerate(batch.pixels.cpu())]
+        return [torch.cat(level).to(batch.pixels.dtype) for level in zip(*found, strict=True)]
+
+    def _of_image(self, detector: Detector, batch: Batch, i: int, pixels: Tensor) -> list[Tensor]:
+        """Each level as [1, C_l, h_l, w_l]."""
+        device = batch.pixels.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else pixels.dtype
+        key = (blake2b(pixels.contiguous().numpy(), digest_size=16).digest(), batch.sizes[i], dtype)
+        if key not in self._kept:
+            alone = replace(batch, pixels=batch.pixels[i : i + 1], sizes=batch.sizes[i : i + 1], targets=None)
+            levels = [level.to(dtype) for level in detector.features(alone)]
+            size = sum(level.nbytes for level in levels)
+            if self.bytes + size > self.limit:
+                return levels
+            self._kept[key] = levels
+            self.bytes += size
+        return self._kept[key]
+
+
+def bytes_of_features(levels: Iterable[Level], sizes: Iterable[tuple[int, int]], dtype: torch.dtype | None) -> int:
+    """About what a cache takes for images of these (height, width) in network-input pixels.
+
+    Args:
+        dtype: of autocast; None is float32.
+    """
+    cells = sum(height * width for height, width in sizes)
+    return round(sum(level.channels / level.stride**2 for level in levels) * cells) * (dtype or torch.float32).itemsize
