@@ -14,7 +14,6 @@ from defeat_cli.detectors.backbones import load_backbone_weights
 from defeat_cli.detectors.contract import Detector
 from defeat_cli.detectors.loading import load_teacher
 from defeat_cli.detectors.zoo import build_detector
-from defeat_cli.distillation.caching import FeatureCache
 from defeat_cli.distillation.distiller import Distiller
 from defeat_cli.distillation.terms import TERMS, Term
 from defeat_cli.distillation.unlabelled import PseudoLabels
@@ -115,7 +114,7 @@ def build_distiller(
         own_size=recipe.teacher.size == "own",
         balance=recipe.distillation.balance,
         pseudo_labels=pseudo_labels,
-        cache=FeatureCache(int(recipe.teacher.cache_gib * 2**30)) if terms and recipe.teacher.cache_gib else None,
+        cache_bytes=int(recipe.teacher.cache_gib * 2**30) if recipe.teacher.cache_gib is not None else None,
     )
     return distiller, notes
 

@@ -21,8 +21,9 @@ from defeat_cli.data.opening import open_split
 from defeat_cli.data.unlabelled import ImageFolder
 from defeat_cli.detectors.compiling import require_compiler
 from defeat_cli.detectors.contract import Detector
-from defeat_cli.distillation.caching import bytes_of_features
+from defeat_cli.distillation.caching import bytes_of_maps
 from defeat_cli.distillation.distiller import Distiller
+from defeat_cli.distillation.terms.levels import levels_of
 from defeat_cli.errors import DataError, RecipeError, RunError
 from defeat_cli.precision import AUTOCAST, choose_precision
 from defeat_cli.starting import start_from
@@ -190,22 +191,24 @@ def _begin_student(recipe: Recipe, classes: list[str]) -> tuple[Detector, list[N
 def _note_on_cache(
     recipe: Recipe, distiller: Distiller, training_data: DetectionDataset, unlabelled: ImageFolder | None
 ) -> Note:
-    """What the teacher's features of all images take, and whether they can be kept."""
+    """What the teacher's maps of all images take, and whether they can be kept."""
+    teacher, place = distiller.teacher, distiller.cache.place
     short_sides, long_side = recipe.data.short_side, recipe.data.long_side
     if distiller.own_size:
-        transform = distiller.teacher.model.transform
+        transform = teacher.model.transform
         short_sides, long_side = transform.min_size[-1:], transform.max_size
     sizes = [*training_data.sizes, *(unlabelled.sizes if unlabelled is not None else [])]
     needed = 0
     for short_side in short_sides:
         scales = [min(short_side / min(size), long_side / max(size)) for size in sizes]
         shown = [(h * scale, w * scale) for (h, w), scale in zip(sizes, scales, strict=True)]
-        needed += bytes_of_features(distiller.teacher.levels, shown, AUTOCAST[recipe.run.precision])
+        needed += bytes_of_maps(levels_of(teacher, place), shown, AUTOCAST[recipe.run.precision])
     mirrored = 0 < recipe.data.flip < 1
     needed *= 1 + mirrored
     limit = recipe.teacher.cache_gib
     images = f"{counted(len(sizes), 'image')}{', as they are and mirrored,' if mirrored else ''}"
-    text = f"teacher: its features of {images} take about {needed / 2**30:.1f} GiB; teacher.cache_gib is {limit:g}"
+    what = "features" if place == "neck" else "backbone stages"
+    text = f"teacher: its {what} of {images} take about {needed / 2**30:.1f} GiB; teacher.cache_gib is {limit:g}"
     if needed > limit * 2**30:
         return Note(f"{text}, and the rest is computed in every epoch", warning=True)
     return Note(text)

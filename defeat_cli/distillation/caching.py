@@ -1,10 +1,11 @@
-"""A frozen teacher's features, kept, so that it looks at each picture once and not in every epoch."""
+"""A frozen teacher's maps, kept, so that it looks at each picture once and not in every epoch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
 from hashlib import blake2b
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,28 +16,29 @@ Key = tuple[bytes, tuple[int, int], torch.dtype]
 
 
 class FeatureCache:
-    """FPN features of a detector that does not change, by the pixels that they were computed from.
+    """Maps of a detector that does not change, by the pixels that they were computed from.
 
     An image is found again wherever its pixels are the same: mirrored, resized or padded otherwise it is another one.
     Each is computed alone, kept or not, because the last bits of a convolution may depend on what else is in the batch:
     so a run that is resumed, whose cache is empty, goes on bit for bit.
 
-    Features stay on the device that computed them, in its precision: under autocast in 16 bits an element.
+    Maps stay on the device that computed them, in its precision: under autocast in 16 bits an element.
 
     Args:
         limit: bytes that are kept at most. What comes after that is computed each time.
+        place: which maps, FPN features or backbone stages (from which a neck makes features quickly).
 
     Attributes:
         bytes: that are kept.
     """
 
-    def __init__(self, limit: int) -> None:
-        self.limit, self.bytes = limit, 0
+    def __init__(self, limit: int, place: Literal["neck", "backbone"] = "neck") -> None:
+        self.limit, self.place, self.bytes = limit, place, 0
         self._kept: dict[Key, list[Tensor]] = {}
 
     @torch.no_grad()
-    def features(self, detector: Detector, batch: Batch) -> list[Tensor]:
-        """What `detector.features(batch)` gives, but for rounding: finest first, each [N, C_l, h_l, w_l], float32.
+    def maps(self, detector: Detector, batch: Batch) -> list[Tensor]:
+        """What the detector gives, but for rounding: finest first, each [N, C_l, h_l, w_l], float32.
 
         On a GPU the host waits for the pixels, once a batch.
         """
@@ -50,7 +52,8 @@ class FeatureCache:
         key = (blake2b(pixels.contiguous().numpy(), digest_size=16).digest(), batch.sizes[i], dtype)
         if key not in self._kept:
             alone = replace(batch, pixels=batch.pixels[i : i + 1], sizes=batch.sizes[i : i + 1], targets=None)
-            levels = [level.to(dtype) for level in detector.features(alone)]
+            computed = detector.features(alone) if self.place == "neck" else detector.stages(alone)
+            levels = [level.to(dtype) for level in computed]
             size = sum(level.nbytes for level in levels)
             if self.bytes + size > self.limit:
                 return levels
@@ -59,7 +62,7 @@ class FeatureCache:
         return self._kept[key]
 
 
-def bytes_of_features(levels: Iterable[Level], sizes: Iterable[tuple[int, int]], dtype: torch.dtype | None) -> int:
+def bytes_of_maps(levels: Iterable[Level], sizes: Iterable[tuple[int, int]], dtype: torch.dtype | None) -> int:
     """About what a cache takes for images of these (height, width) in network-input pixels.
 
     Args:

@@ -43,10 +43,11 @@ class Distiller(nn.Module):
         balance: the pull that every term is to have, by a factor on its weight that is measured in the first steps;
             None leaves the weights as they are.
         pseudo_labels: what stands for the targets of unlabelled images; None takes the default ones.
-        cache: what keeps the teacher's features from one batch to another; None computes them for each.
+        cache_bytes: in which the teacher's features are kept from one batch to another, or its backbone stages where a
+            term works on them; None keeps nothing.
 
     Raises:
-        TermError: `own_size` or `cache` with a term that cannot have it.
+        TermError: `own_size` with a term that cannot have it.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class Distiller(nn.Module):
         own_size: bool = False,
         balance: float | None = None,
         pseudo_labels: PseudoLabels | None = None,
-        cache: FeatureCache | None = None,
+        cache_bytes: int | None = None,
     ) -> None:
         super().__init__()
         if terms and teacher is None:
@@ -66,16 +67,12 @@ class Distiller(nn.Module):
         for name, term in (terms or {}).items():
             if own_size and term.own_size_obstacle is not None:
                 raise TermError(f"teacher.size: own: distillation.{name} cannot have it: {term.own_size_obstacle}")
-            if cache is not None and term.place == "backbone":
-                raise TermError(
-                    f"teacher.cache_gib: distillation.{name} cannot have it: it needs the teacher's backbone stages, "
-                    "and features alone are kept. Leave one of the two out"
-                )
         self.student = student
         self.teacher = teacher.eval().requires_grad_(False) if teacher is not None else None
         self.terms = nn.ModuleDict(terms or {})
         self.own_size = own_size
-        self.cache = cache
+        place = "backbone" if any(term.place == "backbone" for term in self.terms.values()) else "neck"
+        self.cache = FeatureCache(cache_bytes, place) if cache_bytes is not None and terms else None
         self.balance = Balance(list(self.terms), balance) if balance is not None and terms else None
         if pseudo_labels is None and teacher is not None:
             pseudo_labels = PseudoLabels(student, teacher)
@@ -174,7 +171,7 @@ def _begin(teacher: View) -> None:
     Before the student: what the layers on the way take is freed then before the student's activations are there, which
     are kept for the backward pass.
     """
-    in_parts = isinstance(teacher.detector, Stages) and teacher.cache is None
+    in_parts = isinstance(teacher.detector, Stages) and (teacher.cache is None or teacher.cache.place == "backbone")
     teacher.look_at(["stages" if in_parts else "features"])
 
 

@@ -29,7 +29,7 @@ class View:
 
     frozen: no gradients, as for a teacher.
     find: what stands for the targets of a batch that has none, from this view.
-    cache: what keeps the detector's features from one batch to another.
+    cache: what keeps the detector's features, or its stages, from one batch to another.
     """
 
     detector: Detector
@@ -49,14 +49,16 @@ class View:
     @cached_property
     def stages(self) -> list[Tensor]:
         """Backbone stages, finest first; for detectors that are `Stages`."""
+        if self.cache is not None and self.cache.place == "backbone":
+            return self.cache.maps(self.detector, self.batch)
         with self._gradients():
             return self.detector.stages(self.batch)
 
     @cached_property
     def features(self) -> list[Tensor]:
         """FPN features, finest first."""
-        if self.cache is not None:
-            return self.cache.features(self.detector, self.batch)
+        if self.cache is not None and self.cache.place == "neck":
+            return self.cache.maps(self.detector, self.batch)
         with self._gradients():
             if isinstance(self.detector, Stages):
                 return self.detector.neck(self.stages)
