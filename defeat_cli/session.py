@@ -210,7 +210,7 @@ def _note_on_cache(
     what = "features" if place == "neck" else "backbone stages"
     text = f"teacher: its {what} of {images} take about {needed / 2**30:.1f} GiB; teacher.cache_gib is {limit:g}"
     if needed > limit * 2**30:
-        return Note(f"{text}, and the rest is computed in every epoch", warning=True)
+        text += ", and the rest is computed in every epoch"
     return Note(text)
 
 

@@ -28,6 +28,8 @@ SMALLER = {
 SMALL_ON_CPU = ("mobilenet_v2", "mobilenet_v3_small", "regnet")
 SIDE_ON_GPU, SIDE_ON_CPU, SIDE_STEP = 800, 192, 32
 """Short side of the images, pixels, at most, and what it is a multiple of."""
+CACHE_ON_CPU = 2.0
+"""GiB for the teacher's features, which are most of a distilled step on a CPU."""
 SIDE_OF_LARGE = 640
 """Above this short side fewer images go into a step."""
 LONGEST = 2.5
@@ -331,6 +333,8 @@ def _schedule(choice: Choice, facts: Facts) -> None:
 
 def _terms(choice: Choice, facts: Facts) -> None:
     recipe, steps = choice.recipe(), choice.steps(facts.images)
+    if facts.device == "cpu":
+        choice.take({"teacher.cache_gib": CACHE_ON_CPU}, "the teacher looks at each image once", minor=True)
     if steps < LEAST_STEPS_FOR_THE_HEAD and ONLY not in choice.said:
         length = counted(steps, "step")
         why = f"the neck alone; beside it the head has not paid in short trainings, and this one has {length}"

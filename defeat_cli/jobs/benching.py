@@ -59,6 +59,8 @@ def bench_step(recipe: Recipe, *, rounds: int, trace: Path | None = None, quiet:
     session = sessions.assemble(recipe)
     recipe = session.recipe
     tell(session, reporter)
+    if session.distiller.cache is not None:
+        reporter.note("teacher.cache_gib: its features are found in memory, as in all epochs but the first")
     training = begin(recipe, session.distiller, session.device)
     loader = batches_of(session)
     batches, loaded = read_batches(loader, rounds)
