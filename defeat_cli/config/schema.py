@@ -61,8 +61,9 @@ class Teacher(Section):
     """The image size that it sees: the student's (cheapest: images are prepared once), or the one that it was trained
     with (its features are resized to the student's grid, its regions scaled)."""
     cache_gib: Positive | None = None
-    """GiB of the device's memory in which the teacher's features of each image are kept, so that it looks at an image
-    once and not in every epoch; null keeps none. For few or small images: `check` says what they take."""
+    """GiB of the device's memory, for each process, in which the teacher's features of images are kept, so that it
+    looks at an image once and not in every epoch; null keeps none. `check` says what they take: it is for few or small
+    images, whose random changes are mirroring and few sizes."""
 
 
 class Shapes(Section):

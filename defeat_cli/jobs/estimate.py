@@ -66,6 +66,7 @@ def of_training(session: Session) -> str:
         estimate = "needs more than there is even for one image"
     lower = ["data.batch_size (optimizer.accumulate makes up for it)"] if recipe.data.batch_size > 1 else []
     lower += ["data.unlabelled_batch"] if session.unlabelled is not None else []
+    lower += ["teacher.cache_gib"] if session.distiller.cache is not None else []
     lower += ["data.short_side and data.long_side"]
     halved = ", or set run.precision: bf16" if session.device.type == "cuda" and recipe.run.precision == "fp32" else ""
     return (
