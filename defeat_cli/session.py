@@ -124,7 +124,7 @@ def assemble(
         training_data = verify(training_data, recipe.data, "training", workers, watch)
         validation_data = verify(validation_data, recipe.data, "validation", workers, watch)
     if distiller.cache is not None:
-        notes.append(_note_on_cache(recipe, distiller, training_data, unlabelled))
+        notes.append(_fit_cache(recipe, distiller, training_data, unlabelled))
     told = notes_on(training_data, validation_data, recipe.data, student)
     if unlabelled is not None:
         if like is None or unlabelled is not like.unlabelled:
@@ -188,10 +188,10 @@ def _begin_student(recipe: Recipe, classes: list[str]) -> tuple[Detector, list[N
     return student, notes
 
 
-def _note_on_cache(
+def _fit_cache(
     recipe: Recipe, distiller: Distiller, training_data: DetectionDataset, unlabelled: ImageFolder | None
 ) -> Note:
-    """What the teacher's maps of all images take, and whether they can be kept."""
+    """Keep the teacher's maps of all images, or none: the rest would cost more than without a cache, one by one."""
     teacher, place = distiller.teacher, distiller.cache.place
     short_sides, long_side = recipe.data.short_side, recipe.data.long_side
     if distiller.own_size:
@@ -201,17 +201,18 @@ def _note_on_cache(
     needed = 0
     for short_side in short_sides:
         scales = [min(short_side / min(size), long_side / max(size)) for size in sizes]
-        shown = [(h * scale, w * scale) for (h, w), scale in zip(sizes, scales, strict=True)]
-        needed += bytes_of_maps(levels_of(teacher, place), shown, AUTOCAST[recipe.run.precision])
+        shown = [(round(h * scale), round(w * scale)) for (h, w), scale in zip(sizes, scales, strict=True)]
+        needed += bytes_of_maps(levels_of(teacher, place), shown, teacher.divisible, AUTOCAST[recipe.run.precision])
     mirrored = 0 < recipe.data.flip < 1
     needed *= 1 + mirrored
     limit = recipe.teacher.cache_gib
     images = f"{counted(len(sizes), 'image')}{', as they are and mirrored,' if mirrored else ''}"
     what = "features" if place == "neck" else "backbone stages"
-    text = f"teacher: its {what} of {images} take about {needed / 2**30:.1f} GiB; teacher.cache_gib is {limit:g}"
+    text = f"teacher: its {what} of {images} take {max(needed / 2**30, 0.01):.2f} GiB"
     if needed > limit * 2**30:
-        text += ", and the rest is computed in every epoch"
-    return Note(text)
+        distiller.cache = None
+        return Note(f"{text}: more than teacher.cache_gib {limit:g}, so none is kept")
+    return Note(f"{text} and are kept (teacher.cache_gib {limit:g})")
 
 
 def choose_device(name: str, precision: str = "fp32") -> torch.device:

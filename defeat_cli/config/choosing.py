@@ -334,7 +334,9 @@ def _schedule(choice: Choice, facts: Facts) -> None:
 def _terms(choice: Choice, facts: Facts) -> None:
     recipe, steps = choice.recipe(), choice.steps(facts.images)
     if facts.device == "cpu":
-        choice.take({"teacher.cache_gib": CACHE_ON_CPU}, "the teacher looks at each image once", minor=True)
+        choice.take(
+            {"teacher.cache_gib": CACHE_ON_CPU}, "the teacher looks at each image once, if they fit", minor=True
+        )
     if steps < LEAST_STEPS_FOR_THE_HEAD and ONLY not in choice.said:
         length = counted(steps, "step")
         why = f"the neck alone; beside it the head has not paid in short trainings, and this one has {length}"

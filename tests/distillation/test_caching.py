@@ -5,7 +5,7 @@ import torch
 from runs import assert_resumes_bit_for_bit, metrics, setting
 from tiny import batch, build, distil
 
-from defeat_cli.detectors.contract import Level
+from defeat_cli.detectors.contract import Batch, Level
 from defeat_cli.distillation.caching import FeatureCache, bytes_of_maps
 from defeat_cli.distillation.distiller import Distiller
 from defeat_cli.distillation.terms import TERMS
@@ -26,31 +26,48 @@ def looks(wide, monkeypatch):
     return seen
 
 
-def test_features_are_the_detectors_own_and_computed_once_an_image(wide, looks):
+def alone_in_padding(detector, prepared):
+    """The features of each image by itself, put into those of a batch of nothing but padding."""
+    _, _, height, width = prepared.pixels.shape
+    expected = detector.features(Batch(torch.zeros(len(prepared.sizes), 3, height, width), [(0, 0)] * 3))
+    for i, (h, w) in enumerate(prepared.sizes):
+        own = Batch(prepared.pixels[i : i + 1, :, :h, : (w + 31) // 32 * 32], [(h, w)])
+        for level, of_image in zip(expected, detector.features(own), strict=True):
+            level[i, :, : of_image.shape[-2], : of_image.shape[-1]] = of_image[0]
+    return expected
+
+
+def test_features_are_those_of_each_image_alone_and_computed_once(wide, looks):
     cache = FeatureCache(ROOM)
-    prepared = wide.prepare(batch()[0])  # three images, two of them padded
-    expected = wide.features(prepared)
+    images = batch()[0]  # 64 x 64, 64 x 90 and 64 x 70
+    prepared = wide.prepare(images)
+    expected = alone_in_padding(wide, prepared)
     looks.clear()
     first = cache.maps(wide, prepared)
     torch.testing.assert_close(first, expected)
-    assert looks == [1, 1, 1]
-    images = batch()[0]
+    assert looks == [1, 1, 1, 1]  # the last is padding
     turned = cache.maps(wide, wide.prepare(images[::-1]))
     for level, again in zip(first, turned, strict=True):
         assert torch.equal(level.flip(0), again)
-    assert looks == [1, 1, 1]
-    assert cache.bytes == sum(level.nbytes for level in first)
+    assert looks == [1, 1, 1, 1]
+    sides = [(64, 64), (64, 96), (64, 96), (64, 96)]
+    assert cache.bytes == bytes_of_maps(wide.levels, sides, 32, None)
 
 
-def test_another_picture_is_a_mirrored_one_and_one_in_other_padding(wide, looks):
+def test_images_of_one_size_have_the_features_that_the_detector_gives_their_batch(wide):
+    prepared = wide.prepare([image[:, :, :64] for image in batch()[0]])
+    torch.testing.assert_close(FeatureCache(ROOM).maps(wide, prepared), wide.features(prepared))
+
+
+def test_an_image_is_found_again_in_other_padding_and_a_mirrored_one_is_another(wide, looks):
     cache = FeatureCache(ROOM)
     image = batch()[0][0]  # 64 x 64
-    for images, more in (([image], 1), ([image.flip(-1)], 1), ([image, torch.zeros(3, 64, 90)], 2), ([image], 0)):
-        prepared = wide.prepare(images)
-        expected = wide.features(prepared)
+    tall = torch.zeros(3, 80, 64)
+    for images, more in (([image], 2), ([image.flip(-1)], 1), ([image, tall], 2), ([tall, image], 0), ([image], 0)):
         looks.clear()
-        torch.testing.assert_close(cache.maps(wide, prepared), expected)
-        assert len(looks) == more
+        found = cache.maps(wide, wide.prepare(images))
+        assert len(looks) == more  # with the padding of each shape
+        assert len(found[0]) == len(images)
 
 
 def test_black_images_of_other_sizes_in_the_same_padding_are_told_apart(wide, looks):
@@ -58,20 +75,22 @@ def test_black_images_of_other_sizes_in_the_same_padding_are_told_apart(wide, lo
     cache = FeatureCache(ROOM)
     prepared = wide.prepare([torch.zeros(3, 64, 64), torch.zeros(3, 64, 90)])
     assert torch.equal(*prepared.pixels)
-    torch.testing.assert_close(cache.maps(wide, prepared), wide.features(prepared))
+    found = cache.maps(wide, prepared)
+    torch.testing.assert_close([level[1:] for level in found], [level[1:] for level in wide.features(prepared)])
+    assert not torch.equal(found[0][0], found[0][1])
 
 
 def test_what_is_beyond_the_limit_is_computed_each_time_with_the_same_bits(wide, looks):
-    prepared = wide.prepare(batch()[0])
+    prepared = wide.prepare([image[:, :, :64] for image in batch()[0]])  # one shape: three images and the padding
     whole = FeatureCache(ROOM)
     expected = whole.maps(wide, prepared)
-    for limit, again in ((0, 3), (whole.bytes // 3, 2), (whole.bytes - 1, 1), (whole.bytes, 0)):
+    for limit, again in ((0, 4), (whole.bytes // 4, 3), (whole.bytes - 1, 1), (whole.bytes, 0)):
         small = FeatureCache(limit)
         small.maps(wide, prepared)
         looks.clear()
         found = small.maps(wide, prepared)
         assert len(looks) == again
-        assert small.bytes == whole.bytes * (3 - again) // 3
+        assert small.bytes == whole.bytes * (4 - again) // 4
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
@@ -98,7 +117,8 @@ def test_losses_and_gradients_are_those_without_it(detector, own_size):
     plain = distil(student, teacher, names, own_size)
     kept = Distiller(student, teacher, dict(plain.terms), own_size=own_size, cache_bytes=ROOM).train()
     images, targets = batch()
-    images, targets = [*images, torch.rand(3, 64, 72)], [*targets, None]
+    images, targets = [*(image[:, :, :64] for image in images), torch.rand(3, 64, 64)], [*targets, None]
+    targets[1] = {"boxes": torch.tensor([[5.0, 10, 60, 50]]), "labels": torch.tensor([1])}
     found = []
     for distiller in (plain, kept, kept):  # the last finds everything there
         torch.manual_seed(0)
@@ -115,22 +135,24 @@ def test_stages_are_kept_where_a_term_works_on_them(wide, monkeypatch):
     student, calls, real = build(), [], wide.stages
     plain = distil(student, wide, ["neck", "backbone"])
     kept = Distiller(student, wide, dict(plain.terms), cache_bytes=ROOM).train()
-    expected = plain(*batch()).raw
+    images, targets = [image[:, :, :64] for image in batch()[0]], batch()[1]
+    targets[1]["boxes"] = targets[1]["boxes"] - 30
+    expected = plain(images, targets).raw
     monkeypatch.setattr(wide, "stages", lambda batch: calls.append(len(batch.pixels)) or real(batch))
     for _ in range(2):
         torch.manual_seed(0)
-        found = kept(*batch()).raw
-        assert calls == [1, 1, 1]
+        found = kept(images, targets).raw
+        assert calls == [1, 1, 1, 1]
     del expected["loss_classifier"], expected["loss_box_reg"], expected["loss_objectness"], expected["loss_rpn_box_reg"]
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
 
 
 def test_the_estimate_counts_the_cells_of_all_levels():
-    # 64 x 96 pixels have 16 x 24 cells of stride 4 and 2 x 3 of stride 32: 8 * 384 + 16 * 6 numbers; twice of it.
-    levels = [Level(4, 8), Level(32, 16)]
-    assert bytes_of_maps(levels, [(64, 96), (96, 64)], None) == 2 * (8 * 384 + 16 * 6) * 4
-    assert bytes_of_maps(levels, [(64, 96)], torch.bfloat16) == (8 * 384 + 16 * 6) * 2
+    # 64 x 96 pixels have 16 x 24 cells of stride 4 and 1 x 2 of stride 64: 8 * 384 + 16 * 2 numbers.
+    levels = [Level(4, 8), Level(64, 16)]
+    assert bytes_of_maps(levels, [(64, 96), (96, 64)], 32, None) == 2 * (8 * 384 + 16 * 2) * 4
+    assert bytes_of_maps(levels, [(33, 65)], 32, torch.bfloat16) == (8 * 384 + 16 * 2) * 2
 
 
 class TestTrain:
@@ -141,11 +163,16 @@ class TestTrain:
         for ours, theirs in zip(kept.steps, metrics(tmp_path / "plain", "train"), strict=True):
             assert ours["raw"] == pytest.approx(theirs["raw"], rel=1e-3)
 
-    def test_check_tells_what_it_takes_and_where_it_is_too_small(self, defeat, tiny, teacher):
-        output = defeat("check", "-r", tiny, "-t", teacher, *setting(teacher__cache_gib=1))
-        assert "teacher: its features of 12 images, as they are and mirrored, take about 0.0 GiB" in output
-        output = defeat("check", "-r", tiny, "-t", teacher, *setting(teacher__cache_gib=1e-6, data__flip=0))
-        assert "of 12 images take about 0.0 GiB; teacher.cache_gib is 1e-06, and the rest is computed" in output
+    def test_check_tells_what_it_takes_and_that_too_little_keeps_nothing(self, defeat, tiny, teacher, tmp_path):
+        check = ["check", "-r", tiny, "-t", teacher]
+        output = defeat(*check, *setting(teacher__cache_gib=1))
+        assert "its features of 12 images, as they are and mirrored, take 0.01 GiB and are kept" in output
+        little = setting(teacher__cache_gib=1e-6, data__flip=0)
+        told = "its features of 12 images take 0.01 GiB: more than teacher.cache_gib 1e-06, so none is kept"
+        assert told in defeat(*check, *little)
+        for name, more in (("plain", setting(data__flip=0)), ("little", little)):
+            defeat("train", "-r", tiny, "-t", teacher, "-q", *more, "-o", tmp_path / name)
+        assert metrics(tmp_path / "little", "train") == metrics(tmp_path / "plain", "train")
 
     def test_it_is_of_no_use_without_a_teacher(self, defeat, tiny, tmp_path):
         output = defeat("train", "-r", tiny, *setting(teacher__cache_gib=1), "-o", tmp_path / "run", code=2)
