@@ -27,7 +27,7 @@ from defeat_cli.distillation.terms.levels import levels_of
 from defeat_cli.errors import DataError, RecipeError, RunError
 from defeat_cli.precision import AUTOCAST, choose_precision
 from defeat_cli.starting import start_from
-from defeat_cli.text import counted
+from defeat_cli.text import counted, spoken_size
 from defeat_cli.tracking import require_trackers
 from defeat_cli.verifying import Watch, faults_of, notes_on, notes_on_unlabelled, unwatched, verify, verify_unlabelled
 
@@ -191,27 +191,30 @@ def _begin_student(recipe: Recipe, classes: list[str]) -> tuple[Detector, list[N
 def _note_on_cache(
     recipe: Recipe, distiller: Distiller, training_data: DetectionDataset, unlabelled: ImageFolder | None
 ) -> Note:
-    """What the teacher's maps of all images take, and whether they can be kept."""
+    """What the teacher's maps of all images take, and whether they can be kept.
+
+    Each image is counted in its own padding. In a batch with larger ones it has another, and its maps are others.
+    """
     teacher, place = distiller.teacher, distiller.cache.place
-    short_sides, long_side = recipe.data.short_side, recipe.data.long_side
-    if distiller.own_size:
-        transform = teacher.model.transform
-        short_sides, long_side = transform.min_size[-1:], transform.max_size
+    resize = (teacher if distiller.own_size else distiller.student).model.transform
+    short_sides = resize.min_size[-1:] if distiller.own_size else recipe.data.short_side
     sizes = [*training_data.sizes, *(unlabelled.sizes if unlabelled is not None else [])]
-    needed = 0
+    shown = []
     for short_side in short_sides:
-        scales = [min(short_side / min(size), long_side / max(size)) for size in sizes]
-        shown = [(h * scale, w * scale) for (h, w), scale in zip(sizes, scales, strict=True)]
-        needed += bytes_of_maps(levels_of(teacher, place), shown, AUTOCAST[recipe.run.precision])
+        for size in sizes:
+            scale = min(short_side / min(size), resize.max_size / max(size)) / resize.size_divisible
+            # Rounded before it is rounded up: a side that fits exactly may be a little more by its last bits.
+            shown.append([math.ceil(round(side * scale, 3)) * resize.size_divisible for side in size])
     mirrored = 0 < recipe.data.flip < 1
-    needed *= 1 + mirrored
+    needed = bytes_of_maps(levels_of(teacher, place), shown, AUTOCAST[recipe.run.precision]) * (1 + mirrored)
     limit = recipe.teacher.cache_gib
     images = f"{counted(len(sizes), 'image')}{', as they are and mirrored,' if mirrored else ''}"
     what = "features" if place == "neck" else "backbone stages"
-    text = f"teacher: its {what} of {images} take about {needed / 2**30:.1f} GiB; teacher.cache_gib is {limit:g}"
+    at_least = "about" if len({(min(size), max(size)) for size in shown}) == 1 else "at least"
+    text = f"teacher: its {what} of {images} take {at_least} {spoken_size(needed)}; teacher.cache_gib is {limit:g}"
     if needed > limit * 2**30:
-        text += ", and the rest is computed in every epoch"
-    return Note(text)
+        text += ", and the rest is computed in every epoch, image by image, which takes longer than in batches"
+    return Note(text, warning=needed > limit * 2**30)
 
 
 def choose_device(name: str, precision: str = "fp32") -> torch.device:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from hashlib import blake2b
 from typing import Literal
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from defeat_cli.detectors.contract import Batch, Detector, Level
 
-Key = tuple[bytes, tuple[int, int], torch.dtype]
+Key = tuple[bytes, torch.Size, tuple[int, int], torch.dtype]
 
 
 class FeatureCache:
@@ -45,15 +46,21 @@ class FeatureCache:
         found = [self._of_image(detector, batch, i, pixels) for i, pixels in enumerate(batch.pixels.cpu())]
         return [torch.cat(level).to(batch.pixels.dtype) for level in zip(*found, strict=True)]
 
+    def clear(self) -> None:
+        """Keep nothing of what is kept."""
+        self._kept.clear()
+        self.bytes = 0
+
     def _of_image(self, detector: Detector, batch: Batch, i: int, pixels: Tensor) -> list[Tensor]:
         """Each level as [1, C_l, h_l, w_l]."""
         device = batch.pixels.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else pixels.dtype
-        key = (blake2b(pixels.contiguous().numpy(), digest_size=16).digest(), batch.sizes[i], dtype)
+        numbers = pixels.contiguous().view(torch.uint8).numpy()
+        key = (blake2b(numbers, digest_size=16).digest(), pixels.shape, batch.sizes[i], dtype)
         if key not in self._kept:
             alone = replace(batch, pixels=batch.pixels[i : i + 1], sizes=batch.sizes[i : i + 1], targets=None)
             computed = detector.features(alone) if self.place == "neck" else detector.stages(alone)
-            levels = [level.to(dtype) for level in computed]
+            levels = [_of_its_own(level.to(dtype)) for level in computed]
             size = sum(level.nbytes for level in levels)
             if self.bytes + size > self.limit:
                 return levels
@@ -62,11 +69,20 @@ class FeatureCache:
         return self._kept[key]
 
 
-def bytes_of_maps(levels: Iterable[Level], sizes: Iterable[tuple[int, int]], dtype: torch.dtype | None) -> int:
-    """About what a cache takes for images of these (height, width) in network-input pixels.
+def _of_its_own(level: Tensor) -> Tensor:
+    """The same map without a larger tensor that it is a part of, which would be kept with it."""
+    return level if level.untyped_storage().nbytes() == level.nbytes else level.clone()
+
+
+def bytes_of_maps(levels: Sequence[Level], sizes: Iterable[tuple[int, int]], dtype: torch.dtype | None) -> int:
+    """What a cache takes for images of these (height, width), padding included, in network-input pixels.
 
     Args:
         dtype: of autocast; None is float32.
     """
-    cells = sum(height * width for height, width in sizes)
-    return round(sum(level.channels / level.stride**2 for level in levels) * cells) * (dtype or torch.float32).itemsize
+    numbers = sum(
+        level.channels * math.ceil(height / level.stride) * math.ceil(width / level.stride)
+        for height, width in sizes
+        for level in levels
+    )
+    return numbers * (dtype or torch.float32).itemsize

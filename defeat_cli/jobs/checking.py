@@ -149,4 +149,6 @@ def _run_table(facts: dict[str, Any], recipe: Recipe) -> Table:
     if "anchor_fit" in facts:
         table.add_row("mean IoU of a box's best anchor", f"{facts['anchor_fit']:.2f}")
     table.add_row(f"memory at batch size {recipe.data.batch_size}, estimated", f"{facts['memory_gib']:.2f} GiB")
+    if recipe.teacher.cache_gib is not None:
+        table.add_row("teacher's features beside it, at most", f"{recipe.teacher.cache_gib:g} GiB")
     return table

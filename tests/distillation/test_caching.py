@@ -1,14 +1,25 @@
 """A teacher's features that are kept from one epoch to the next: the same ones, each computed once, within a limit."""
 
+from types import SimpleNamespace
+
 import pytest
+import simulated_device
 import torch
 from runs import assert_resumes_bit_for_bit, metrics, setting
 from tiny import batch, build, distil
 
-from defeat_cli.detectors.contract import Level
+from defeat_cli.benchmark.memory import size_of
+from defeat_cli.benchmark.step import measure_step
+from defeat_cli.benchmark.timing import Stopwatch
+from defeat_cli.config import schema as recipes
+from defeat_cli.detectors.contract import FeatureDetector, Level
 from defeat_cli.distillation.caching import FeatureCache, bytes_of_maps
 from defeat_cli.distillation.distiller import Distiller
 from defeat_cli.distillation.terms import TERMS
+from defeat_cli.engine.checkpoint import begin
+from defeat_cli.jobs.estimate import of_training
+from defeat_cli.jobs.validating import count_pseudo_labels
+from defeat_cli.session import assemble
 
 ROOM = 2**30
 
@@ -59,6 +70,45 @@ def test_black_images_of_other_sizes_in_the_same_padding_are_told_apart(wide, lo
     prepared = wide.prepare([torch.zeros(3, 64, 64), torch.zeros(3, 64, 90)])
     assert torch.equal(*prepared.pixels)
     torch.testing.assert_close(cache.maps(wide, prepared), wide.features(prepared))
+
+
+def test_black_images_of_as_many_pixels_in_another_shape_are_told_apart(wide):
+    # 64 x 96 and 96 x 64 zeros are the same bytes, and the image itself is 64 x 64 in both.
+    cache, image = FeatureCache(ROOM), torch.zeros(3, 64, 64)
+    for beside in (torch.zeros(3, 64, 90), torch.zeros(3, 90, 64)):
+        prepared = wide.prepare([image, beside])
+        torch.testing.assert_close(cache.maps(wide, prepared), wide.features(prepared))
+
+
+def test_a_map_that_is_part_of_a_larger_tensor_is_kept_without_it():
+    def features(model, batch):
+        both = model(batch.pixels)
+        return [both[:, :2], both[:, 2:, ::2, ::2]]
+
+    detector, cache = FeatureDetector(torch.nn.Conv2d(3, 8, 1, bias=False), ["a"], features).eval(), FeatureCache(ROOM)
+    prepared = detector.prepare([torch.rand(3, 32, 32)])
+    torch.testing.assert_close(cache.maps(detector, prepared), detector.features(prepared))
+    kept = [level for levels in cache._kept.values() for level in levels]
+    assert size_of(kept) == cache.bytes == 4 * (2 * 32 * 32 + 6 * 16 * 16)
+
+
+def test_pixels_may_be_of_any_kind(wide):
+    for dtype in (torch.float64, torch.bfloat16):
+        wide.to(dtype)
+        prepared = wide.prepare(batch()[0][:1]).to(dtype)
+        found = FeatureCache(ROOM).maps(wide, prepared)
+        torch.testing.assert_close([m.to(dtype) for m in wide.features(prepared)], found)
+
+
+@pytest.mark.skipif(not simulated_device.supported(), reason="this torch has no devices made in Python")
+def test_a_gpu_is_waited_for_once_a_batch(wide):
+    with simulated_device.installed() as meter:
+        wide.to(simulated_device.DEVICE)
+        prepared, cache = wide.prepare([image.to(simulated_device.DEVICE) for image in batch()[0]]), FeatureCache(ROOM)
+        for _ in range(2):
+            meter.reset()
+            cache.maps(wide, prepared)
+            assert sum(meter.waits.values()) == 1
 
 
 def test_what_is_beyond_the_limit_is_computed_each_time_with_the_same_bits(wide, looks):
@@ -126,11 +176,51 @@ def test_stages_are_kept_where_a_term_works_on_them(wide, monkeypatch):
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
 
 
-def test_the_estimate_counts_the_cells_of_all_levels():
-    # 64 x 96 pixels have 16 x 24 cells of stride 4 and 2 x 3 of stride 32: 8 * 384 + 16 * 6 numbers; twice of it.
-    levels = [Level(4, 8), Level(32, 16)]
-    assert bytes_of_maps(levels, [(64, 96), (96, 64)], None) == 2 * (8 * 384 + 16 * 6) * 4
-    assert bytes_of_maps(levels, [(64, 96)], torch.bfloat16) == (8 * 384 + 16 * 6) * 2
+def test_the_estimate_counts_the_cells_of_all_levels(wide):
+    # 64 x 96 pixels have 16 x 24 cells of stride 4 and 1 x 2 of stride 64: 8 * 384 + 16 * 2 numbers; twice of it.
+    levels = [Level(4, 8), Level(64, 16)]
+    assert bytes_of_maps(levels, [(64, 96), (96, 64)], None) == 2 * (8 * 384 + 16 * 2) * 4
+    assert bytes_of_maps(levels, [(64, 96)], torch.bfloat16) == (8 * 384 + 16 * 2) * 2
+    prepared, cache = wide.prepare(batch()[0]), FeatureCache(ROOM)
+    cache.maps(wide, prepared)
+    assert bytes_of_maps(wide.levels, [prepared.pixels.shape[-2:]] * 3, None) == cache.bytes
+
+
+def test_a_look_at_unlabelled_images_before_training_keeps_nothing():
+    """It is without autocast: what it kept would take room, and never be found."""
+    teacher = build(seed=1, fpn_channels=16)
+    distiller = Distiller(build(), teacher, dict(distil(build(), teacher, ["neck"]).terms), cache_bytes=ROOM)
+    run = SimpleNamespace(teacher_check_images=2)
+    session = SimpleNamespace(
+        recipe=SimpleNamespace(run=run, data=SimpleNamespace(unlabelled_threshold=0.5)),
+        unlabelled={(0, i): (torch.rand(3, 64, 64), None, "") for i in range(2)}, distiller=distiller,
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    told = []
+    count_pseudo_labels(session, SimpleNamespace(note=told.append, warn=told.append))
+    assert "boxes an image, on 2 of them" in told[0]
+    assert distiller.cache.bytes == 0
+
+
+def test_where_memory_runs_out_what_is_kept_is_told_and_let_go(defeat, tiny, teacher):
+    session = assemble(recipes.load(str(tiny), {"teacher.checkpoint": str(teacher), "teacher.cache_gib": 1.0}))
+    image, target, _ = session.training_data[0]
+    session.distiller([image], [target])
+    assert session.distiller.cache.bytes > 0
+    text = of_training(session)
+    assert "by the estimate of `defeat check`, beside 1 MiB of the teacher's features; " in text
+    assert "teacher.cache_gib, data.short_side" in text
+
+
+def test_what_is_timed_is_a_step_that_finds_all_features(wide, looks, monkeypatch):
+    student = build()
+    distiller = Distiller(student, wide, dict(distil(student, wide, ["neck"]).terms), cache_bytes=ROOM)
+    training = begin(recipes.load(None, {"run.precision": "fp32"}), distiller, torch.device("cpu"))
+    batches = [([torch.rand(3, 64, 64)], [batch()[1][0]], [i]) for i in range(4)]
+    before, forget = [], Stopwatch.forget
+    monkeypatch.setattr(Stopwatch, "forget", lambda self: before.append(len(looks)) or forget(self))
+    measure_step(training, batches, 1, settings={"clip_norm": None, "autocast": None})
+    assert before == [len(looks)] == [4]
 
 
 class TestTrain:
@@ -143,9 +233,11 @@ class TestTrain:
 
     def test_check_tells_what_it_takes_and_where_it_is_too_small(self, defeat, tiny, teacher):
         output = defeat("check", "-r", tiny, "-t", teacher, *setting(teacher__cache_gib=1))
-        assert "teacher: its features of 12 images, as they are and mirrored, take about 0.0 GiB" in output
+        assert "teacher: its features of 12 images, as they are and mirrored, take about 1 MiB" in output
         output = defeat("check", "-r", tiny, "-t", teacher, *setting(teacher__cache_gib=1e-6, data__flip=0))
-        assert "of 12 images take about 0.0 GiB; teacher.cache_gib is 1e-06, and the rest is computed" in output
+        assert "of 12 images take about 1 MiB; teacher.cache_gib is 1e-06, and the rest is computed" in output
+        output = defeat("check", "-r", tiny, "-t", teacher, *setting(teacher__cache_gib=1, data__short_side=[32, 64]))
+        assert "take at least 1 MiB" in output  # batches mix both sizes
 
     def test_it_is_of_no_use_without_a_teacher(self, defeat, tiny, tmp_path):
         output = defeat("train", "-r", tiny, *setting(teacher__cache_gib=1), "-o", tmp_path / "run", code=2)
