@@ -1,4 +1,4 @@
-"""A frozen teacher's maps, kept, so that it looks at each picture once and not in every epoch."""
+"""A frozen teacher's maps, kept, so that it looks at the same pixels once and not in every epoch."""
 
 from __future__ import annotations
 
