@@ -27,7 +27,7 @@ from defeat_cli.distillation.terms.levels import levels_of
 from defeat_cli.errors import DataError, RecipeError, RunError
 from defeat_cli.precision import AUTOCAST, choose_precision
 from defeat_cli.starting import start_from
-from defeat_cli.text import counted, spoken_size
+from defeat_cli.text import counted
 from defeat_cli.tracking import require_trackers
 from defeat_cli.verifying import Watch, faults_of, notes_on, notes_on_unlabelled, unwatched, verify, verify_unlabelled
 
@@ -124,7 +124,7 @@ def assemble(
         training_data = verify(training_data, recipe.data, "training", workers, watch)
         validation_data = verify(validation_data, recipe.data, "validation", workers, watch)
     if distiller.cache is not None:
-        notes.append(_note_on_cache(recipe, distiller, training_data, unlabelled))
+        notes.append(_fit_cache(recipe, distiller, training_data, unlabelled))
     told = notes_on(training_data, validation_data, recipe.data, student)
     if unlabelled is not None:
         if like is None or unlabelled is not like.unlabelled:
@@ -188,33 +188,31 @@ def _begin_student(recipe: Recipe, classes: list[str]) -> tuple[Detector, list[N
     return student, notes
 
 
-def _note_on_cache(
+def _fit_cache(
     recipe: Recipe, distiller: Distiller, training_data: DetectionDataset, unlabelled: ImageFolder | None
 ) -> Note:
-    """What the teacher's maps of all images take, and whether they can be kept.
-
-    Each image is counted in its own padding. In a batch with larger ones it has another, and its maps are others.
-    """
+    """Keep the teacher's maps of all images, or none: the rest would cost more than without a cache, one by one."""
     teacher, place = distiller.teacher, distiller.cache.place
-    resize = (teacher if distiller.own_size else distiller.student).model.transform
-    short_sides = resize.min_size[-1:] if distiller.own_size else recipe.data.short_side
+    short_sides, long_side = recipe.data.short_side, recipe.data.long_side
+    if distiller.own_size:
+        transform = teacher.model.transform
+        short_sides, long_side = transform.min_size[-1:], transform.max_size
     sizes = [*training_data.sizes, *(unlabelled.sizes if unlabelled is not None else [])]
-    shown = []
+    needed = 0
     for short_side in short_sides:
-        for size in sizes:
-            scale = min(short_side / min(size), resize.max_size / max(size)) / resize.size_divisible
-            # Rounded before it is rounded up: a side that fits exactly may be a little more by its last bits.
-            shown.append([math.ceil(round(side * scale, 3)) * resize.size_divisible for side in size])
+        scales = [min(short_side / min(size), long_side / max(size)) for size in sizes]
+        shown = [(round(h * scale), round(w * scale)) for (h, w), scale in zip(sizes, scales, strict=True)]
+        needed += bytes_of_maps(levels_of(teacher, place), shown, teacher.divisible, AUTOCAST[recipe.run.precision])
     mirrored = 0 < recipe.data.flip < 1
-    needed = bytes_of_maps(levels_of(teacher, place), shown, AUTOCAST[recipe.run.precision]) * (1 + mirrored)
+    needed *= 1 + mirrored
     limit = recipe.teacher.cache_gib
     images = f"{counted(len(sizes), 'image')}{', as they are and mirrored,' if mirrored else ''}"
     what = "features" if place == "neck" else "backbone stages"
-    at_least = "about" if len({(min(size), max(size)) for size in shown}) == 1 else "at least"
-    text = f"teacher: its {what} of {images} take {at_least} {spoken_size(needed)}; teacher.cache_gib is {limit:g}"
+    text = f"teacher: its {what} of {images} take {max(needed / 2**30, 0.01):.2f} GiB"
     if needed > limit * 2**30:
-        text += ", and the rest is computed in every epoch, image by image, which takes longer than in batches"
-    return Note(text, warning=needed > limit * 2**30)
+        distiller.cache = None
+        return Note(f"{text}: more than teacher.cache_gib {limit:g}, so none is kept")
+    return Note(f"{text} and are kept (teacher.cache_gib {limit:g})")
 
 
 def choose_device(name: str, precision: str = "fp32") -> torch.device:

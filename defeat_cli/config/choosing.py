@@ -30,8 +30,9 @@ SIDE_ON_GPU, SIDE_ON_CPU, SIDE_STEP = 800, 192, 32
 """Short side of the images, pixels, at most, and what it is a multiple of."""
 CACHE_ON_CPU = 2.0
 """GiB for the teacher's features, which are most of a distilled step on a CPU."""
-ALONE = 2.0
-"""How many times as long an image takes alone, as what is kept is computed, as in a batch: 1.3 to 2.3 were measured."""
+LEAST_EPOCHS_FOR_CACHE = 5
+"""Fewer gain nothing by it: the teacher looks at an image twice, as it is and mirrored, and alone, which takes 1.3 to
+2.3 times as long as in a batch."""
 SIDE_OF_LARGE = 640
 """Above this short side fewer images go into a step."""
 LONGEST = 2.5
@@ -335,8 +336,8 @@ def _schedule(choice: Choice, facts: Facts) -> None:
 
 def _terms(choice: Choice, facts: Facts) -> None:
     recipe, steps = choice.recipe(), choice.steps(facts.images)
-    if facts.device == "cpu" and _cache_pays(recipe, facts):
-        why = "the teacher looks at an image once, and once mirrored, as long as its features fit"
+    if facts.device == "cpu" and recipe.schedule.epochs >= LEAST_EPOCHS_FOR_CACHE:
+        why = "the teacher looks at an image once, and once mirrored, where the features of all fit"
         choice.take({"teacher.cache_gib": CACHE_ON_CPU}, why, minor=True)
     if steps < LEAST_STEPS_FOR_THE_HEAD and ONLY not in choice.said:
         length = counted(steps, "step")
@@ -347,20 +348,6 @@ def _terms(choice: Choice, facts: Facts) -> None:
         choice.take({"distillation.neck.finest_scale": scale}, "in proportion to the anchors", minor=True)
     choice.take({"distillation.warmup_steps": min(2000, steps // 10)}, "a tenth of the steps", minor=True)
     choice.take({"run.pull_every": max(1, min(100, steps // 10))}, "ten points of its curve, or more", minor=True)
-
-
-def _cache_pays(recipe: Recipe, facts: Facts) -> bool:
-    """Whether the teacher has less to do where its features are kept in so much room.
-
-    It then looks at what there is room for twice, as it is and mirrored, and at the rest in every epoch, but alone.
-    """
-    scale = min(recipe.data.short_side[-1] / min(facts.size), recipe.data.long_side / max(facts.size))
-    pixels = facts.images * math.prod(facts.size) * scale**2
-    # The sum of 1 / stride^2 over the levels, of strides 4 to 64 or 8 to 128; each number takes four bytes.
-    cells = pixels / (12 if facts.teacher.detector.startswith("faster") else 48)
-    share = min(1.0, CACHE_ON_CPU * 2**30 / (2 * 4 * facts.teacher.fpn_channels * cells))
-    epochs = recipe.schedule.epochs
-    return ALONE * (2 * share + (1 - share) * epochs) < epochs
 
 
 def _shown(value: Any) -> str:

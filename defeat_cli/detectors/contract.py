@@ -91,7 +91,10 @@ class Detector(nn.Module, ABC):
 
     model: the module that is trained; its state dict is what users take away.
     classes: class names; label `i + 1` is `classes[i]`, label 0 is background.
+    divisible: sides of a batch are padded to a multiple of it.
     """
+
+    divisible: int = 32
 
     def __init__(self, model: nn.Module, classes: Sequence[str]) -> None:
         super().__init__()
@@ -258,6 +261,10 @@ class TorchvisionDetector(Detector, Stages, RegionClassifier, CellClassifier):
             targets = [{**target, **other} for target, other in zip(targets, others, strict=True)]
             targets = resized_targets(targets, old, new, pixels.device)
         return Batch(pixels, new, targets)
+
+    @property
+    def divisible(self) -> int:
+        return self.model.transform.size_divisible
 
     def normalized(self, batch: Batch) -> Tensor:
         """[N, 3, H, W] as the backbone wants it: normalised, and 0 on the padding as torchvision has it."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable
 from hashlib import blake2b
 from typing import Literal
 
@@ -19,9 +18,9 @@ Key = tuple[bytes, torch.Size, tuple[int, int], torch.dtype]
 class FeatureCache:
     """Maps of a detector that does not change, by the pixels that they were computed from.
 
-    An image is found again wherever its pixels are the same: mirrored, resized or padded otherwise it is another one.
-    Each is computed alone, kept or not, because the last bits of a convolution may depend on what else is in the batch:
-    so a run that is resumed, whose cache is empty, goes on bit for bit.
+    Each image is looked at alone, as in evaluation, without the padding that it has in a batch with larger ones: so it
+    is found again in any batch, and a run that is resumed, whose cache is empty, goes on bit for bit. An image that is
+    mirrored or resized otherwise is another one.
 
     Maps stay on the device that computed them, in its precision: under autocast in 16 bits an element.
 
@@ -39,34 +38,47 @@ class FeatureCache:
 
     @torch.no_grad()
     def maps(self, detector: Detector, batch: Batch) -> list[Tensor]:
-        """What the detector gives, but for rounding: finest first, each [N, C_l, h_l, w_l], float32.
+        """What the detector makes of each image alone, and of nothing but padding around it.
 
         On a GPU the host waits for the pixels, once a batch.
+
+        Returns:
+            Finest first, each [N, C_l, h_l, w_l], float32: of the shapes that the detector gives for the batch.
         """
-        found = [self._of_image(detector, batch, i, pixels) for i, pixels in enumerate(batch.pixels.cpu())]
-        return [torch.cat(level).to(batch.pixels.dtype) for level in zip(*found, strict=True)]
+        images = batch.pixels.cpu()
+        found = []
+        for i, size in enumerate(batch.sizes):
+            height, width = (math.ceil(side / detector.divisible) * detector.divisible for side in size)
+            numbers = images[i, :, :height, :width].contiguous().view(torch.uint8).numpy()
+            digest = blake2b(numbers, digest_size=16).digest()
+            found.append(self._of(detector, batch.pixels[i : i + 1, :, :height, :width], size, digest))
+        padding = self._of(detector, torch.zeros_like(batch.pixels[:1]), (0, 0), b"")
+        levels = [torch.cat([level] * len(images)) for level in padding]
+        for i, of_image in enumerate(found):
+            for level, own in zip(levels, of_image, strict=True):
+                level[i, :, : own.shape[-2], : own.shape[-1]] = own[0]
+        return [level.to(batch.pixels.dtype) for level in levels]
 
     def clear(self) -> None:
         """Keep nothing of what is kept."""
         self._kept.clear()
         self.bytes = 0
 
-    def _of_image(self, detector: Detector, batch: Batch, i: int, pixels: Tensor) -> list[Tensor]:
-        """Each level as [1, C_l, h_l, w_l]."""
-        device = batch.pixels.device.type
+    def _of(self, detector: Detector, pixels: Tensor, size: tuple[int, int], digest: bytes) -> list[Tensor]:
+        """Each level of one image as [1, C_l, h, w]."""
+        device = pixels.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else pixels.dtype
-        numbers = pixels.contiguous().view(torch.uint8).numpy()
-        key = (blake2b(numbers, digest_size=16).digest(), pixels.shape, batch.sizes[i], dtype)
-        if key not in self._kept:
-            alone = replace(batch, pixels=batch.pixels[i : i + 1], sizes=batch.sizes[i : i + 1], targets=None)
-            computed = detector.features(alone) if self.place == "neck" else detector.stages(alone)
-            levels = [_of_its_own(level.to(dtype)) for level in computed]
-            size = sum(level.nbytes for level in levels)
-            if self.bytes + size > self.limit:
-                return levels
+        key = (digest, pixels.shape, size, dtype)
+        if key in self._kept:
+            return self._kept[key]
+        alone = Batch(pixels, [size])
+        maps = detector.features(alone) if self.place == "neck" else detector.stages(alone)
+        levels = [_of_its_own(level.to(dtype)) for level in maps]
+        taken = sum(level.nbytes for level in levels)
+        if self.bytes + taken <= self.limit:
             self._kept[key] = levels
-            self.bytes += size
-        return self._kept[key]
+            self.bytes += taken
+        return levels
 
 
 def _of_its_own(level: Tensor) -> Tensor:
@@ -74,15 +86,19 @@ def _of_its_own(level: Tensor) -> Tensor:
     return level if level.untyped_storage().nbytes() == level.nbytes else level.clone()
 
 
-def bytes_of_maps(levels: Sequence[Level], sizes: Iterable[tuple[int, int]], dtype: torch.dtype | None) -> int:
-    """What a cache takes for images of these (height, width), padding included, in network-input pixels.
+def bytes_of_maps(
+    levels: Iterable[Level], sizes: Iterable[tuple[int, int]], divisible: int, dtype: torch.dtype | None
+) -> int:
+    """What a cache takes for images of these (height, width) in network-input pixels.
 
     Args:
+        divisible: sides are padded to a multiple of it.
         dtype: of autocast; None is float32.
     """
-    numbers = sum(
+    shapes = [[math.ceil(side / divisible) * divisible for side in size] for size in sizes]
+    cells = sum(
         level.channels * math.ceil(height / level.stride) * math.ceil(width / level.stride)
-        for height, width in sizes
         for level in levels
+        for height, width in shapes
     )
-    return numbers * (dtype or torch.float32).itemsize
+    return cells * (dtype or torch.float32).itemsize
