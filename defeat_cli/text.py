@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 
@@ -21,6 +22,11 @@ def counted(number: int, one: str, many: str | None = None) -> str:
 def out_of(part: int, whole: int, noun: str, one: str, many: str) -> str:
     """`1 of 3 images is`, `2 of 3 images are`: noun `image`, one `is`, many `are`."""
     return f"{part:,} of {counted(whole, noun)} {one if part == 1 else many}"
+
+
+def spoken_size(size: float) -> str:
+    """Bytes as `40 MiB` or `1.5 GiB`."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{math.ceil(size / 2**20)} MiB"
 
 
 def spoken_duration(seconds: float) -> str:

@@ -132,7 +132,7 @@ def test_gradients_are_the_cpus():
 def test_a_run_with_everything_on_equals_the_cpus(fit, teachers, tmp_path):
     """Every term that two-stage detectors can have, an average of the weights, accumulation, a stop and a resume."""
     teacher = teachers["faster_rcnn"]
-    more = setting(optimizer__accumulate=2, optimizer__ema=0.9, distillation__balance=0.5)
+    more = setting(optimizer__accumulate=2, optimizer__ema=0.9, distillation__balance=0.5, teacher__cache_gib=1)
     more += setting(
         run__save_every=1, **{f"distillation__{term}": "{}" for term in TERMS if term not in ("crosskd", "ld")}
     )
@@ -149,7 +149,7 @@ def test_a_run_with_everything_on_equals_the_cpus(fit, teachers, tmp_path):
 @pytest.mark.parametrize("family", list(OWN))
 def test_every_family_learns_as_on_the_cpu(fit, teachers, family, tmp_path):
     """With the terms that only some families can have."""
-    more = options(family)
+    more = [*options(family), *setting(teacher__cache_gib=1)]
     if family != "faster_rcnn":
         more += setting(distillation__crosskd="{}", student__candidates_per_level=FEW["candidates_per_level"])
     if family == "retinanet":
@@ -164,7 +164,8 @@ def test_a_distilled_step_launches_little_and_seldom_waits(teachers, data):
     """Of eight images; image by image it would be 268 waits and half as many operations again."""
     recipe = recipes.load(
         "quickstart",
-        {"run.compare_plain": False, "data.shapes.train_images": 8, "data.path": str(data.parent / "eight")},
+        {"run.compare_plain": False, "data.shapes.train_images": 8, "data.path": str(data.parent / "eight")}
+        | {"teacher.cache_gib": None},  # the teacher's layers are to run
     )
     with simulated_device.installed() as meter:
         session = assemble(recipe)

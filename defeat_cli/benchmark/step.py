@@ -36,7 +36,7 @@ KEPT = 4
 """Batches that are kept to measure on, in turn."""
 
 WARM_UP = 2
-"""Rounds that are not counted."""
+"""Rounds that are not counted, at least."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,9 @@ def measure_step(
     off = dict.fromkeys(distiller.terms)
     step = partial(train_step, training, seed=0, lr=0.0, **settings)
     watch, asked = Stopwatch(device), {}
-    for number in range(WARM_UP + rounds):
-        if number == WARM_UP:
+    warm_up = WARM_UP if distiller.cache is None else max(WARM_UP, len(batches))  # then all features are found
+    for number in range(warm_up + rounds):
+        if number == warm_up:
             watch.forget()
         batch = batches[number % len(batches)]
         with watch.timing(STUDENT):

@@ -62,8 +62,9 @@ class Teacher(Section):
     with (its features are resized to the student's grid, its regions scaled)."""
     cache_gib: Positive | None = None
     """GiB of the device's memory, for each process, in which the teacher's features of images are kept, so that it
-    looks at an image once and not in every epoch; null keeps none, as does too little for all. `check` says what they
-    take. An image is looked at alone, as in evaluation, not padded as in its batch."""
+    looks at an image once, and once mirrored, and not in every epoch; null keeps none, as does too little for all.
+    `check` says what they take. An image is looked at alone, as in evaluation, not padded as in its batch; that takes
+    longer than in a batch and pays off in more than four epochs."""
 
 
 class Shapes(Section):

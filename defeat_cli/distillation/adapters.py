@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
+import torch
 from torch import Tensor, nn
+
+from defeat_cli.detectors.contract import at_least_float32
 
 INITIAL_STD = 1e-4
 """Standard deviation of the initial weights: the student starts by being adapted to almost nothing but the bias."""
@@ -28,3 +33,15 @@ class Adapter(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """[N, C_student, h, w] -> [N, C_teacher, h, w]."""
         return self.activation(self.conv(features))
+
+
+def adapted(adapter: nn.Module, features: Tensor) -> Tensor:
+    """What an adapter makes of a student's map: computed in autocast's bfloat16, float32 at least thereafter.
+
+    Under float16 it computes in float32. Weights start below the normal numbers of that format, and so are gradients
+    of a mean over many cells: a pull, which is measured without a loss scaler, would be 0.
+    """
+    device = features.device.type
+    short = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
+    with torch.autocast(device, enabled=False) if short else nullcontext():
+        return at_least_float32(adapter(at_least_float32(features) if short else features))

@@ -1,4 +1,4 @@
-"""A frozen teacher's maps, kept, so that it looks at each picture once and not in every epoch."""
+"""A frozen teacher's maps, kept, so that it looks at the same pixels once and not in every epoch."""
 
 from __future__ import annotations
 
@@ -49,7 +49,8 @@ class FeatureCache:
         found = []
         for i, size in enumerate(batch.sizes):
             height, width = (math.ceil(side / detector.divisible) * detector.divisible for side in size)
-            digest = blake2b(images[i, :, :height, :width].contiguous().numpy(), digest_size=16).digest()
+            numbers = images[i, :, :height, :width].contiguous().view(torch.uint8).numpy()
+            digest = blake2b(numbers, digest_size=16).digest()
             found.append(self._of(detector, batch.pixels[i : i + 1, :, :height, :width], size, digest))
         padding = self._of(detector, torch.zeros_like(batch.pixels[:1]), (0, 0), b"")
         levels = [torch.cat([level] * len(images)) for level in padding]
@@ -57,6 +58,11 @@ class FeatureCache:
             for level, own in zip(levels, of_image, strict=True):
                 level[i, :, : own.shape[-2], : own.shape[-1]] = own[0]
         return [level.to(batch.pixels.dtype) for level in levels]
+
+    def clear(self) -> None:
+        """Keep nothing of what is kept."""
+        self._kept.clear()
+        self.bytes = 0
 
     def _of(self, detector: Detector, pixels: Tensor, size: tuple[int, int], digest: bytes) -> list[Tensor]:
         """Each level of one image as [1, C_l, h, w]."""
@@ -67,12 +73,17 @@ class FeatureCache:
             return self._kept[key]
         alone = Batch(pixels, [size])
         maps = detector.features(alone) if self.place == "neck" else detector.stages(alone)
-        levels = [level.to(dtype) for level in maps]
+        levels = [_of_its_own(level.to(dtype)) for level in maps]
         taken = sum(level.nbytes for level in levels)
         if self.bytes + taken <= self.limit:
             self._kept[key] = levels
             self.bytes += taken
         return levels
+
+
+def _of_its_own(level: Tensor) -> Tensor:
+    """The same map without a larger tensor that it is a part of, which would be kept with it."""
+    return level if level.untyped_storage().nbytes() == level.nbytes else level.clone()
 
 
 def bytes_of_maps(

@@ -237,7 +237,8 @@ NOT_COMPARED = {
     "run.plain_beside",
     "optimizer.skip_nonfinite",
 }
-"""Recipe keys that may change when a run is resumed: they do not change what is computed, but for rounding."""
+"""Recipe keys that may change when a run is resumed: they do not change what is computed. Of `teacher.cache_gib` that
+holds as long as the features of all images fit, or never fit: where they are kept the teacher sees no padding."""
 
 
 def _changes(old: dict, new: dict, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -60,7 +60,10 @@ def bench_step(recipe: Recipe, *, rounds: int, trace: Path | None = None, quiet:
     recipe = session.recipe
     tell(session, reporter)
     if session.distiller.cache is not None:
-        reporter.note("teacher.cache_gib: its features are found in memory, as in all epochs but the first")
+        reporter.note(
+            "teacher.cache_gib: its features are found in memory, as of images that were seen before; what they take "
+            "there comes on top of the peak memory"
+        )
     training = begin(recipe, session.distiller, session.device)
     loader = batches_of(session)
     batches, loaded = read_batches(loader, rounds)

@@ -12,7 +12,7 @@ from defeat_cli.config.schema import Recipe
 from defeat_cli.distillation.distiller import Distiller
 from defeat_cli.memory import shortage
 from defeat_cli.session import Session
-from defeat_cli.text import counted
+from defeat_cli.text import counted, spoken_size
 
 
 def images_a_batch(session: Session) -> int:
@@ -50,6 +50,10 @@ def training_bytes(
 def of_training(session: Session) -> str:
     """For a training that ran out of memory: what a step takes, by the estimate of `check`, and what makes it less."""
     recipe, images = session.recipe, images_a_batch(session)
+    beside = ""
+    if (cache := session.distiller.cache) is not None:
+        beside = f", beside {spoken_size(cache.bytes)} of the teacher's features"
+        cache.clear()  # it would stand in the way of the estimate
     try:
         image, target, _ = session.training_data[0]
         needed = training_bytes(
@@ -59,14 +63,14 @@ def of_training(session: Session) -> str:
             recipe,
             images,
         )
-        estimate = f"needs about {needed / 2**30:.2f} GiB by the estimate of `defeat check`"
+        estimate = f"needs about {needed / 2**30:.2f} GiB by the estimate of `defeat check`{beside}"
     except Exception as error:
         if shortage(error) is None:
             raise
-        estimate = "needs more than there is even for one image"
+        estimate = f"needs more than there is even for one image{beside}"
     lower = ["data.batch_size (optimizer.accumulate makes up for it)"] if recipe.data.batch_size > 1 else []
     lower += ["data.unlabelled_batch"] if session.unlabelled is not None else []
-    lower += ["teacher.cache_gib"] if session.distiller.cache is not None else []
+    lower += ["teacher.cache_gib"] if beside else []
     lower += ["data.short_side and data.long_side"]
     halved = ", or set run.precision: bf16" if session.device.type == "cuda" and recipe.run.precision == "fp32" else ""
     return (

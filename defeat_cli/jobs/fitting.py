@@ -154,12 +154,15 @@ def fit_student(
 def _told(bad: BadStepError, session: Session, run: RunFolder, training: Training, saved: int | None) -> RunError:
     """What a user is told of a step that was not finite, once it is written to the run's folder."""
     files = [[str(path) for path in session.files_of(ids, targets)] for _, targets, ids in bad.batches]
+    recipe = session.recipe.model_dump()
+    if session.distiller.cache is None:  # as where the features of all images do not fit, which a step does not tell
+        recipe["teacher"]["cache_gib"] = None
     bad_step.write(
         run / BAD_STEP,
         bad,
         training,
         files,
-        recipe=session.recipe.model_dump(),
+        recipe=recipe,
         classes=session.training_data.classes,
         teacher=_absolute(session.checkpoint),
     )

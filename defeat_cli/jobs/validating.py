@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -95,6 +96,7 @@ def count_pseudo_labels(session: Session, reporter: Reporter) -> None:
     for i in range(images):
         image, _, _ = folder[0, i * len(folder) // images]
         _, teacher = distiller.views([image.to(session.device)], None)
+        teacher = replace(teacher, cache=None)  # which is for training, where autocast may be on
         boxes += len(teacher.targets[0]["boxes"])
     threshold = session.recipe.data.unlabelled_threshold
     reporter.note(f"unlabelled: the teacher finds {boxes / images:.1f} boxes an image, on {images} of them")

@@ -52,6 +52,16 @@ def test_a_cpu_gets_a_small_student_on_small_images():
     assert recipe.run.name == "faster_rcnn_mobilenet_v2_from_resnet50_bccd"
 
 
+def test_the_teachers_features_are_kept_on_a_cpu_where_it_has_less_to_do_then():
+    assert chosen(CELLS).teacher.cache_gib == 2
+    # 4000 / 800 is 5 epochs, 4000 / 1000 is 4: as many as two looks alone cost.
+    assert chosen(replace(CELLS, images=800)).teacher.cache_gib == 2
+    assert chosen(replace(CELLS, images=1000)).teacher.cache_gib is None
+    assert chosen(CELLS, **{"teacher.cache_gib": 0.5}).teacher.cache_gib == 0.5
+    assert chosen(replace(CELLS, device="cuda")).teacher.cache_gib is None
+    assert chosen(replace(CELLS, teacher=None)).teacher.cache_gib is None
+
+
 def test_a_gpu_and_many_images_get_the_usual_schedule_and_both_terms():
     recipe = chosen(STREETS)
     assert recipe.student.backbone == "resnet50"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 
-from defeat_cli.distillation.adapters import Adapter
+from defeat_cli.distillation.adapters import Adapter, adapted
 
 
 def test_it_keeps_the_map_and_changes_the_channels():
@@ -43,3 +44,27 @@ def test_initial_weights():
     assert conv.weight.abs().max() > 3e-4
     bound = 1 / math.sqrt(128 * 9)
     assert 0.9 * bound < conv.bias.abs().max() <= bound
+
+
+def test_under_autocast_to_bfloat16_it_computes_in_that_and_gives_float32():
+    torch.manual_seed(0)
+    adapter, features = Adapter(8, 16), torch.randn(2, 8, 5, 5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, expected = adapted(adapter, features), adapter(features)
+    assert (found.dtype, expected.dtype) == (torch.float32, torch.bfloat16)
+    assert torch.equal(found, expected.float())
+    found.sum().backward()
+    assert adapter.conv.weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_gradient_too_small_for_float16_reaches_the_features(dtype):
+    """As of a mean over the cells and channels of a large image, whose pull is measured without a loss scaler."""
+    torch.manual_seed(0)
+    adapter, features = Adapter(8, 16), torch.randn(2, 8, 5, 5, requires_grad=True)
+    # Each of the 800 numbers has a gradient of 1e-8; the smallest number of float16 is 6e-8.
+    (expected,) = torch.autograd.grad(1e-8 * adapter(features).sum(), features)
+    with torch.autocast("cpu", dtype=dtype):
+        (found,) = torch.autograd.grad(1e-8 * adapted(adapter, features).sum(), features)
+    assert expected.norm() > 0
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.02 * expected.abs().max().item())

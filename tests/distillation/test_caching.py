@@ -1,14 +1,26 @@
 """A teacher's features that are kept from one epoch to the next: the same ones, each computed once, within a limit."""
 
+from types import SimpleNamespace
+
 import pytest
+import simulated_device
 import torch
 from runs import assert_resumes_bit_for_bit, metrics, setting
 from tiny import batch, build, distil
 
-from defeat_cli.detectors.contract import Batch, Level
+from defeat_cli.benchmark.memory import size_of
+from defeat_cli.benchmark.step import measure_step
+from defeat_cli.benchmark.timing import Stopwatch
+from defeat_cli.config import schema as recipes
+from defeat_cli.detectors.contract import Batch, FeatureDetector, Level
 from defeat_cli.distillation.caching import FeatureCache, bytes_of_maps
 from defeat_cli.distillation.distiller import Distiller
 from defeat_cli.distillation.terms import TERMS
+from defeat_cli.engine.checkpoint import begin
+from defeat_cli.jobs import bad_step
+from defeat_cli.jobs.estimate import of_training
+from defeat_cli.jobs.validating import count_pseudo_labels
+from defeat_cli.session import assemble
 
 ROOM = 2**30
 
@@ -155,6 +167,74 @@ def test_the_estimate_counts_the_cells_of_all_levels():
     assert bytes_of_maps(levels, [(33, 65)], 32, torch.bfloat16) == (8 * 384 + 16 * 2) * 2
 
 
+def test_a_map_that_is_part_of_a_larger_tensor_is_kept_without_it():
+    def features(model, batch):
+        both = model(batch.pixels)
+        return [both[:, :2], both[:, 2:, ::2, ::2]]
+
+    detector, cache = FeatureDetector(torch.nn.Conv2d(3, 8, 1, bias=False), ["a"], features).eval(), FeatureCache(ROOM)
+    prepared = detector.prepare([torch.rand(3, 32, 32)])
+    torch.testing.assert_close(cache.maps(detector, prepared), detector.features(prepared))
+    kept = [level for levels in cache._kept.values() for level in levels]
+    assert size_of(kept) == cache.bytes == 2 * 4 * (2 * 32 * 32 + 6 * 16 * 16)  # the image, and padding
+
+
+def test_pixels_may_be_of_any_kind(wide):
+    for dtype in (torch.float64, torch.bfloat16):
+        wide.to(dtype)
+        prepared = wide.prepare(batch()[0][:1]).to(dtype)
+        found = FeatureCache(ROOM).maps(wide, prepared)
+        torch.testing.assert_close([m.to(dtype) for m in wide.features(prepared)], found)
+
+
+@pytest.mark.skipif(not simulated_device.supported(), reason="this torch has no devices made in Python")
+def test_a_gpu_is_waited_for_once_a_batch(wide):
+    with simulated_device.installed() as meter:
+        wide.to(simulated_device.DEVICE)
+        prepared, cache = wide.prepare([image.to(simulated_device.DEVICE) for image in batch()[0]]), FeatureCache(ROOM)
+        for _ in range(2):
+            meter.reset()
+            cache.maps(wide, prepared)
+            assert sum(meter.waits.values()) == 1
+
+
+def test_a_look_at_unlabelled_images_before_training_keeps_nothing():
+    """It is without autocast: what it kept would take room, and never be found."""
+    teacher = build(seed=1, fpn_channels=16)
+    distiller = Distiller(build(), teacher, dict(distil(build(), teacher, ["neck"]).terms), cache_bytes=ROOM)
+    run = SimpleNamespace(teacher_check_images=2)
+    session = SimpleNamespace(
+        recipe=SimpleNamespace(run=run, data=SimpleNamespace(unlabelled_threshold=0.5)),
+        unlabelled={(0, i): (torch.rand(3, 64, 64), None, "") for i in range(2)}, distiller=distiller,
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    told = []
+    count_pseudo_labels(session, SimpleNamespace(note=told.append, warn=told.append))
+    assert "boxes an image, on 2 of them" in told[0]
+    assert distiller.cache.bytes == 0
+
+
+def test_where_memory_runs_out_what_is_kept_is_told_and_let_go(defeat, tiny, teacher):
+    session = assemble(recipes.load(str(tiny), {"teacher.checkpoint": str(teacher), "teacher.cache_gib": 1.0}))
+    image, target, _ = session.training_data[0]
+    session.distiller([image], [target])
+    assert session.distiller.cache.bytes > 0
+    text = of_training(session)
+    assert "by the estimate of `defeat check`, beside 1 MiB of the teacher's features; " in text
+    assert "teacher.cache_gib, data.short_side" in text
+
+
+def test_what_is_timed_is_a_step_that_finds_all_features(wide, looks, monkeypatch):
+    student = build()
+    distiller = Distiller(student, wide, dict(distil(student, wide, ["neck"]).terms), cache_bytes=ROOM)
+    training = begin(recipes.load(None, {"run.precision": "fp32"}), distiller, torch.device("cpu"))
+    batches = [([torch.rand(3, 64, 64)], [batch()[1][0]], [i]) for i in range(4)]
+    before, forget = [], Stopwatch.forget
+    monkeypatch.setattr(Stopwatch, "forget", lambda self: before.append(len(looks)) or forget(self))
+    measure_step(training, batches, 1, settings={"clip_norm": None, "autocast": None})
+    assert before == [len(looks)] == [5]  # with that of padding
+
+
 class TestTrain:
     def test_a_run_equals_one_without_it_and_resumes_bit_for_bit(self, defeat, tiny, teacher, tmp_path):
         arguments = ["-r", tiny, "-t", teacher, "-q"]
@@ -173,6 +253,14 @@ class TestTrain:
         for name, more in (("plain", setting(data__flip=0)), ("little", little)):
             defeat("train", "-r", tiny, "-t", teacher, "-q", *more, "-o", tmp_path / name)
         assert metrics(tmp_path / "little", "train") == metrics(tmp_path / "plain", "train")
+
+    def test_a_bad_step_of_a_run_that_keeps_nothing_is_made_again_without_it(self, defeat, tiny, teacher, tmp_path):
+        explodes = setting(optimizer__lr=1e25, optimizer__clip_norm="null", schedule__warmup_steps=0)
+        for gib, told in ((1e-6, None), (1, 1)):
+            run = tmp_path / str(gib)
+            arguments = ["-t", teacher, "-q", *explodes, *setting(teacher__cache_gib=gib, run__teacher_check_images=0)]
+            defeat("train", "-r", tiny, *arguments, "-o", run, code=2)
+            assert bad_step.load(run / "bad_step.pt").recipe["teacher"]["cache_gib"] == told
 
     def test_it_is_of_no_use_without_a_teacher(self, defeat, tiny, tmp_path):
         output = defeat("train", "-r", tiny, *setting(teacher__cache_gib=1), "-o", tmp_path / "run", code=2)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from defeat_cli.config.terms import CrossKdSettings
 from defeat_cli.detectors.contract import DenseHead, Detector, at_least_float32, level_names
+from defeat_cli.distillation.adapters import adapted
 from defeat_cli.distillation.losses import crosskd_box, crosskd_class, moments
 from defeat_cli.distillation.masks import valid_masks
 from defeat_cli.distillation.pairing import match_levels
@@ -97,6 +98,6 @@ class CrossKd(Term):
 
     def _recast(self, adapter: nn.Module, ours: Tensor, theirs: Tensor, cells: Tensor) -> Tensor:
         """A student's map with the teacher's mean and deviation in each channel: [N, C, h, w]."""
-        adapted = at_least_float32(adapter(ours))
-        (mean, std), (their_mean, their_std) = moments(adapted, cells), moments(theirs, cells)
-        return (adapted - mean) / (std + 1e-6) * their_std + their_mean
+        ours = adapted(adapter, ours)
+        (mean, std), (their_mean, their_std) = moments(ours, cells), moments(theirs, cells)
+        return (ours - mean) / (std + 1e-6) * their_std + their_mean

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from defeat_cli.detectors.contract import Detector, Level, Stages, at_least_float32, level_names
+from defeat_cli.distillation.adapters import adapted
 from defeat_cli.distillation.masks import valid_masks
 from defeat_cli.distillation.pairing import match_levels
 from defeat_cli.distillation.terms.base import Pairing, Term, View
@@ -92,7 +93,7 @@ class LevelTerm(Term):
         return None
 
     def compared(self, student: View, teacher: View) -> Iterator[Compared]:
-        """The pairs of maps of a batch, in float32 at least; adapters compute in autocast's format, as networks do."""
+        """The pairs of maps of a batch, in float32 at least."""
         ours, theirs = (
             (student.features, teacher.features) if self.place == "neck" else (student.stages, teacher.stages)
         )
@@ -101,7 +102,7 @@ class LevelTerm(Term):
         for (s, t), adapter in zip(self.pairs, self.adapters, strict=True):
             here, there = self.levels[s].stride, self.teacher_levels[t].stride
             target = teacher.on_grid_of(student, at_least_float32(theirs[t]), there, shapes[s], here)
-            yield Compared(s, self.names[s], at_least_float32(adapter(ours[s])), target, valid[s])
+            yield Compared(s, self.names[s], adapted(adapter, ours[s]), target, valid[s])
 
     def pairings(self) -> list[Pairing]:
         partner = {s: (t, adapter) for (s, t), adapter in zip(self.pairs, self.adapters, strict=True)}

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from defeat_cli.config.terms import MgdSettings
-from defeat_cli.detectors.contract import Detector, at_least_float32
+from defeat_cli.detectors.contract import Detector
+from defeat_cli.distillation.adapters import adapted
 from defeat_cli.distillation.losses import mgd_loss
 from defeat_cli.distillation.terms.base import Loss, View
 from defeat_cli.distillation.terms.pyramid import PyramidTerm, at_published_size, summed
@@ -46,7 +47,7 @@ class Mgd(PyramidTerm):
         values = {}
         for level, generator in zip(self.compared(student, teacher), self.generators, strict=True):
             shown = torch.rand_like(level.student[:, :1]) >= self.settings.hidden
-            generated = at_least_float32(generator(level.student * shown))
+            generated = adapted(generator, level.student * shown)
             values[level.name] = at_published_size(
                 mgd_loss(generated, level.teacher, level.valid),
                 channels=generated.shape[1],
