@@ -226,7 +226,6 @@ def newest_checkpoint(folder: Path) -> Path | None:
 NOT_COMPARED = {
     "run.device",
     "run.name",
-    "teacher.cache_gib",
     "data.workers",
     "data.verify",
     "run.log_every",
@@ -237,8 +236,7 @@ NOT_COMPARED = {
     "run.plain_beside",
     "optimizer.skip_nonfinite",
 }
-"""Recipe keys that may change when a run is resumed: they do not change what is computed. Of `teacher.cache_gib` that
-holds as long as the features of all images fit, or never fit: where they are kept the teacher sees no padding."""
+"""Recipe keys that may change when a run is resumed: they do not change what is computed, but for rounding."""
 
 
 def _changes(old: dict, new: dict, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
