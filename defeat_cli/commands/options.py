@@ -85,10 +85,12 @@ def recipe_to_train(
     """
     from defeat_cli.config.given import COMMAND_LINE, given_settings
     from defeat_cli.config.idle import idle_in_training, refuse_idle
-    from defeat_cli.config.schema import load, merged
+    from defeat_cli.config.schema import ONLY, load, merged
     from defeat_cli.config.variants import find_variant, read_variants
 
     own = find_variant(variant, read_variants(variants)).overrides if variant else {}
+    if variant and ONLY not in said:
+        _refuse_terms_without(variant, own.get(ONLY), said)
     changes = {**own, **said}
     recipe = recipe or _begun(folder, "")
     if recipe is not None:
@@ -108,6 +110,20 @@ def recipe_to_train(
     spoken = {name: value for name, value in said.items() if value is not None}
     refuse_idle(given_settings(merged({}, spoken), COMMAND_LINE), idle_in_training(chosen))
     return chosen
+
+
+def _refuse_terms_without(variant: str, terms: list[str] | None, said: dict[str, Any]) -> None:
+    """Refuse settings of a term that a variant is without: they would switch it on again."""
+    from defeat_cli.config.schema import ONLY
+    from defeat_cli.config.terms import SETTINGS
+
+    for key in said:
+        section, _, name = key.rpartition(".")[0].partition(".")
+        if section == "distillation" and name in SETTINGS and terms is not None and name not in terms:
+            raise DefeatError(
+                f"{key}: --variant {variant} is without {name}; leave one of the two out, or name the terms: "
+                f"--set {ONLY}=[{', '.join([*terms, name])}]"
+            )
 
 
 def announce_loading(quiet: bool) -> None:

@@ -352,3 +352,15 @@ def test_data_that_a_checkpoint_remembers_and_no_one_knows_is_one_message(defeat
     output = defeat("eval", tmp_path / "x.pt", code=2)
     assert "x.pt: the data that it remembers cannot be used" in output
     assert "data.format" in output
+
+
+def test_a_setting_of_a_term_that_the_variant_is_without_is_refused(defeat, tiny, teacher, tmp_path):
+    """It would switch the term on again: `none` would be distilled."""
+    run = ["train", "-r", tiny, "-t", teacher, "-o", tmp_path / "run", "--variant"]
+    output = defeat(*run, "none", "--set", "distillation.neck.finest_scale=20", code=2)
+    assert "distillation.neck.finest_scale: --variant none is without neck" in output
+    assert "--set distillation.only=[neck]" in output
+    output = defeat(*run, "neck", "--set", "distillation.head.beta_fg=2", code=2)
+    assert "--set distillation.only=[neck, head]" in output
+    assert not (tmp_path / "run").exists()
+    defeat("check", "-r", tiny, "-t", teacher, "--variant", "neck", "--set", "distillation.neck.finest_scale=20")
