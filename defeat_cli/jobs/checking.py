@@ -62,8 +62,6 @@ def _checked(session: Session, reporter: Reporter) -> Check:
         "notes": [{"text": note.text, "warning": note.warning} for note in session.notes],
         "memory_gib": round(training_bytes(distiller, images, targets, recipe, a_batch) / 2**30, 2),
     }
-    if distiller.cache is not None:
-        facts["cache_gib"] = recipe.teacher.cache_gib
     fitting = anchor_fit(student, data, recipe.data)
     if fitting is not None:
         facts["anchor_fit"] = fitting.mean
@@ -151,6 +149,4 @@ def _run_table(facts: dict[str, Any], recipe: Recipe) -> Table:
     if "anchor_fit" in facts:
         table.add_row("mean IoU of a box's best anchor", f"{facts['anchor_fit']:.2f}")
     table.add_row(f"memory at batch size {recipe.data.batch_size}, estimated", f"{facts['memory_gib']:.2f} GiB")
-    if "cache_gib" in facts:
-        table.add_row("teacher's features beside it, at most", f"{facts['cache_gib']:g} GiB")
     return table
