@@ -27,7 +27,7 @@ from defeat_cli.distillation.terms.levels import levels_of
 from defeat_cli.errors import DataError, RecipeError, RunError
 from defeat_cli.precision import AUTOCAST, choose_precision
 from defeat_cli.starting import start_from
-from defeat_cli.text import counted
+from defeat_cli.text import counted, spoken_size
 from defeat_cli.tracking import require_trackers
 from defeat_cli.verifying import Watch, faults_of, notes_on, notes_on_unlabelled, unwatched, verify, verify_unlabelled
 
@@ -208,7 +208,7 @@ def _fit_cache(
     limit = recipe.teacher.cache_gib
     images = f"{counted(len(sizes), 'image')}{', as they are and mirrored,' if mirrored else ''}"
     what = "features" if place == "neck" else "backbone stages"
-    text = f"teacher: its {what} of {images} take {max(needed / 2**30, 0.01):.2f} GiB"
+    text = f"teacher: its {what} of {images} take {spoken_size(needed)}"
     if needed > limit * 2**30:
         distiller.cache = None
         return Note(f"{text}: more than teacher.cache_gib {limit:g}, so none is kept")

@@ -89,8 +89,8 @@ def recipe_to_train(
     from defeat_cli.config.variants import find_variant, read_variants
 
     own = find_variant(variant, read_variants(variants)).overrides if variant else {}
-    if variant and ONLY not in said:
-        _refuse_terms_without(variant, own.get(ONLY), said)
+    if ONLY in own and ONLY not in said:
+        _refuse_terms_without(variant, own[ONLY], said)
     changes = {**own, **said}
     recipe = recipe or _begun(folder, "")
     if recipe is not None:
@@ -112,14 +112,14 @@ def recipe_to_train(
     return chosen
 
 
-def _refuse_terms_without(variant: str, terms: list[str] | None, said: dict[str, Any]) -> None:
-    """Refuse settings of a term that a variant is without: they would switch it on again."""
+def _refuse_terms_without(variant: str, terms: list[str], said: dict[str, Any]) -> None:
+    """Refuse settings of a term that is not among a variant's: they would switch it on again."""
     from defeat_cli.config.schema import ONLY
     from defeat_cli.config.terms import SETTINGS
 
-    for key in said:
-        section, _, name = key.rpartition(".")[0].partition(".")
-        if section == "distillation" and name in SETTINGS and terms is not None and name not in terms:
+    for key, value in said.items():
+        section, name = [*key.split("."), ""][:2]
+        if section == "distillation" and name in SETTINGS and name not in terms and value is not None:
             raise DefeatError(
                 f"{key}: --variant {variant} is without {name}; leave one of the two out, or name the terms: "
                 f"--set {ONLY}=[{', '.join([*terms, name])}]"

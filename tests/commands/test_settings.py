@@ -360,7 +360,9 @@ def test_a_setting_of_a_term_that_the_variant_is_without_is_refused(defeat, tiny
     output = defeat(*run, "none", "--set", "distillation.neck.finest_scale=20", code=2)
     assert "distillation.neck.finest_scale: --variant none is without neck" in output
     assert "--set distillation.only=[neck]" in output
+    assert "distillation.neck: " in defeat(*run, "none", "--set", "distillation.neck={alpha_fg: 2}", code=2)
     output = defeat(*run, "neck", "--set", "distillation.head.beta_fg=2", code=2)
     assert "--set distillation.only=[neck, head]" in output
     assert not (tmp_path / "run").exists()
     defeat("check", "-r", tiny, "-t", teacher, "--variant", "neck", "--set", "distillation.neck.finest_scale=20")
+    defeat("check", "-r", tiny, "-t", teacher, "--variant", "neck", "--set", "distillation.head=null")

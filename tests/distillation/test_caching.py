@@ -246,9 +246,9 @@ class TestTrain:
     def test_check_tells_what_it_takes_and_that_too_little_keeps_nothing(self, defeat, tiny, teacher, tmp_path):
         check = ["check", "-r", tiny, "-t", teacher]
         output = defeat(*check, *setting(teacher__cache_gib=1))
-        assert "its features of 12 images, as they are and mirrored, take 0.01 GiB and are kept" in output
+        assert "its features of 12 images, as they are and mirrored, take 1 MiB and are kept" in output
         little = setting(teacher__cache_gib=1e-6, data__flip=0)
-        told = "its features of 12 images take 0.01 GiB: more than teacher.cache_gib 1e-06, so none is kept"
+        told = "its features of 12 images take 1 MiB: more than teacher.cache_gib 1e-06, so none is kept"
         assert told in defeat(*check, *little)
         for name, more in (("plain", setting(data__flip=0)), ("little", little)):
             defeat("train", "-r", tiny, "-t", teacher, "-q", *more, "-o", tmp_path / name)
