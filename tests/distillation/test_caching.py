@@ -85,10 +85,10 @@ def test_an_image_is_found_again_in_other_padding_and_a_mirrored_one_is_another(
 def test_black_images_of_other_sizes_in_the_same_padding_are_told_apart(wide, looks):
     # The pixels are the same; where the image ends is not, and outside it is 0 after normalisation.
     cache = FeatureCache(ROOM)
-    prepared = wide.prepare([torch.zeros(3, 64, 64), torch.zeros(3, 64, 90)])
+    prepared = wide.prepare([torch.zeros(3, 64, 70), torch.zeros(3, 64, 90)])
     assert torch.equal(*prepared.pixels)
     found = cache.maps(wide, prepared)
-    torch.testing.assert_close([level[1:] for level in found], [level[1:] for level in wide.features(prepared)])
+    torch.testing.assert_close(found, wide.features(prepared))
     assert not torch.equal(found[0][0], found[0][1])
 
 
