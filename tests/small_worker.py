@@ -12,7 +12,9 @@ import sys
 from pathlib import Path
 
 
-def command(folder: Path, epoch: int, processes: int = 1) -> list[str]:
+def command(folder: Path, epoch: int, processes: int = 1, features: Path | None = None) -> list[str]:
+    if features is not None:
+        features.mkdir(exist_ok=True)
     return [sys.executable, __file__, str(folder), str(epoch)]
 
 

@@ -3,6 +3,7 @@
     FOLDER/
       protocol.yaml, recipe.yaml     what was asked
       teacher/                       where the recipe trains its teacher
+      features/                      what runs keep of the teacher's for each other; gone at the end
       tuning/                        a study of the sweeps, on tuning seeds
       final/                         a study of each variant at its best values, on other seeds, and of LONGER
       pictures/, report.md, .html    one page of it all

@@ -35,13 +35,13 @@ class Calls:
 
     check: builds what a run of a recipe is made of, writes nothing; gives its training steps and what is to be said of
         it. Raises DefeatError where the run could not work.
-    obtain_teacher: recipe, folder of the study -> the teacher that the recipe trains; None where it trains none.
+    obtain_teacher: recipe -> the teacher that the recipe trains; None where it trains none.
     command: run folder, epoch -> what trains the folder's recipe up to that epoch, from wherever it stands. The process
         must stop, saved, when its stdin is closed.
     """
 
     check: Callable[[Recipe], tuple[int, list[str]]]
-    obtain_teacher: Callable[[Recipe, Path], str | None]
+    obtain_teacher: Callable[[Recipe], str | None]
     command: Callable[[Path, int], Sequence[str]]
 
 
@@ -100,8 +100,7 @@ def run_study(
     study = replace(study, variants={name: study.variants[name] for name in steps})
     with locked(study.folder) as lock:
         study.save()
-        # Resolved, for the path becomes part of the runs' recipes, which a later call must find unchanged.
-        runs = study.runs(calls.obtain_teacher(study.recipe, study.folder.resolve()))
+        runs = study.runs(calls.obtain_teacher(study.recipe))
         for run in runs:
             RunFolder(run.folder).check(run.recipe, resume=True)
         failures: dict[str, str] = {}

@@ -4,6 +4,7 @@
       study.yaml          the variants (name -> summary, overrides, and of a sweep what it varies), seeds and budget
       recipe.yaml         the recipe that all runs share
       teacher/            where the recipe trains its teacher: once, for all runs
+      features/           what runs keep of the teacher's for each other (`teacher.cache_gib`); gone at the end
       VARIANT-seedN/      a run; log.txt holds what it printed, and its traceback where it failed
       study.csv .json .md .png, sweeps.png
 

@@ -28,7 +28,7 @@ class Training:
 
     step: optimizer steps done; epochs: epochs done and evaluated; best_ap: best AP so far.
     judged_at: step of the last evaluation; stale: evaluations since the best one.
-    seconds: time spent training, evaluation left out.
+    seconds: of training, evaluation left out; see `monitor.Clock`.
     seen: how many labelled and how many unlabelled images the student was trained on, one that is seen twice as two.
     sums: running sums of the logged values since the last log line, on the device; counts: how many are in each.
     health: what is remembered of steps that went wrong.

@@ -70,7 +70,10 @@ class Proportion:
 
 class Clock:
     """Time spent training, evaluation left out; images per second since the last log line, of all processes together;
-    peak GPU memory of the process that needs most."""
+    peak GPU memory of the process that needs most.
+
+    Where other runs of a study have computed the teacher's features, their time counts too: it is what the training
+    takes by itself."""
 
     def __init__(self, training: Training, world: World) -> None:
         self.training = training
@@ -79,12 +82,16 @@ class Clock:
         self.images = 0
         self.logged_at = training.seconds
         self.since = time.perf_counter()
+        self.spared = 0.0
 
     def tick(self, images: int) -> None:
         """A step on so many images is done."""
         now = time.perf_counter()
         self.training.seconds += now - self.since
         self.since = now
+        if (cache := self.training.distiller.cache) is not None:
+            self.training.seconds += cache.spared - self.spared
+            self.spared = cache.spared
         self.images += images
 
     @contextmanager

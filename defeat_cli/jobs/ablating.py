@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -15,15 +16,26 @@ from defeat_cli.jobs import training
 from defeat_cli.jobs.beside import command
 from defeat_cli.session import Session, assemble
 
+FEATURES = "features"
+"""Folder of a study in which its runs keep the teacher's features for each other, where `teacher.cache_gib` is set."""
+
 
 def ablate(
     study: Study, *, jobs: int | None = None, gpus_per_run: int = 1, sort: str = "AP", quiet: bool = False
 ) -> dict[str, str]:
     """Run a study; see `run_study`."""
+    # Resolved, for the path becomes part of the runs' recipes, which a later call must find unchanged.
+    called = calls(study.folder.resolve(), quiet, gpus_per_run)
     with interruptible():
-        return run_study(
-            study, calls(quiet, gpus_per_run), jobs=jobs, gpus_per_run=gpus_per_run, sort=sort, quiet=quiet
-        )
+        failures = run_study(study, called, jobs=jobs, gpus_per_run=gpus_per_run, sort=sort, quiet=quiet)
+    if not failures:
+        forget_features(study.folder)
+    return failures
+
+
+def forget_features(home: Path) -> None:
+    """Remove what the runs of a study, which is done, have kept for each other."""
+    shutil.rmtree(home / FEATURES, ignore_errors=True)
 
 
 def interruptible() -> AbstractContextManager[None]:
@@ -31,8 +43,8 @@ def interruptible() -> AbstractContextManager[None]:
     return stoppable(lambda: "the study is stopped; the same command goes on with it")
 
 
-def calls(quiet: bool = False, gpus_per_run: int = 1, home: Path | None = None) -> Calls:
-    """Args: home: folder whose `teacher/` holds the teacher that the recipe trains; None takes the study's own."""
+def calls(home: Path, quiet: bool = False, gpus_per_run: int = 1) -> Calls:
+    """Args: home: folder of what runs share: the teacher that the recipe trains, the teacher's features."""
     last: Session | None = None
 
     def check(recipe: Recipe) -> tuple[int, list[str]]:
@@ -40,8 +52,8 @@ def calls(quiet: bool = False, gpus_per_run: int = 1, home: Path | None = None) 
         last = assemble(recipe, like=last, watch=partial(counting, quiet=quiet))
         return last.steps, [note.text for note in last.notes if note.warning]
 
-    def obtain_teacher(recipe: Recipe, folder: Path) -> str | None:
+    def obtain_teacher(recipe: Recipe) -> str | None:
         trained_here = recipe.teacher.checkpoint is None and recipe.teacher.recipe is not None
-        return training.train_teacher(recipe, home or folder, quiet=quiet) if trained_here else None
+        return training.train_teacher(recipe, home, quiet=quiet) if trained_here else None
 
-    return Calls(check, obtain_teacher, partial(command, processes=gpus_per_run))
+    return Calls(check, obtain_teacher, partial(command, processes=gpus_per_run, features=home / FEATURES))

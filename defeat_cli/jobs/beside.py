@@ -109,6 +109,11 @@ def beside(
         torch.set_num_threads(before)
 
 
-def command(folder: Path, epoch: int, processes: int = 1) -> list[str]:
-    """What trains the run in a folder up to an epoch."""
-    return [sys.executable, "-m", "defeat_cli.jobs.worker", str(folder), str(epoch), str(processes)]
+def command(folder: Path, epoch: int, processes: int = 1, features: Path | None = None) -> list[str]:
+    """What trains the run in a folder up to an epoch.
+
+    Args:
+        features: folder in which runs keep the teacher's features for each other.
+    """
+    shared = [str(features)] if features is not None else []
+    return [sys.executable, "-m", "defeat_cli.jobs.worker", str(folder), str(epoch), str(processes), *shared]

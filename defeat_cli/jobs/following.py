@@ -38,7 +38,7 @@ def follow(
         DefeatError, Interrupted: as `run_study`; or a sweep has no value that could be chosen.
     """
     reporter = Reporter("protocol", quiet)
-    calls = ablating.calls(quiet, gpus_per_run, asked.folder.resolve())
+    calls = ablating.calls(asked.folder.resolve(), quiet, gpus_per_run)
     options = {"jobs": jobs, "gpus_per_run": gpus_per_run, "sort": sort, "quiet": quiet}
     with ablating.interruptible():
         check_sort(sort)
@@ -56,6 +56,8 @@ def follow(
             except DefeatError as error:
                 reporter.warn(f"pictures are left out: {error}")
             write_page(asked.folder, sort)
+    if not failures:
+        ablating.forget_features(asked.folder)
     return failures
 
 

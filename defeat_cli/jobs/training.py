@@ -52,6 +52,7 @@ def train(
     until: int | None = None,
     known_teacher: Callable[[], dict[str, Any] | None] = lambda: None,
     world: World = ALONE,
+    features: Path | None = None,
 ) -> dict[str, Any]:
     """Run a recipe in a folder, to the end.
 
@@ -62,6 +63,7 @@ def train(
         until: epoch after whose evaluation the run stops, saved; None goes on to the last.
         known_teacher: gives the teacher's figures on the validation images where somebody has them already.
         world: the processes that train together, each of which has to call this. Only the main one uses the folder.
+        features: folder in which the runs of a study keep the teacher's features for each other.
 
     Returns:
         What `results.json` holds: `student`, and `teacher` and `plain` where there are any, each with COCO figures.
@@ -87,6 +89,8 @@ def train(
         if not session.teacher_is_trained:
             teacher = train_teacher(recipe, folder, overwrite, quiet, changed_data, world)
             session = assemble_together(recipe, world, reporter, teacher)
+        if session.distiller.cache is not None:
+            session.distiller.cache.shared = features
         tell(session, reporter)
         tell_share(recipe, world, reporter)
         teacher_ap = score_teacher(session, reporter, known_teacher, world)

@@ -1,8 +1,9 @@
-"""One run of a study in a process of its own: `python -m defeat_cli.jobs.worker FOLDER EPOCH [PROCESSES]`.
+"""One run of a study in a process of its own: `python -m defeat_cli.jobs.worker FOLDER EPOCH [PROCESSES [FEATURES]]`.
 
 Trains the recipe.yaml in the folder up to an epoch, from wherever the run stands, as `defeat train --resume` would. The
 process that started it holds the other end of its stdin: when that closes, whatever the reason, the run stops, saved.
-With several processes this one starts them, and they train.
+With several processes this one starts them, and they train. In the folder FEATURES, where one is given, runs keep the
+teacher's features for each other.
 """
 
 from __future__ import annotations
@@ -30,18 +31,20 @@ from defeat_cli.jobs.together import working_together
 STOPPED = 130
 
 
-def main(folder: Path, epoch: int, processes: int = 1) -> int:
+def main(folder: Path, epoch: int, processes: int = 1, features: Path | None = None) -> int:
     """Exit status: 0 trained up to the epoch, STOPPED saved and stopped before. Errors leave as tracebacks."""
     if not started_by_another():
         threading.Thread(target=_stop_when_alone, daemon=True).start()
         if processes > 1:
-            return launch(processes, [__spec__.name, str(folder), str(epoch)])
+            arguments = [str(folder), str(epoch), "1", *([str(features)] if features is not None else [])]
+            return launch(processes, [__spec__.name, *arguments])
     recipe = recipes.load(str(folder / RECIPE))
     known = partial(known_teacher, recipe, folder)
     try:
         # A batch system asks every process to stop, and then the study asks us again: that is one request.
         with stop_requested(patient=True), working_together() as world:
-            training.train(recipe, folder, resume=True, until=epoch, known_teacher=known, world=world)
+            options = {"known_teacher": known, "world": world, "features": features}
+            training.train(recipe, folder, resume=True, until=epoch, **options)
     except Ended:
         return 1
     except Interrupted as stop:
@@ -73,4 +76,4 @@ def _stop_when_alone() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), *map(int, sys.argv[2:])))
+    sys.exit(main(Path(sys.argv[1]), *map(int, sys.argv[2:4]), *map(Path, sys.argv[4:])))

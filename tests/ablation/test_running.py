@@ -30,7 +30,7 @@ def base():
     return recipes.load(None, {"teacher.checkpoint": "teacher.pt", "schedule.epochs": 4, "run.device": "cpu"})
 
 
-def run(study, check=lambda recipe: (12, []), obtain_teacher=lambda recipe, folder: None, **options):
+def run(study, check=lambda recipe: (12, []), obtain_teacher=lambda recipe: None, **options):
     """Why runs failed."""
     return run_study(study, Calls(check, obtain_teacher, small_worker.command), **{"quiet": True, **options})
 
@@ -202,7 +202,7 @@ def test_of_a_group_the_variants_that_a_pair_cannot_have_are_left_out(tmp_path, 
 def test_a_teacher_that_the_recipe_trains_is_that_of_all_runs(tmp_path, base):
     base.teacher.checkpoint, base.teacher.recipe = None, "quickstart_teacher"
     study = planned(tmp_path / "s", ["neck"], base)
-    run(study, obtain_teacher=lambda recipe, folder: str(folder / "teacher" / "best.pt"))
+    run(study, obtain_teacher=lambda recipe: str(tmp_path / "s" / "teacher" / "best.pt"))
     found = [recipes.load(str(run.folder / "recipe.yaml")).teacher.checkpoint for run in study.runs()]
     assert found == [str(tmp_path / "s" / "teacher" / "best.pt")] * 2
 

@@ -10,9 +10,11 @@ import pytest
 import torch
 from runs import metrics, planned
 
+from defeat_cli.ablation import running
 from defeat_cli.config import schema as recipes
 from defeat_cli.config.variants import VARIANTS, Variant
 from defeat_cli.data.loading import training_loader
+from defeat_cli.distillation.map_folder import MapFolder
 from defeat_cli.engine.locking import locked
 from defeat_cli.engine.runs import RunFolder
 from defeat_cli.errors import CheckpointError, DataError, RunError
@@ -129,9 +131,34 @@ def test_the_teacher_is_scored_once(tmp_path, base, monkeypatch):
     assert set(scored) == {base.student.fpn_channels}  # the teacher has twice as many
 
 
+def test_runs_keep_the_teachers_features_for_each_other_and_are_as_by_themselves(tmp_path, base, defeat, monkeypatch):
+    base.teacher.cache_gib, base.schedule.epochs = 1.0, 1
+    monkeypatch.setattr(running, "environments", lambda *_: [{"OMP_NUM_THREADS": "1"}])  # as this process
+    study = planned(tmp_path / "s", ["neck", "full"], base)
+    with monkeypatch.context() as kept:
+        kept.setattr(ablating, "forget_features", lambda home: None)
+        assert ablating.ablate(study, quiet=True) == {}
+    files = len(list((study.folder / "features").glob("*/*.pt")))
+    assert 0 < files <= 2 * 12 + 1  # images as they are and mirrored, and padding
+    _, neck, full = study.runs()
+    for run in (neck, full):
+        training.train(run.recipe, tmp_path / run.name, quiet=True)
+        assert metrics(run.folder) == metrics(tmp_path / run.name)
+
+    # A third one finds all, and counts the time that it was spared.
+    computed = []
+    monkeypatch.setattr(MapFolder, "write", lambda *_: computed.append(1))
+    results = training.train(neck.recipe, tmp_path / "third", quiet=True, features=study.folder / "features")
+    assert metrics(tmp_path / "third") == metrics(neck.folder)
+    assert computed == []
+    stored = sum(torch.load(file)["seconds"] for file in (study.folder / "features").glob("*/*.pt"))
+    assert results["training_seconds"] > stored
+    assert ablating.ablate(study, quiet=True) == {}
+    assert not (study.folder / "features").exists()
+
+
 def test_a_teacher_of_two_studies_is_trained_in_one_place(tmp_path, base, monkeypatch):
     monkeypatch.setattr(training, "train_teacher", lambda recipe, folder, **options: str(folder / "teacher"))
-    assert ablating.calls(home=tmp_path).obtain_teacher(base, tmp_path / "tuning") is None  # there is one
+    assert ablating.calls(tmp_path).obtain_teacher(base) is None  # there is one
     base.teacher.checkpoint, base.teacher.recipe = None, "quickstart_teacher"
-    assert ablating.calls(home=tmp_path).obtain_teacher(base, tmp_path / "tuning") == str(tmp_path / "teacher")
-    assert ablating.calls().obtain_teacher(base, tmp_path / "s") == str(tmp_path / "s" / "teacher")
+    assert ablating.calls(tmp_path).obtain_teacher(base) == str(tmp_path / "teacher")

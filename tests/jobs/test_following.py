@@ -55,6 +55,7 @@ def test_settings_are_chosen_on_some_seeds_and_reported_on_others(study, tmp_pat
     # All seeds differ by the length of the names alone: 10 and 17 letters.
     assert "| neck | 2 | 0:02 | 10.0 ± 0.0 | -7.0 [-7.0, -7.0]* |" in page
     assert (folder / "report.html").is_file()
+    assert not (folder / "features").exists()
     assert json.loads((folder / "final" / "study.json").read_text())["teacher_AP"] == 0.5
 
     # Again: nothing is left to do, and what was chosen stays. Further seeds train all that is reported.
@@ -78,6 +79,7 @@ def test_a_protocol_of_plain_options_that_was_stopped_goes_on(study, tmp_path):
         (folder / "tuning" / f"break-neck_alpha_bg={value}-seed5").touch()
     assert "no value of distillation.neck.alpha_bg of neck was trained to the end" in study(*arguments, code=2)
     assert not (folder / "final").exists()
+    assert (folder / "features").is_dir()  # for the next time
     (folder / "tuning" / "break-neck_alpha_bg=1-seed5").unlink()
     trained(folder / "tuning")
     study(*arguments, code=1)  # 16 fails again, so 1 is chosen
