@@ -1,4 +1,4 @@
-"""`study.png`: AP of each variant with its spread, its difference to `none`, and AP over the epochs."""
+"""`study.png`: AP of each variant with its spread, its difference to another, and AP over the epochs."""
 
 from __future__ import annotations
 
@@ -17,12 +17,18 @@ from defeat_cli.ablation.rows import Outcome, Row
 from defeat_cli.files import replacing
 
 INK, GREY, BLUE = "#222222", "#8c8c8c", "#0072b2"
-"""Grey for `none`, blue for the others: told apart by lightness too, whatever colours the reader sees."""
+"""Grey for what others are compared with: told apart by lightness too, whatever colours the reader sees."""
 
 
-def draw_study(outcomes: Sequence[Outcome], rows: Sequence[Row], title: str, path: Path) -> None:
-    """Draw the rows in their order; those without a finished run are named, and empty."""
-    panels = [row.variant for row in rows if row.variant != BASELINE] or [BASELINE]
+def draw_study(
+    outcomes: Sequence[Outcome], rows: Sequence[Row], title: str, path: Path, against: str = BASELINE
+) -> None:
+    """Draw the rows in their order; those without a finished run are named, and empty.
+
+    Args:
+        against: the variant that the rows' differences are to.
+    """
+    panels = [row.variant for row in rows if row.variant != against] or [against]
     columns = max(2, min(4, math.ceil(math.sqrt(len(panels)))))
     lines = math.ceil(len(panels) / columns)
     height = max(3.2, 1.2 + 0.42 * len(rows), 0.6 + 1.5 * lines)
@@ -31,38 +37,34 @@ def draw_study(outcomes: Sequence[Outcome], rows: Sequence[Row], title: str, pat
     figure.suptitle(title, fontsize=11, color=INK, x=0.01, ha="left")
     left, right = figure.subfigures(1, 2, width_ratios=[8.5, 0.6 + 1.9 * columns])
     average, difference = left.subplots(1, 2, sharey=True, width_ratios=[1.15, 1])
-    _draw_averages(average, rows)
-    _draw_differences(difference, rows)
-    _draw_curves(right, outcomes, panels, lines, columns)
+    _draw_averages(average, rows, against)
+    _draw_differences(difference, rows, against)
+    _draw_curves(right, outcomes, panels, lines, columns, against)
     with replacing(path) as temporary:
         figure.savefig(temporary)
 
 
-def _color(variant: str) -> str:
-    return GREY if variant == BASELINE else BLUE
-
-
-def _draw_averages(axes: Axes, rows: Sequence[Row]) -> None:
+def _draw_averages(axes: Axes, rows: Sequence[Row], against: str) -> None:
     """Each seed a ring; above them their mean and a standard deviation either way."""
     for place, row in enumerate(rows):
         entry = row.measured.get("AP")
         if entry is None:
             continue
-        color = _color(row.variant)
+        color = GREY if row.variant == against else BLUE
         if len(entry.values) > 1:
             seeds = [100 * value for value in entry.values.values()]
             axes.plot(seeds, [place + 0.27] * len(seeds), "o", ms=3.5, mfc="none", mec=color)
         spread = 100 * entry.deviation if entry.deviation is not None else None
         axes.errorbar(100 * entry.mean, place, xerr=spread, fmt="o", ms=7, color=color, elinewidth=2.5, alpha=0.9)
-        if row.variant == BASELINE:
+        if row.variant == against:
             axes.axvline(100 * entry.mean, color=GREY, lw=1, ls="--", zorder=0)
     axes.set_yticks(range(len(rows)), [row.variant for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     finish(axes, "AP, %: mean ± 1 standard deviation, seeds as rings")
 
 
-def _draw_differences(axes: Axes, rows: Sequence[Row]) -> None:
-    """Mean difference to `none` with its interval, where there is one; filled where that leaves out 0."""
+def _draw_differences(axes: Axes, rows: Sequence[Row], against: str) -> None:
+    """Mean difference with its interval, where there is one; filled where that leaves out 0."""
     for place, row in enumerate(rows):
         delta = row.measured["AP"].delta if "AP" in row.measured else None
         if delta is not None:
@@ -71,22 +73,24 @@ def _draw_differences(axes: Axes, rows: Sequence[Row]) -> None:
             axes.errorbar(100 * delta.mean, place, xerr=bar, fmt="o", ms=7, color=BLUE, mfc=fill, elinewidth=2.5)
     axes.axvline(0, color=GREY, lw=1, ls="--", zorder=0)
     axes.tick_params(left=False)
-    finish(axes, "Δ AP to none, 95% interval (filled: leaves out 0)")
+    finish(axes, f"Δ AP to {against}, 95% interval (filled: leaves out 0)")
 
 
-def _draw_curves(figure: Figure, outcomes: Sequence[Outcome], variants: list[str], lines: int, columns: int) -> None:
-    """A small panel per variant with `none` behind it: mean over seeds, and the range of the seeds."""
+def _draw_curves(
+    figure: Figure, outcomes: Sequence[Outcome], variants: list[str], lines: int, columns: int, against: str
+) -> None:
+    """A small panel per variant with what it is compared with behind it: mean and range of the seeds."""
     panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
     for place, (panel, variant) in enumerate(zip(panels.flat, variants, strict=False)):
-        for name in dict.fromkeys((BASELINE, variant)):
-            _draw_curve(panel, [outcome for outcome in outcomes if outcome.variant == name], _color(name))
+        for name, color in reversed({variant: BLUE, against: GREY}.items()):
+            _draw_curve(panel, [outcome for outcome in outcomes if outcome.variant == name], color)
         panel.set_title(variant, fontsize=8, color=INK, pad=2)
         finish(panel, "epoch" if place + columns >= len(variants) else "")
         panel.tick_params(labelbottom=place + columns >= len(variants))
         panel.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     for panel in panels.flat[len(variants) :]:
         panel.set_visible(False)
-    figure.suptitle("AP over the epochs, %: mean and range (grey: none)", fontsize=9, color=INK)
+    figure.suptitle(f"AP over the epochs, %: mean and range (grey: {against})", fontsize=9, color=INK)
 
 
 def _draw_curve(axes: Axes, outcomes: list[Outcome], color: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from defeat_cli.ablation.choice import BASELINE
@@ -31,21 +32,24 @@ def is_protocol(folder: Path) -> bool:
     return (folder / PROTOCOL).is_file()
 
 
-def write_page(folder: Path, sort: str = "AP") -> tuple[Report, Sheet | None]:
+def write_page(folder: Path, sort: str = "AP", against: str = BASELINE) -> tuple[Report, Sheet | None]:
     """Write report.md and report.html, and the reports of the two studies.
+
+    Args:
+        against: the variant of the final study that differences are to.
 
     Returns:
         The report of the final study, or of the tuning where that is all there is; the variants at equal time.
 
     Raises:
-        RunError: no such sort key, or neither study is begun.
+        RunError: no such sort key or variant, or neither study is begun.
     """
     check_sort(sort)
     protocol = protocols.read(folder / PROTOCOL)
     studies = [read_study(folder / name) for name in (TUNING, FINAL) if (folder / name / STUDY).is_file()]
     if not studies:
         raise RunError(f"{folder}: nothing was trained yet; give the command again that began it")
-    reports = [write_report(study, sort) for study in studies]
+    reports = [write_report(study, sort, against if study is studies[-1] else BASELINE) for study in studies]
     blocks: list[Block] = []
     title = folder.name
     for study, report in zip(studies, reports, strict=True):
@@ -71,9 +75,11 @@ def _found(study: Study, report: Report, protocol: Protocol) -> Iterator[Block]:
     )
     yield Heading("AP at equal epochs")
     rows = [row for row in report.main_rows if row.variant != LONGER]
-    main, *others = Report(report.title, report.variants, report.outcomes, rows, report.notes).sheets()
+    main, *others = replace(report, rows=rows).sheets()
     yield main
-    yield Picture(study.folder / "study.png", "AP of each variant, its difference to none, and AP over the epochs")
+    yield Picture(
+        study.folder / "study.png", f"AP of each variant, its difference to {report.against}, and AP over the epochs"
+    )
     yield Heading("AP at equal time")
     yield from _equal_time(study, report.main_rows)
     yield Heading("Further figures")

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.markup import escape
 
-from defeat_cli.ablation.choice import short, shown
+from defeat_cli.ablation.choice import BASELINE, short, shown
 from defeat_cli.ablation.power import MOST, POWER, seeds_needed
 from defeat_cli.ablation.rows import (
     APS,
@@ -36,13 +36,15 @@ from defeat_cli.text import listed
 
 @dataclass(frozen=True)
 class Report:
-    """title: of the study; variants: by name; rows: one a variant; notes: what is to be said of how it was made."""
+    """title: of the study; variants: by name; rows: one a variant; notes: what is to be said of how it was made;
+    against: the variant that differences are to."""
 
     title: str
     variants: dict[str, Variant]
     outcomes: Sequence[Outcome]
     rows: Sequence[Row]
     notes: Sequence[str] = ()
+    against: str = BASELINE
 
     @property
     def sweeps(self) -> list[Sweep]:
@@ -54,14 +56,15 @@ class Report:
 
     def sheets(self) -> list[Sheet]:
         """All tables, none wider than 80 columns save by long names."""
-        rows = self.main_rows
-        found = [_main_sheet(rows), _seeds_sheet(rows), _figures_sheet(rows), _background_sheet(rows)]
-        found += [*_equal_recall_sheets(rows, self.outcomes), _errors_sheet(rows)]
+        rows, against = self.main_rows, self.against
+        found = [_main_sheet(rows, against), _seeds_sheet(rows, against), _figures_sheet(rows)]
+        found += [_background_sheet(rows, against), *_equal_recall_sheets(rows, self.outcomes, against)]
+        found.append(_errors_sheet(rows))
         return [sheet for sheet in [*found, *self.sweep_sheets()] if sheet.cells]
 
     def sweep_sheets(self) -> list[Sheet]:
         """A table of each sweep's values."""
-        return [_sweep_sheet(sweep) for sweep in self.sweeps]
+        return [_sweep_sheet(sweep, self.against) for sweep in self.sweeps]
 
     def show(self) -> None:
         """Print the tables and how to read them."""
@@ -104,6 +107,7 @@ class Report:
         """All rows, the sweeps, and under `runs` where each run stands."""
         return {
             "teacher_AP": teacher_ap(self.outcomes),
+            "against": self.against,
             "notes": list(self.notes),
             "rows": [asdict(row) for row in self.rows],
             "sweeps": [
@@ -146,8 +150,8 @@ class Report:
         return "\n\n".join(parts) + "\n"
 
 
-def _main_sheet(rows: Sequence[Row]) -> Sheet:
-    header = ["variant", "AP", "Δ AP to none", "at best", "time"]
+def _main_sheet(rows: Sequence[Row], against: str) -> Sheet:
+    header = ["variant", "AP", f"Δ AP to {against}", "at best", "time"]
     cells = [[row.variant, *ap_cells(row), _cell(row, "best_AP"), duration(row.measured.get(SECONDS))] for row in rows]
     if any(row.finished < row.runs for row in rows):
         header.append("runs")
@@ -155,7 +159,7 @@ def _main_sheet(rows: Sequence[Row]) -> Sheet:
     return Sheet("AP and training time", header, cells)
 
 
-def _seeds_sheet(rows: Sequence[Row]) -> Sheet:
+def _seeds_sheet(rows: Sequence[Row], against: str) -> Sheet:
     """What a study would need that means to show the differences that this one found."""
     cells = []
     for row in rows:
@@ -171,7 +175,7 @@ def _seeds_sheet(rows: Sequence[Row]) -> Sheet:
                 ]
             )
     title = f"Seeds needed to see such a difference with a chance of {POWER:.0%}"
-    return Sheet(title, ["variant", "Δ AP to none", "its sd", "seeds"], cells)
+    return Sheet(title, ["variant", f"Δ AP to {against}", "its sd", "seeds"], cells)
 
 
 def _figures_sheet(rows: Sequence[Row]) -> Sheet:
@@ -181,20 +185,21 @@ def _figures_sheet(rows: Sequence[Row]) -> Sheet:
     return Sheet("AP at IoU 0.5 and 0.75, and of small, medium and large objects", ["variant", *figures], cells)
 
 
-def _background_sheet(rows: Sequence[Row]) -> Sheet:
+def _background_sheet(rows: Sequence[Row], against: str) -> Sheet:
     measured = [(row.variant, row.measured[BACKGROUND]) for row in rows if BACKGROUND in row.measured]
     cells = [[name, _spread(entry, 1, 0), difference(entry, 1, 0)] for name, entry in measured]
-    return Sheet("Background false positives at one score", ["variant", "number", "Δ to none"], cells)
+    return Sheet("Background false positives at one score", ["variant", "number", f"Δ to {against}"], cells)
 
 
-def _equal_recall_sheets(rows: Sequence[Row], outcomes: Sequence[Outcome]) -> list[Sheet]:
+def _equal_recall_sheets(rows: Sequence[Row], outcomes: Sequence[Outcome], against: str) -> list[Sheet]:
     names = {row.variant for row in rows}
     sheets = []
-    for recall, entries in at_equal_recall(outcome for outcome in outcomes if outcome.variant in names).items():
+    shown_runs = [outcome for outcome in outcomes if outcome.variant in names]
+    for recall, entries in at_equal_recall(shown_runs, against).items():
         found = [(row.variant, entries[row.variant]) for row in rows if row.variant in entries]
         cells = [[name, _spread(entry, 1, 0), difference(entry, 1, 0)] for name, entry in found]
         title = f"Background false positives at an equal recall, of {recall:.0%} of the objects"
-        sheets.append(Sheet(title, ["variant", "number", "Δ to none"], cells))
+        sheets.append(Sheet(title, ["variant", "number", f"Δ to {against}"], cells))
     return sheets
 
 
@@ -205,7 +210,7 @@ def _errors_sheet(rows: Sequence[Row]) -> Sheet:
     return Sheet("AP50 that each type of error costs (TIDE)", header, cells)
 
 
-def _sweep_sheet(sweep: Sweep) -> Sheet:
+def _sweep_sheet(sweep: Sweep, against: str) -> Sheet:
     """Values that are not trained to the end show the AP that they have so far."""
     cells = []
     for point, row in sweep.points:
@@ -215,7 +220,7 @@ def _sweep_sheet(sweep: Sweep) -> Sheet:
     keys = [short(key) for key in sweep.keys]
     if len(set(keys)) < len(keys):
         keys = list(sweep.keys)
-    header = [*keys, "AP", "Δ AP to none", "at best", "epochs", ""]
+    header = [*keys, "AP", f"Δ AP to {against}", "at best", "epochs", ""]
     return Sheet(f"{sweep.base} over {listed(sweep.keys)}", header, cells)
 
 

@@ -67,8 +67,11 @@ def read_outcome(variant: str, seed: int, folder: Path) -> Outcome:
     return Outcome(variant, seed, evaluations, run.results() if run.finished else None)
 
 
-def summarize(outcomes: Iterable[Outcome], sort: str = "AP") -> list[Row]:
+def summarize(outcomes: Iterable[Outcome], sort: str = "AP", against: str = BASELINE) -> list[Row]:
     """One row per variant, sorted; variants without a finished run come last.
+
+    Args:
+        against: the variant that differences are to.
 
     Raises:
         RunError: no such sort key.
@@ -78,11 +81,11 @@ def summarize(outcomes: Iterable[Outcome], sort: str = "AP") -> list[Row]:
     for outcome in outcomes:
         runs.setdefault(outcome.variant, []).append(outcome)
     values = {variant: _by_measure(group) for variant, group in runs.items()}
-    baseline = values.get(BASELINE, {})
+    baseline = values.get(against, {})
     rows = []
     for variant, group in runs.items():
-        against = baseline if variant != BASELINE else {}
-        found = {name: measured(by_seed, against.get(name)) for name, by_seed in values[variant].items()}
+        other = baseline if variant != against else {}
+        found = {name: measured(by_seed, other.get(name)) for name, by_seed in values[variant].items()}
         epoch = max(set.intersection(*(set(run.curve) for run in group)), default=0)
         ap = measured({run.seed: run.curve[epoch] for run in group}) if epoch else None
         rows.append(Row(variant, sum(run.results is not None for run in group), len(group), found, epoch, ap))
@@ -120,7 +123,16 @@ def _measures(evaluations: Sequence[dict[str, Any]], results: dict[str, Any]) ->
     return values | {SECONDS: results["training_seconds"]}
 
 
-def at_equal_recall(outcomes: Iterable[Outcome]) -> dict[float, dict[str, Measured]]:
+def check_against(against: str, variants: Iterable[str]) -> None:
+    """Refuse to compare with a variant that is none of the study's, naming the nearest."""
+    known = list(variants)
+    if against not in known:
+        raise RunError(
+            f"--against {against}: no variant of this study{nearest(against, known)}. It has {', '.join(known)}"
+        )
+
+
+def at_equal_recall(outcomes: Iterable[Outcome], against: str = BASELINE) -> dict[float, dict[str, Measured]]:
     """Background false positives by variant, at the highest recall that every finished run reaches, and at half of it.
 
     Each run has there a score threshold of its own: one score means another thing to each detector.
@@ -138,8 +150,8 @@ def at_equal_recall(outcomes: Iterable[Outcome]) -> dict[float, dict[str, Measur
     found = {}
     for recall in dict.fromkeys((common[(len(common) - 1) // 2], common[-1])) if common else ():
         values = {name: {seed: reached[recall] for seed, reached in runs.items()} for name, runs in counts.items()}
-        baseline = values.get(BASELINE)
-        found[recall] = {name: measured(v, baseline if name != BASELINE else None) for name, v in values.items()}
+        baseline = values.get(against)
+        found[recall] = {name: measured(v, baseline if name != against else None) for name, v in values.items()}
     return found
 
 

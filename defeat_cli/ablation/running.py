@@ -13,7 +13,7 @@ from defeat_cli.ablation.picture import draw_study
 from defeat_cli.ablation.processes import LOG, environments, run_in_processes
 from defeat_cli.ablation.progress import StudyProgress
 from defeat_cli.ablation.report import Report
-from defeat_cli.ablation.rows import Outcome, check_sort, read_outcome, summarize
+from defeat_cli.ablation.rows import Outcome, check_against, check_sort, read_outcome, summarize
 from defeat_cli.ablation.study import PlannedRun, Study
 from defeat_cli.ablation.sweep_picture import draw_sweeps
 from defeat_cli.config.schema import Recipe
@@ -210,17 +210,25 @@ def stopped_text(now: Standing) -> str:
     return f"stopped early, as not in the better half: {'; '.join(parts)}" if parts else ""
 
 
-def write_report(study: Study, sort: str = "AP") -> Report:
-    """Write study.csv, .json, .md, .html and .png, and sweeps.png where there are sweeps, from what the runs hold."""
+def write_report(study: Study, sort: str = "AP", against: str = BASELINE) -> Report:
+    """Write study.csv, .json, .md, .html and .png, and sweeps.png where there are sweeps, from what the runs hold.
+
+    Args:
+        against: the variant that differences are to.
+
+    Raises:
+        RunError: no such sort key or variant.
+    """
+    check_against(against, study.variants)
     outcomes = study.outcomes()
     budget = "" if study.budget is None else f"each sweep may cost {study.budget:g} whole trainings with each seed"
     notes = [text for text in (budget, stopped_text(study.standing(outcomes))) if text]
     name, run = study.folder.name, study.recipe.run.name
     title = f"{name if run in name else f'{name}: {run}'}, {counted(study.recipe.schedule.epochs, 'epoch')}"
-    report = Report(title, study.variants, outcomes, summarize(outcomes, sort), notes)
+    report = Report(title, study.variants, outcomes, summarize(outcomes, sort, against), notes, against)
     report.write(study.folder)
     pictures = [Picture(study.folder / "study.png", "AP of each variant")]
-    draw_study(outcomes, report.main_rows, title, pictures[0].path)
+    draw_study(outcomes, report.main_rows, title, pictures[0].path, against=against)
     if report.sweeps:
         pictures.append(Picture(study.folder / "sweeps.png", "AP over the values of each sweep"))
         baseline = next(row.measured.get("AP") for row in report.rows if row.variant == BASELINE)

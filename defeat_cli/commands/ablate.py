@@ -32,8 +32,9 @@ if TYPE_CHECKING:
 NAMES = "Variants (see --list): neck fg-only/bg-only …; or a sweep: neck:alpha_bg=1,4,16. Two settings make a grid."
 ALONE = {
     "list_variants": {"variants"},
-    "report_only": {"output", "sort"},
-    "protocol": {"variants", "recipe", "teacher", "data", "output", "jobs", "gpus_per_run", "sort", "device", "set_"},
+    "report_only": {"output", "sort", "against"},
+    "protocol": {"variants", "recipe", "teacher", "data", "output", "jobs", "gpus_per_run", "device", "set_"}
+    | {"sort", "against"},
     "show_masks": {"recipe", "teacher", "data", "output", "device", "set_"},
 }
 """Options that make another command of this one, and the options that have an effect then."""
@@ -69,6 +70,7 @@ def ablate(
         int, typer.Option(help="Processes that share each run, one a GPU; on the CPU with --device cpu.")
     ] = 1,
     sort: Annotated[str, typer.Option(help="What the tables are sorted by: AP, AP50, … or given.")] = "AP",
+    against: Annotated[str, typer.Option(help="The variant that differences are to.")] = "none",
     report_only: Annotated[bool, typer.Option("--report-only", help="Rebuild the report; train nothing.")] = False,
     show_masks: Annotated[
         list[str] | None, typer.Option(help="Draw every mask kind over this image instead. Repeatable.")
@@ -88,7 +90,7 @@ def ablate(
             console.print(f"[bold]{escape(name):16}[/] {escape(variant.summary)}", soft_wrap=True)
         return
     if report_only:
-        show_report(output, sort)
+        show_report(output, sort, against)
         return
     announce_loading(quiet)
     from defeat_cli.ablation.study import OWN_KEYS, plan
@@ -110,6 +112,7 @@ def ablate(
             console.print(f"written: {path}", soft_wrap=True, markup=False)
         return
     from defeat_cli.ablation.choice import choose
+    from defeat_cli.ablation.rows import check_against
     from defeat_cli.engine.runs import RunFolder
     from defeat_cli.jobs.ablating import ablate as run
     from defeat_cli.session import settled
@@ -125,14 +128,17 @@ def ablate(
     compared, optional = choose(followed.variants if followed else wanted, known, GROUPS, chosen)
     how = {"jobs": jobs, "gpus_per_run": gpus_per_run, "sort": sort, "quiet": quiet}
     if followed:
-        from defeat_cli.ablation.protocol import prepare
+        from defeat_cli.ablation.protocol import LONGER, prepare
         from defeat_cli.jobs.following import follow
 
-        failures = follow(prepare(folder, followed, compared, optional, chosen), **how)
+        asked = prepare(folder, followed, compared, optional, chosen)
+        check_against(against, [*asked.foreseen().variants, *([LONGER] if followed.equal_time != "off" else [])])
+        failures = follow(asked, **how)
     else:
         study = plan(folder, compared, whole_numbers("--seeds", seeds or "0"), chosen, budget, optional)
+        check_against(against, study.variants)
         failures = run(study, **how)
-    show_report(folder, sort)
+    show_report(folder, sort, against)
     if failures:
         raise typer.Exit(1)
 
@@ -176,7 +182,7 @@ def whole_numbers(option: str, text: str) -> list[int]:
         raise DefeatError(f"{option} {text}: expected whole numbers separated by commas, e.g. 0,1,2") from None
 
 
-def show_report(folder: Path | None, sort: str) -> None:
+def show_report(folder: Path | None, sort: str, against: str) -> None:
     """Write and print the report of the study in a folder."""
     if folder is None:
         raise DefeatError("--report-only: name the study's folder with --output")
@@ -185,7 +191,7 @@ def show_report(folder: Path | None, sort: str) -> None:
     from defeat_cli.ablation.study import read_study
 
     if is_protocol(folder):
-        report, at_equal_time = write_page(folder, sort)
+        report, at_equal_time = write_page(folder, sort, against)
         report.show()
         if at_equal_time:
             show(at_equal_time)
@@ -193,7 +199,7 @@ def show_report(folder: Path | None, sort: str) -> None:
             f"written to {folder}/: report.md and report.html, one page of it all", soft_wrap=True, markup=False
         )
         return
-    report = write_report(read_study(folder), sort)
+    report = write_report(read_study(folder), sort, against)
     report.show()
     files = [
         "study.html",

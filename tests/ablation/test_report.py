@@ -58,10 +58,11 @@ def swept():
     return {f"w{value}": point for value, point in points.items()}, study() + outcomes
 
 
-def report(outcomes=None, variants=None):
+def report(outcomes=None, variants=None, against="none"):
     outcomes = outcomes or study()
     summaries = {"none": Variant("alone"), "full": Variant("all of it"), "neck": Variant("the neck")}
-    return Report("my study", {**summaries, **(variants or {})}, outcomes, summarize(outcomes))
+    rows = summarize(outcomes, against=against)
+    return Report("my study", {**summaries, **(variants or {})}, outcomes, rows, against=against)
 
 
 def sheet(found, column):
@@ -85,6 +86,25 @@ def test_rows_hold_mean_deviation_and_paired_difference():
     assert (rows["neck"].epoch, rows["full"].epoch) == (2, 1)
     assert rows["neck"].measured["best_AP"].values == {0: 0.4, 1: 0.4, 2: 0.4}
     assert rows["none"].measured["best_AP"].values == rows["none"].measured["AP"].values
+
+
+def test_differences_may_be_to_any_variant(tmp_path):
+    none = [with_recalls(finished("none", s, 0.3), 1, 5) for s in range(3)]
+    neck = [with_recalls(finished("neck", s, 0.31 + 0.01 * s, 90), 0, 2 + s) for s in range(3)]
+    found = report([*none, *neck], against="neck")
+    # AP -1, -2, -3, background +10: what is to `none` otherwise, with the sign turned.
+    for table in found.sheets():
+        assert not any("to none" in name for name in table.header)
+    assert sheet(found, "Δ AP to neck")["none"]["Δ AP to neck"] == "-2.0 [-4.5, +0.5] "
+    assert sheet(found, "Δ AP to neck")["neck"]["Δ AP to neck"] == "-"
+    assert sheet(found, "Δ to neck")["none"]["Δ to neck"] == "+10 [+10, +10]*"
+    whole = next(table for table in found.sheets() if "an equal recall, of 10%" in table.title)
+    assert whole.cells == [["neck", "3 ± 1", "-"], ["none", "5 ± 0", "+2 [+0, +4] "]]
+    found.write(tmp_path)
+    assert json.loads((tmp_path / "study.json").read_text())["against"] == "neck"
+    for name in ("none", "neck"):
+        draw_study(found.outcomes, found.rows, "", tmp_path / f"{name}.png", name)
+    assert (tmp_path / "none.png").read_bytes() != (tmp_path / "neck.png").read_bytes()
 
 
 def test_unfinished_runs_are_counted_and_left_out():

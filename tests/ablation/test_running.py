@@ -22,7 +22,7 @@ def _quick(monkeypatch):
     """Pictures are not drawn."""
     monkeypatch.setattr(processes, "POLL_SECONDS", 0.02)
     for draw in ("draw_study", "draw_sweeps"):
-        monkeypatch.setattr(running, draw, lambda *arguments: arguments[-1].touch())
+        monkeypatch.setattr(running, draw, lambda *arguments, **named: arguments[-1].touch())
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ def study(defeat, tiny, teacher, tmp_path, monkeypatch):
     monkeypatch.setattr(following, "draw_pictures", lambda *arguments: None)
     monkeypatch.setattr(processes, "POLL_SECONDS", 0.02)
     for draw in ("draw_study", "draw_sweeps"):
-        monkeypatch.setattr(running, draw, lambda *arguments: arguments[-1].touch())
+        monkeypatch.setattr(running, draw, lambda *arguments, **named: arguments[-1].touch())
 
     def run(*arguments, code=0):
         return defeat("ablate", *arguments, "-r", tiny, "-t", teacher, "-o", tmp_path / "s", code=code)
@@ -69,6 +69,10 @@ def test_settings_are_chosen_on_some_seeds_and_reported_on_others(study, tmp_pat
     (folder / "report.md").unlink()
     assert "report.html" in defeat("ablate", "--report-only", "-o", folder)
     assert (folder / "report.md").read_bytes() == page
+    assert "Δ AP to none-longer" in defeat("ablate", "--report-only", "-o", folder, "--against", "none-longer")
+    page = (folder / "report.md").read_text()
+    assert "Δ AP to none-longer" in page
+    assert "its difference to none-longer" in page
 
 
 def test_a_protocol_of_plain_options_that_was_stopped_goes_on(study, tmp_path):
