@@ -14,7 +14,7 @@ from pathlib import Path
 
 def command(folder: Path, epoch: int, processes: int = 1, features: Path | None = None) -> list[str]:
     if features is not None:
-        features.mkdir(exist_ok=True)
+        (features / ("0" * 32)).mkdir(exist_ok=True, parents=True)
     return [sys.executable, __file__, str(folder), str(epoch)]
 
 

@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Iterable
 from hashlib import blake2b
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -31,16 +30,13 @@ class FeatureCache:
 
     Attributes:
         bytes: that are kept.
-        shared: folder of a study, in which all runs keep maps for each other; None outside of one.
-        spared: seconds that other runs had spent on what this one found there.
+        folder: in which the runs of a study keep maps for each other; None outside of one.
     """
 
     def __init__(self, limit: int, place: Literal["neck", "backbone"] = "neck") -> None:
         self.limit, self.place, self.bytes = limit, place, 0
-        self.shared: Path | None = None
-        self.spared = 0.0
+        self.folder: MapFolder | None = None
         self._kept: dict[Key, list[Tensor]] = {}
-        self._folder: MapFolder | None = None
 
     @torch.no_grad()
     def maps(self, detector: Detector, batch: Batch) -> list[Tensor]:
@@ -77,28 +73,19 @@ class FeatureCache:
         key = (digest, pixels.shape, size, dtype)
         if key in self._kept:
             return self._kept[key]
-        levels = self._made_by_another_run(detector, key, pixels.device)
+        levels = self.folder.read(key) if self.folder is not None else None
         if levels is None:
             began = time.perf_counter()
             alone = Batch(pixels, [size])
             maps = detector.features(alone) if self.place == "neck" else detector.stages(alone)
             levels = [_of_its_own(level.to(dtype)) for level in maps]
-            if self._folder is not None:
-                self._folder.write(key, levels, began)
+            if self.folder is not None:
+                self.folder.write(key, levels, time.perf_counter() - began)
         taken = sum(level.nbytes for level in levels)
         if self.bytes + taken <= self.limit:
             self._kept[key] = levels
             self.bytes += taken
         return levels
-
-    def _made_by_another_run(self, detector: Detector, key: Key, device: torch.device) -> list[Tensor] | None:
-        if self.shared is not None and self._folder is None:
-            self._folder = MapFolder(self.shared, detector, self.place, device)
-        found = self._folder.read(key) if self._folder is not None else None
-        if found is None:
-            return None
-        self.spared += found.seconds
-        return found.levels
 
 
 def _of_its_own(level: Tensor) -> Tensor:

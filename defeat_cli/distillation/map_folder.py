@@ -2,82 +2,98 @@
 
 from __future__ import annotations
 
+import io
 import os
-import pickle
+import platform
+import re
+import shutil
 import time
 from contextlib import suppress
-from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from shutil import disk_usage
 
 import torch
 import torchvision
 from torch import Tensor
 
-from defeat_cli.detectors.contract import Detector
+import defeat_cli
+from defeat_cli.detectors.contract import TorchvisionDetector
 
 Key = tuple[bytes, torch.Size, tuple[int, int], torch.dtype]
 """Digest of an image's pixels, their shape, the image's (height, width), and the dtype of its maps."""
 
-ROOM = 4 * 2**30
+ROOM = 16 * 2**30
 """Bytes of the disk that are left to others."""
 
-
-@dataclass(frozen=True)
-class Stored:
-    """Maps as the process that computed them had them, and the seconds that this took."""
-
-    levels: list[Tensor]
-    seconds: float
+DIGEST = 32
+"""Bytes with which a file begins: the digest of all that follows, which torch does not check."""
 
 
 class MapFolder:
-    """Maps of images, a file each, in a folder for each detector and whatever else their last bits depend on.
+    """Maps of images on a CPU, a file each, in a folder for each detector and whatever else their last bits depend on.
 
     A full disk or a damaged file costs the time that it would have spared, and no more.
 
     Args:
         parent: folder of all detectors; need not be there.
         place: which maps.
-        device: that computes them.
+
+    Attributes:
+        spared: seconds that it took to compute what was found here, less those that reading and writing took.
     """
 
-    def __init__(self, parent: Path, detector: Detector, place: str, device: torch.device) -> None:
-        self.path, self.device = parent / _fingerprint(detector, place, device), device
+    def __init__(self, parent: Path, detector: TorchvisionDetector, place: str) -> None:
+        self.path, self.spared = parent / _fingerprint(detector, place), 0.0
 
-    def read(self, key: Key) -> Stored | None:
-        """What is there of an image, on the device; None where nothing is, or nothing that can be read."""
+    def read(self, key: Key) -> list[Tensor] | None:
+        """The maps of an image; None where none are there, or not whole."""
+        began = time.perf_counter()
         try:
-            return Stored(**torch.load(self._file(key), map_location=self.device, weights_only=True))
-        except (OSError, RuntimeError, ValueError, TypeError, EOFError, pickle.UnpicklingError):
+            content = self._file(key).read_bytes()
+        except OSError:
             return None
+        if blake2b(content[DIGEST:], digest_size=DIGEST).digest() != content[:DIGEST]:
+            return None
+        stored = torch.load(io.BytesIO(content[DIGEST:]), weights_only=True)
+        self.spared += stored["seconds"] - (time.perf_counter() - began)
+        return stored["levels"]
 
-    def write(self, key: Key, levels: list[Tensor], began: float) -> None:
-        """Keep an image's maps, whose computation began at this time of `time.perf_counter`."""
+    def write(self, key: Key, levels: list[Tensor], seconds: float) -> None:
+        """Keep the maps of an image, which took so long to compute."""
+        began = time.perf_counter()
         file = self._file(key)
         temporary = file.with_suffix(f".{os.getpid()}")  # processes may write the same image at once
-        levels = [level.cpu() for level in levels]
-        content = {"levels": levels, "seconds": time.perf_counter() - began}
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            if disk_usage(self.path).free > ROOM:
-                torch.save(content, temporary)
+            if shutil.disk_usage(self.path).free > ROOM:
+                content = io.BytesIO()
+                torch.save({"levels": levels, "seconds": seconds}, content)
+                temporary.write_bytes(blake2b(content.getvalue(), digest_size=DIGEST).digest() + content.getvalue())
                 os.replace(temporary, file)
-        except (OSError, RuntimeError):  # torch's own writer raises the latter
+        except OSError:
             with suppress(OSError):
                 temporary.unlink()
+        self.spared -= time.perf_counter() - began
 
     def _file(self, key: Key) -> Path:
         return self.path / f"{blake2b(repr(key).encode(), digest_size=16).hexdigest()}.pt"
 
 
-def _fingerprint(detector: Detector, place: str, device: torch.device) -> str:
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
-    versions = torch.__version__, torchvision.__version__
-    digest = blake2b(repr((place, device.type, hardware, torch.get_num_threads(), versions)).encode(), digest_size=16)
-    digest.update(repr(detector).encode())
+def remove(parent: Path) -> None:
+    """Remove what any `MapFolder` has kept below a folder, and the folder itself where nothing else is in it."""
+    for path in parent.glob("*"):
+        if re.fullmatch("[0-9a-f]{32}", path.name):
+            shutil.rmtree(path, ignore_errors=True)
+    with suppress(OSError):
+        parent.rmdir()
+
+
+def _fingerprint(detector: TorchvisionDetector, place: str) -> str:
+    """32 hexadecimal digits."""
+    versions = defeat_cli.__version__, torch.__version__, torchvision.__version__
+    where = platform.node(), torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
+    digest = blake2b(repr((place, versions, where, detector)).encode(), digest_size=16)
     for name, value in detector.state_dict().items():
         digest.update(name.encode())
-        digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -28,7 +28,8 @@ class Training:
 
     step: optimizer steps done; epochs: epochs done and evaluated; best_ap: best AP so far.
     judged_at: step of the last evaluation; stale: evaluations since the best one.
-    seconds: of training, evaluation left out; see `monitor.Clock`.
+    seconds: time spent training, evaluation left out; spared: what it would have taken beyond that, had the run not
+        found the teacher's features where others of its study keep them.
     seen: how many labelled and how many unlabelled images the student was trained on, one that is seen twice as two.
     sums: running sums of the logged values since the last log line, on the device; counts: how many are in each.
     health: what is remembered of steps that went wrong.
@@ -36,8 +37,8 @@ class Training:
         processes.
 
     Where several processes train, `seen`, `sums` and `counts` are this process's own, and those of all are saved.
-    `seconds` and the losses in `health` are its own too, and those of the main one are saved. All else is the same on
-    every process.
+    `seconds`, `spared` and the losses in `health` are its own too, and those of the main one are saved. All else is the
+    same on every process.
     """
 
     distiller: Distiller
@@ -51,6 +52,7 @@ class Training:
     judged_at: int = 0
     stale: int = 0
     seconds: float = 0.0
+    spared: float = 0.0
     seen: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("labelled", "unlabelled"), 0))
     sums: dict[str, Tensor] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
@@ -76,6 +78,7 @@ class Training:
             "judged_at": self.judged_at,
             "stale": self.stale,
             "seconds": self.seconds,
+            "spared": self.spared,
             "processes": world.gather({"seen": self.seen, "sums": _on_cpu(self.sums), "counts": self.counts}),
             "health": self.health.state_dict(),
         }
@@ -95,7 +98,7 @@ class Training:
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
         self.step, self.epochs, self.best_ap = state["step"], state["epochs"], state["best_ap"]
-        self.seconds = state["seconds"]
+        self.seconds, self.spared = state["seconds"], state.get("spared", 0.0)
         # Older states have no list of processes, and the oldest no `seen`.
         every = state.get("processes") or [{"seen": self.seen, **state}]
         mine = every[world.rank : world.rank + 1] if len(every) == world.size else every if world.is_main else []

@@ -69,11 +69,8 @@ class Proportion:
 
 
 class Clock:
-    """Time spent training, evaluation left out; images per second since the last log line, of all processes together;
-    peak GPU memory of the process that needs most.
-
-    Where other runs of a study have computed the teacher's features, their time counts too: it is what the training
-    takes by itself."""
+    """Time spent training, evaluation left out, and spared; images per second since the last log line, of all processes
+    together; peak GPU memory of the process that needs most."""
 
     def __init__(self, training: Training, world: World) -> None:
         self.training = training
@@ -89,9 +86,10 @@ class Clock:
         now = time.perf_counter()
         self.training.seconds += now - self.since
         self.since = now
-        if (cache := self.training.distiller.cache) is not None:
-            self.training.seconds += cache.spared - self.spared
-            self.spared = cache.spared
+        cache = self.training.distiller.cache
+        if cache is not None and cache.folder is not None:
+            self.training.spared += cache.folder.spared - self.spared
+            self.spared = cache.folder.spared
         self.images += images
 
     @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -11,6 +10,7 @@ from defeat_cli.ablation.running import Calls, run_study
 from defeat_cli.ablation.study import Study
 from defeat_cli.config.schema import Recipe
 from defeat_cli.console import counting
+from defeat_cli.distillation import map_folder
 from defeat_cli.engine.stopping import stoppable
 from defeat_cli.jobs import training
 from defeat_cli.jobs.beside import command
@@ -29,13 +29,8 @@ def ablate(
     with interruptible():
         failures = run_study(study, called, jobs=jobs, gpus_per_run=gpus_per_run, sort=sort, quiet=quiet)
     if not failures:
-        forget_features(study.folder)
+        map_folder.remove(study.folder / FEATURES)
     return failures
-
-
-def forget_features(home: Path) -> None:
-    """Remove what the runs of a study, which is done, have kept for each other."""
-    shutil.rmtree(home / FEATURES, ignore_errors=True)
 
 
 def interruptible() -> AbstractContextManager[None]:

@@ -11,6 +11,7 @@ from defeat_cli.ablation.running import Calls, check_study, run_study, write_rep
 from defeat_cli.ablation.study import plan
 from defeat_cli.config.protocol import OFF
 from defeat_cli.console import Reporter
+from defeat_cli.distillation import map_folder
 from defeat_cli.engine.locking import locked
 from defeat_cli.errors import DefeatError
 from defeat_cli.files import require_place_for_file, require_place_for_folder
@@ -56,8 +57,8 @@ def follow(
             except DefeatError as error:
                 reporter.warn(f"pictures are left out: {error}")
             write_page(asked.folder, sort)
-    if not failures:
-        ablating.forget_features(asked.folder)
+            if not failures:
+                map_folder.remove(asked.folder / ablating.FEATURES)
     return failures
 
 

@@ -17,6 +17,8 @@ from defeat_cli.config import schema as recipes
 from defeat_cli.config.schema import Recipe, Teacher
 from defeat_cli.console import Reporter, counting, spoken_counts
 from defeat_cli.data.sharing import pieces
+from defeat_cli.detectors.contract import TorchvisionDetector
+from defeat_cli.distillation.map_folder import MapFolder
 from defeat_cli.distillation.pairing import match_classes
 from defeat_cli.engine.checkpoint import Training, begin
 from defeat_cli.engine.curves import draw_curves
@@ -89,8 +91,8 @@ def train(
         if not session.teacher_is_trained:
             teacher = train_teacher(recipe, folder, overwrite, quiet, changed_data, world)
             session = assemble_together(recipe, world, reporter, teacher)
-        if session.distiller.cache is not None:
-            session.distiller.cache.shared = features
+        if features is not None:
+            _share_features(session, features)
         tell(session, reporter)
         tell_share(recipe, world, reporter)
         teacher_ap = score_teacher(session, reporter, known_teacher, world)
@@ -176,6 +178,18 @@ def assemble_together(recipe: Recipe, world: World, reporter: Reporter, teacher:
     return session
 
 
+def _share_features(session: Session, folder: Path) -> None:
+    """Look for the teacher's features where the other runs of a study keep theirs, if they would be the same there.
+
+    On a GPU they are computed sooner than written; compiled code may round otherwise, and of a wrapped network not all
+    that decides its features is known.
+    """
+    cache, teacher = session.distiller.cache, session.teacher
+    exact = session.device.type == "cpu" and not session.recipe.run.compile and isinstance(teacher, TorchvisionDetector)
+    if cache is not None and exact:
+        cache.folder = MapFolder(folder, teacher, cache.place)
+
+
 def _standing(run: RunFolder) -> str:
     """What is said where a run is stopped while no step is under way."""
     return f"{run.path}: {'all steps so far are saved; --resume goes on' if run.exists else 'nothing was trained yet'}"
@@ -191,7 +205,7 @@ def _finish(
 ) -> dict[str, Any]:
     """Write what a finished run leaves, all but its results, which are returned."""
     results = {"student": world.on_main(lambda: _export(session, run, training, reporter)["metrics"])}
-    results["training_seconds"] = round(training.seconds, 1)
+    results["training_seconds"] = round(training.seconds + training.spared, 1)
     results["environment"] = reporting.environment(session.device)
     if left_out := images_left_out(session):
         results["left_out"] = left_out

@@ -4,8 +4,10 @@ import pytest
 import torch
 from tiny import batch, build
 
+import defeat_cli
 from defeat_cli.distillation import map_folder
 from defeat_cli.distillation.caching import FeatureCache
+from defeat_cli.distillation.map_folder import MapFolder, remove
 
 
 @pytest.fixture
@@ -17,84 +19,108 @@ def teacher(seed=1):
     return build(seed=seed, fpn_channels=16).eval().requires_grad_(False)
 
 
-def looks_for(detector, prepared, folder, place="neck"):
+def maps_from(folder, detector, prepared, place="neck"):
     """What a new cache on the folder gives; itself; and the batches that it has had the detector look at."""
     cache, looks = FeatureCache(2**30, place), []
-    cache.shared = folder
+    cache.folder = MapFolder(folder, detector, place)
     name = "features" if place == "neck" else "stages"
     real = getattr(detector, name)
     setattr(detector, name, lambda batch: looks.append(batch) or real(batch))
     return cache.maps(detector, prepared), cache, looks
 
 
-def number_of_looks(detector, prepared, folder, place="neck"):
-    return len(looks_for(detector, prepared, folder, place)[2])
+def number_of_looks(folder, detector, prepared, place="neck"):
+    return len(maps_from(folder, detector, prepared, place)[2])
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("place", ["neck", "backbone"])
 def test_a_second_process_finds_all_with_the_same_bits(prepared, tmp_path, place, dtype):
     with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
-        first, cache, looks = looks_for(teacher(), prepared, tmp_path / "features", place)
-        second, other, none = looks_for(teacher(), prepared, tmp_path / "features", place)
+        first, cache, looks = maps_from(tmp_path / "features", teacher(), prepared, place)
+        second, other, none = maps_from(tmp_path / "features", teacher(), prepared, place)
     assert (len(looks), len(none)) == (4, 0)  # the last is padding
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert cache.bytes == other.bytes
-    assert cache.spared == 0 < other.spared
 
 
-def test_what_was_spared_is_the_time_that_it_took(prepared, tmp_path, monkeypatch):
-    clock = iter([10.0, 12.0, 20.0, 23.0, 30.0, 34.0, 40.0, 45.0])  # begun and done
-    for module in ("caching", "map_folder"):
-        monkeypatch.setattr(f"defeat_cli.distillation.{module}.time.perf_counter", lambda: next(clock))
-    looks_for(teacher(), prepared, tmp_path)
-    assert looks_for(teacher(), prepared, tmp_path)[1].spared == 2 + 3 + 4 + 5
+def test_what_is_spared_is_the_time_of_computing_less_that_of_reading_and_writing(prepared, tmp_path, monkeypatch):
+    # Of four looks each: nothing is found, begun, computed, writing begun, written.
+    ticks = iter([0, 10, 12, 20, 20.5] * 4)
+    monkeypatch.setattr("time.perf_counter", lambda: next(ticks))
+    first = maps_from(tmp_path, teacher(), prepared)[1]
+    assert first.folder.spared == -4 * 0.5
+    ticks = iter([30, 30.25] * 4)  # reading begun, read
+    assert maps_from(tmp_path, teacher(), prepared)[1].folder.spared == 4 * (2 - 0.25)
 
 
-def test_maps_of_other_weights_another_network_precision_or_number_of_threads_are_not_found(prepared, tmp_path):
-    assert number_of_looks(teacher(), prepared, tmp_path) == 4
-    assert number_of_looks(teacher(), prepared, tmp_path) == 0
-    assert number_of_looks(teacher(seed=2), prepared, tmp_path) == 4
-    assert number_of_looks(teacher(), prepared, tmp_path, "backbone") == 4
-    strided = teacher()
-    next(m for m in strided.modules() if isinstance(m, torch.nn.Conv2d)).dilation = (2, 2)  # of the same weights
-    assert number_of_looks(strided, prepared, tmp_path) == 4
+def test_maps_of_other_weights_network_place_precision_threads_or_version_are_not_found(
+    prepared, tmp_path, monkeypatch
+):
+    assert number_of_looks(tmp_path, teacher(), prepared) == 4
+    assert number_of_looks(tmp_path, teacher(), prepared) == 0
+    assert number_of_looks(tmp_path, teacher(seed=2), prepared) == 4
+    assert number_of_looks(tmp_path, teacher(), prepared, "backbone") == 4
+    dilated = teacher()
+    next(m for m in dilated.modules() if isinstance(m, torch.nn.Conv2d)).dilation = (2, 2)  # of the same weights
+    assert number_of_looks(tmp_path, dilated, prepared) == 4
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert number_of_looks(teacher(), prepared, tmp_path) == 4
+        assert number_of_looks(tmp_path, teacher(), prepared) == 4
     before = torch.get_num_threads()
     torch.set_num_threads(before + 1)
     try:
-        assert number_of_looks(teacher(), prepared, tmp_path) == 4
+        assert number_of_looks(tmp_path, teacher(), prepared) == 4
     finally:
         torch.set_num_threads(before)
-    assert number_of_looks(teacher(), prepared, tmp_path) == 0
+    monkeypatch.setattr(defeat_cli, "__version__", "99")
+    assert number_of_looks(tmp_path, teacher(), prepared) == 4
+    monkeypatch.undo()
+    assert number_of_looks(tmp_path, teacher(), prepared) == 0
 
 
-@pytest.mark.parametrize("damage", [b"", b"not a file of torch", None])
+def flipped(content):
+    """With one bit of the last map turned."""
+    place = len(content) * 2 // 3
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
+@pytest.mark.parametrize("damage", [flipped, lambda content: content[:-100], lambda content: b""])
 def test_a_damaged_file_is_made_anew(prepared, tmp_path, damage):
-    expected = looks_for(teacher(), prepared, tmp_path)[0]
+    expected = maps_from(tmp_path, teacher(), prepared)[0]
     for file in tmp_path.glob("*/*.pt"):
-        file.write_bytes(file.read_bytes()[:-100] if damage is None else damage)
-    found, _, looks = looks_for(teacher(), prepared, tmp_path)
+        file.write_bytes(damage(file.read_bytes()))
+    found, _, looks = maps_from(tmp_path, teacher(), prepared)
     assert len(looks) == 4
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    assert number_of_looks(teacher(), prepared, tmp_path) == 0
+    assert number_of_looks(tmp_path, teacher(), prepared) == 0
 
 
 def test_where_the_disk_has_no_room_nothing_is_written_and_all_goes_on(prepared, tmp_path, monkeypatch):
     monkeypatch.setattr(map_folder, "ROOM", 2**60)
-    assert [number_of_looks(teacher(), prepared, tmp_path / "full") for _ in range(2)] == [4, 4]
+    assert [number_of_looks(tmp_path / "full", teacher(), prepared) for _ in range(2)] == [4, 4]
     assert list(tmp_path.glob("full/*/*")) == []
     (tmp_path / "file").touch()  # in the place of a folder
     monkeypatch.undo()
-    assert [number_of_looks(teacher(), prepared, tmp_path / "file") for _ in range(2)] == [4, 4]
+    assert [number_of_looks(tmp_path / "file", teacher(), prepared) for _ in range(2)] == [4, 4]
 
 
 def test_of_a_file_that_could_not_be_written_nothing_stays(prepared, tmp_path, monkeypatch):
-    def save(content, path):
-        path.write_bytes(b"half")
-        raise RuntimeError("the disk is full")
+    def replace(temporary, file):
+        assert temporary.stat().st_size > 0
+        raise OSError("the disk is full")
 
-    monkeypatch.setattr(torch, "save", save)
-    assert number_of_looks(teacher(), prepared, tmp_path) == 4
+    monkeypatch.setattr(map_folder.os, "replace", replace)
+    assert number_of_looks(tmp_path, teacher(), prepared) == 4
     assert list(tmp_path.glob("*/*")) == []
+
+
+def test_only_what_was_kept_is_removed(prepared, tmp_path):
+    folder = tmp_path / "features"
+    remove(folder)  # there is none
+    maps_from(folder, teacher(), prepared)
+    remove(folder)
+    assert not folder.exists()
+    maps_from(folder, teacher(), prepared)
+    (folder / "mine.txt").touch()
+    remove(folder)
+    assert [path.name for path in folder.iterdir()] == ["mine.txt"]

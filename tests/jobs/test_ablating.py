@@ -8,12 +8,13 @@ import time
 
 import pytest
 import torch
-from runs import metrics, planned
+from runs import dying_at, metrics, planned
 
 from defeat_cli.ablation import running
 from defeat_cli.config import schema as recipes
 from defeat_cli.config.variants import VARIANTS, Variant
 from defeat_cli.data.loading import training_loader
+from defeat_cli.distillation import map_folder
 from defeat_cli.distillation.map_folder import MapFolder
 from defeat_cli.engine.locking import locked
 from defeat_cli.engine.runs import RunFolder
@@ -134,25 +135,37 @@ def test_the_teacher_is_scored_once(tmp_path, base, monkeypatch):
 def test_runs_keep_the_teachers_features_for_each_other_and_are_as_by_themselves(tmp_path, base, defeat, monkeypatch):
     base.teacher.cache_gib, base.schedule.epochs = 1.0, 1
     monkeypatch.setattr(running, "environments", lambda *_: [{"OMP_NUM_THREADS": "1"}])  # as this process
-    study = planned(tmp_path / "s", ["neck", "full"], base)
+    study = planned(tmp_path / "s", ["neck"], base)
     with monkeypatch.context() as kept:
-        kept.setattr(ablating, "forget_features", lambda home: None)
+        kept.setattr(map_folder, "remove", lambda home: None)
         assert ablating.ablate(study, quiet=True) == {}
     files = len(list((study.folder / "features").glob("*/*.pt")))
     assert 0 < files <= 2 * 12 + 1  # images as they are and mirrored, and padding
-    _, neck, full = study.runs()
-    for run in (neck, full):
-        training.train(run.recipe, tmp_path / run.name, quiet=True)
-        assert metrics(run.folder) == metrics(tmp_path / run.name)
+    neck = study.runs()[1]
+    training.train(neck.recipe, tmp_path / "alone", quiet=True)
+    assert metrics(neck.folder) == metrics(tmp_path / "alone")
 
-    # A third one finds all, and counts the time that it was spared.
-    computed = []
+    # Another one finds all, and counts the time that it was spared: say, 1000 seconds an image.
+    computed, read = [], MapFolder.read
+
+    def slow(folder, key):
+        found = read(folder, key)
+        folder.spared += 1000
+        return found
+
+    monkeypatch.setattr(MapFolder, "read", slow)
     monkeypatch.setattr(MapFolder, "write", lambda *_: computed.append(1))
-    results = training.train(neck.recipe, tmp_path / "third", quiet=True, features=study.folder / "features")
-    assert metrics(tmp_path / "third") == metrics(neck.folder)
+    neck.recipe.run.save_every = 1
+    with dying_at(2):
+        training.train(neck.recipe, tmp_path / "another", quiet=True, features=study.folder / "features")
+    results = training.train(
+        neck.recipe, tmp_path / "another", quiet=True, resume=True, features=study.folder / "features"
+    )
+    assert metrics(tmp_path / "another") == metrics(neck.folder)
     assert computed == []
-    stored = sum(torch.load(file)["seconds"] for file in (study.folder / "features").glob("*/*.pt"))
-    assert results["training_seconds"] > stored
+    state = torch.load(tmp_path / "another" / "last.pt", weights_only=True)["training"]
+    assert results["training_seconds"] == round(state["seconds"] + state["spared"], 1)
+    assert state["seconds"] < 1000 * 12 < state["spared"]  # of which the second process had four images
     assert ablating.ablate(study, quiet=True) == {}
     assert not (study.folder / "features").exists()
 
