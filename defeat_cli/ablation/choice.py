@@ -18,7 +18,7 @@ from defeat_cli.errors import RecipeError
 from defeat_cli.text import listed
 
 BASELINE = "none"
-"""The variant that all others are compared with, and which is part of every study."""
+"""The variant that others are compared with unless another is named, and which is part of every study."""
 
 TERMS = "distillation."
 """Under this key are the settings of the terms, a section each."""

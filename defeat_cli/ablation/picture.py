@@ -60,7 +60,7 @@ def _draw_averages(axes: Axes, rows: Sequence[Row], against: str) -> None:
             axes.axvline(100 * entry.mean, color=GREY, lw=1, ls="--", zorder=0)
     axes.set_yticks(range(len(rows)), [row.variant for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    finish(axes, "AP, %: mean ± 1 standard deviation, seeds as rings")
+    finish(axes, "AP, %: mean ± 1 standard deviation\nseeds as rings")
 
 
 def _draw_differences(axes: Axes, rows: Sequence[Row], against: str) -> None:
@@ -73,7 +73,7 @@ def _draw_differences(axes: Axes, rows: Sequence[Row], against: str) -> None:
             axes.errorbar(100 * delta.mean, place, xerr=bar, fmt="o", ms=7, color=BLUE, mfc=fill, elinewidth=2.5)
     axes.axvline(0, color=GREY, lw=1, ls="--", zorder=0)
     axes.tick_params(left=False)
-    finish(axes, f"Δ AP to {against}, 95% interval (filled: leaves out 0)")
+    finish(axes, f"Δ AP to {against}\n95% interval (filled: leaves out 0)")
 
 
 def _draw_curves(
@@ -90,7 +90,7 @@ def _draw_curves(
         panel.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     for panel in panels.flat[len(variants) :]:
         panel.set_visible(False)
-    figure.suptitle(f"AP over the epochs, %: mean and range (grey: {against})", fontsize=9, color=INK)
+    figure.suptitle(f"AP over the epochs, %: mean and range\n(grey: {against})", fontsize=9, color=INK)
 
 
 def _draw_curve(axes: Axes, outcomes: list[Outcome], color: str) -> None:

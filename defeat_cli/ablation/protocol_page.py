@@ -36,15 +36,17 @@ def write_page(folder: Path, sort: str = "AP", against: str = BASELINE) -> tuple
     """Write report.md and report.html, and the reports of the two studies.
 
     Args:
-        against: the variant of the final study that differences are to.
+        against: the variant that differences are to, save those of the tuning and those at equal time.
 
     Returns:
         The report of the final study, or of the tuning where that is all there is; the variants at equal time.
 
     Raises:
-        RunError: no such sort key or variant, or neither study is begun.
+        RunError: no such sort key, a variant that is not there or has its own table, or neither study is begun.
     """
     check_sort(sort)
+    if against == LONGER:
+        raise RunError(f"--against {LONGER}: the page has these differences already, at equal time; leave it out")
     protocol = protocols.read(folder / PROTOCOL)
     studies = [read_study(folder / name) for name in (TUNING, FINAL) if (folder / name / STUDY).is_file()]
     if not studies:

@@ -52,7 +52,7 @@ class Report:
 
     @property
     def main_rows(self) -> list[Row]:
-        return main_rows(self.variants, self.rows)
+        return main_rows(self.variants, self.rows, self.against)
 
     def sheets(self) -> list[Sheet]:
         """All tables, none wider than 80 columns save by long names."""
@@ -128,10 +128,10 @@ class Report:
         """One line per variant; fractions 0-1, empty where there is no value."""
         columns = [f"{name}_{of}" for name in MEASURES for of in ("mean", "std", "delta", "delta_low", "delta_high")]
         with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, ["variant", "seeds", *columns], restval="")
+            writer = csv.DictWriter(file, ["variant", "against", "seeds", *columns], restval="")
             writer.writeheader()
             for row in self.rows:
-                line: dict[str, Any] = {"variant": row.variant, "seeds": row.finished}
+                line: dict[str, Any] = {"variant": row.variant, "against": self.against, "seeds": row.finished}
                 for name, entry in row.measured.items():
                     line |= {f"{name}_mean": entry.mean, f"{name}_std": entry.deviation}
                     if entry.delta is not None:

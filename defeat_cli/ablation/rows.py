@@ -193,7 +193,7 @@ def _order(value: Any) -> tuple[bool, float, str]:
     return not number, value if number else 0.0, str(value)
 
 
-def main_rows(variants: dict[str, Variant], rows: Sequence[Row]) -> list[Row]:
-    """The rows of the main table: of a sweep its best point alone."""
-    best = {sweep.best.variant for sweep in sweeps(variants, rows) if sweep.best is not None}
-    return [row for row in rows if row.variant in best or not isinstance(variants[row.variant], SweepPoint)]
+def main_rows(variants: dict[str, Variant], rows: Sequence[Row], against: str = BASELINE) -> list[Row]:
+    """The rows of the main table: of a sweep its best point alone, and the one that differences are to."""
+    shown = {against} | {sweep.best.variant for sweep in sweeps(variants, rows) if sweep.best is not None}
+    return [row for row in rows if row.variant in shown or not isinstance(variants[row.variant], SweepPoint)]

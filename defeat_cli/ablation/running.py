@@ -231,8 +231,8 @@ def write_report(study: Study, sort: str = "AP", against: str = BASELINE) -> Rep
     draw_study(outcomes, report.main_rows, title, pictures[0].path, against=against)
     if report.sweeps:
         pictures.append(Picture(study.folder / "sweeps.png", "AP over the values of each sweep"))
-        baseline = next(row.measured.get("AP") for row in report.rows if row.variant == BASELINE)
-        draw_sweeps(report.sweeps, baseline, pictures[1].path)
+        baseline = next(row.measured.get("AP") for row in report.rows if row.variant == against)
+        draw_sweeps(report.sweeps, baseline, pictures[1].path, against=against)
     variants = [f"{row.variant}: {study.variants[row.variant].summary}" for row in report.main_rows]
     blocks = [report.legend(), *report.sheets(), *pictures, Heading("Variants"), *variants]
     write_html(study.folder / "study.html", title, blocks)

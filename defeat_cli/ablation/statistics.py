@@ -28,7 +28,7 @@ class Delta:
 
 @dataclass(frozen=True)
 class Measured:
-    """One measure of a variant: values by seed, mean, sample deviation (None for one), paired difference to `none`."""
+    """One measure of a variant: values by seed, mean, sample deviation (None for one), paired difference to another."""
 
     values: dict[int, float]
     mean: float

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from defeat_cli.ablation.choice import short, shown
+from defeat_cli.ablation.choice import BASELINE, short, shown
 from defeat_cli.ablation.picture import BLUE, GREY, INK, finish
 from defeat_cli.ablation.rows import Row, Sweep
 from defeat_cli.ablation.statistics import Measured
@@ -21,8 +21,12 @@ STYLES = (("o", "-"), ("s", "--"), ("^", ":"), ("D", "-."))
 """Lines of a grid are told apart by these as well as by their colours."""
 
 
-def draw_sweeps(sweeps: Sequence[Sweep], baseline: Measured | None, path: Path) -> None:
-    """A panel for each sweep; of a grid a line for each combination of the settings but the last."""
+def draw_sweeps(sweeps: Sequence[Sweep], baseline: Measured | None, path: Path, against: str = BASELINE) -> None:
+    """A panel for each sweep; of a grid a line for each combination of the settings but the last.
+
+    Args:
+        baseline: AP of the variant `against`, drawn behind them.
+    """
     columns = min(2, len(sweeps))
     lines = math.ceil(len(sweeps) / columns)
     figure = Figure(figsize=(max(6.0, 5.0 * columns), 0.5 + 3.6 * lines), dpi=120, layout="constrained")
@@ -32,7 +36,7 @@ def draw_sweeps(sweeps: Sequence[Sweep], baseline: Measured | None, path: Path) 
         _draw_sweep(panel, sweep, baseline)
     for panel in panels[len(sweeps) :]:
         panel.set_visible(False)
-    title = "AP, %: mean ± 1 standard deviation (grey: none; hollow: stopped at that epoch)"
+    title = f"AP, %: mean ± 1 standard deviation\n(grey: {against}; hollow: stopped at that epoch)"
     figure.suptitle(title, fontsize=9, color=INK)
     with replacing(path) as temporary:
         figure.savefig(temporary)

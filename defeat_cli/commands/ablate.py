@@ -33,8 +33,7 @@ NAMES = "Variants (see --list): neck fg-only/bg-only …; or a sweep: neck:alpha
 ALONE = {
     "list_variants": {"variants"},
     "report_only": {"output", "sort", "against"},
-    "protocol": {"variants", "recipe", "teacher", "data", "output", "jobs", "gpus_per_run", "device", "set_"}
-    | {"sort", "against"},
+    "protocol": {"variants", "recipe", "teacher", "data", "output", "jobs", "gpus_per_run", "sort", "device", "set_"},
     "show_masks": {"recipe", "teacher", "data", "output", "device", "set_"},
 }
 """Options that make another command of this one, and the options that have an effect then."""
@@ -70,8 +69,8 @@ def ablate(
         int, typer.Option(help="Processes that share each run, one a GPU; on the CPU with --device cpu.")
     ] = 1,
     sort: Annotated[str, typer.Option(help="What the tables are sorted by: AP, AP50, … or given.")] = "AP",
-    against: Annotated[str, typer.Option(help="The variant that differences are to.")] = "none",
     report_only: Annotated[bool, typer.Option("--report-only", help="Rebuild the report; train nothing.")] = False,
+    against: Annotated[str, typer.Option(help="With --report-only: the variant that differences are to.")] = "none",
     show_masks: Annotated[
         list[str] | None, typer.Option(help="Draw every mask kind over this image instead. Repeatable.")
     ] = None,
@@ -92,6 +91,8 @@ def ablate(
     if report_only:
         show_report(output, sort, against)
         return
+    if "against" in options_said(ctx):
+        raise DefeatError("--against: is for a study that is there; give it with --report-only and --output")
     announce_loading(quiet)
     from defeat_cli.ablation.study import OWN_KEYS, plan
 
@@ -112,7 +113,6 @@ def ablate(
             console.print(f"written: {path}", soft_wrap=True, markup=False)
         return
     from defeat_cli.ablation.choice import choose
-    from defeat_cli.ablation.rows import check_against
     from defeat_cli.engine.runs import RunFolder
     from defeat_cli.jobs.ablating import ablate as run
     from defeat_cli.session import settled
@@ -128,17 +128,14 @@ def ablate(
     compared, optional = choose(followed.variants if followed else wanted, known, GROUPS, chosen)
     how = {"jobs": jobs, "gpus_per_run": gpus_per_run, "sort": sort, "quiet": quiet}
     if followed:
-        from defeat_cli.ablation.protocol import LONGER, prepare
+        from defeat_cli.ablation.protocol import prepare
         from defeat_cli.jobs.following import follow
 
-        asked = prepare(folder, followed, compared, optional, chosen)
-        check_against(against, [*asked.foreseen().variants, *([LONGER] if followed.equal_time != "off" else [])])
-        failures = follow(asked, **how)
+        failures = follow(prepare(folder, followed, compared, optional, chosen), **how)
     else:
         study = plan(folder, compared, whole_numbers("--seeds", seeds or "0"), chosen, budget, optional)
-        check_against(against, study.variants)
         failures = run(study, **how)
-    show_report(folder, sort, against)
+    show_report(folder, sort)
     if failures:
         raise typer.Exit(1)
 
@@ -182,7 +179,7 @@ def whole_numbers(option: str, text: str) -> list[int]:
         raise DefeatError(f"{option} {text}: expected whole numbers separated by commas, e.g. 0,1,2") from None
 
 
-def show_report(folder: Path | None, sort: str, against: str) -> None:
+def show_report(folder: Path | None, sort: str, against: str = "none") -> None:
     """Write and print the report of the study in a folder."""
     if folder is None:
         raise DefeatError("--report-only: name the study's folder with --output")

@@ -25,6 +25,9 @@ Key = tuple[bytes, torch.Size, tuple[int, int], torch.dtype]
 ROOM = 16 * 2**30
 """Bytes of the disk that are left to others."""
 
+OWN = re.compile(r"[0-9a-f]{32}(\.\w+)?")
+"""Names that are ours: of a detector's folder, of files, temporary ones too."""
+
 DIGEST = 32
 """Bytes with which a file begins: the digest of all that follows, which torch does not check."""
 
@@ -37,25 +40,19 @@ class MapFolder:
     Args:
         parent: folder of all detectors; need not be there.
         place: which maps.
-
-    Attributes:
-        spared: seconds that it took to compute what was found here, less those that reading and writing took.
     """
 
     def __init__(self, parent: Path, detector: TorchvisionDetector, place: str) -> None:
-        self.path, self.spared = parent / _fingerprint(detector, place), 0.0
+        self.path, self._spared = parent / _fingerprint(detector, place), 0.0
 
     def read(self, key: Key) -> list[Tensor] | None:
         """The maps of an image; None where none are there, or not whole."""
-        began = time.perf_counter()
-        try:
+        began, stored = time.perf_counter(), {"levels": None, "seconds": 0.0}
+        with suppress(OSError):
             content = self._file(key).read_bytes()
-        except OSError:
-            return None
-        if blake2b(content[DIGEST:], digest_size=DIGEST).digest() != content[:DIGEST]:
-            return None
-        stored = torch.load(io.BytesIO(content[DIGEST:]), weights_only=True)
-        self.spared += stored["seconds"] - (time.perf_counter() - began)
+            if blake2b(content[DIGEST:], digest_size=DIGEST).digest() == content[:DIGEST]:
+                stored = torch.load(io.BytesIO(content[DIGEST:]), weights_only=True)
+        self._spared += stored["seconds"] - (time.perf_counter() - began)
         return stored["levels"]
 
     def write(self, key: Key, levels: list[Tensor], seconds: float) -> None:
@@ -73,7 +70,12 @@ class MapFolder:
         except OSError:
             with suppress(OSError):
                 temporary.unlink()
-        self.spared -= time.perf_counter() - began
+        self._spared -= time.perf_counter() - began
+
+    def take_spared(self) -> float:
+        """Seconds that computing what was found had taken, less those of reading and writing, since the last call."""
+        taken, self._spared = self._spared, 0.0
+        return taken
 
     def _file(self, key: Key) -> Path:
         return self.path / f"{blake2b(repr(key).encode(), digest_size=16).hexdigest()}.pt"
@@ -81,11 +83,16 @@ class MapFolder:
 
 def remove(parent: Path) -> None:
     """Remove what any `MapFolder` has kept below a folder, and the folder itself where nothing else is in it."""
-    for path in parent.glob("*"):
-        if re.fullmatch("[0-9a-f]{32}", path.name):
-            shutil.rmtree(path, ignore_errors=True)
     with suppress(OSError):
+        for folder in filter(_is_own, parent.glob("*")):
+            for file in filter(_is_own, folder.glob("*")):
+                file.unlink()
+            folder.rmdir()
         parent.rmdir()
+
+
+def _is_own(path: Path) -> bool:
+    return OWN.fullmatch(path.name) is not None
 
 
 def _fingerprint(detector: TorchvisionDetector, place: str) -> str:

@@ -69,8 +69,8 @@ class Proportion:
 
 
 class Clock:
-    """Time spent training, evaluation left out, and spared; images per second since the last log line, of all processes
-    together; peak GPU memory of the process that needs most."""
+    """Time spent training, evaluation left out, and what found features spared of it; images per second since the last
+    log line, of all processes together; peak GPU memory of the process that needs most."""
 
     def __init__(self, training: Training, world: World) -> None:
         self.training = training
@@ -79,7 +79,6 @@ class Clock:
         self.images = 0
         self.logged_at = training.seconds
         self.since = time.perf_counter()
-        self.spared = 0.0
 
     def tick(self, images: int) -> None:
         """A step on so many images is done."""
@@ -88,8 +87,7 @@ class Clock:
         self.since = now
         cache = self.training.distiller.cache
         if cache is not None and cache.folder is not None:
-            self.training.spared += cache.folder.spared - self.spared
-            self.spared = cache.folder.spared
+            self.training.spared += cache.folder.take_spared()
         self.images += images
 
     @contextmanager

@@ -25,7 +25,8 @@ def ablate(
 ) -> dict[str, str]:
     """Run a study; see `run_study`."""
     # Resolved, for the path becomes part of the runs' recipes, which a later call must find unchanged.
-    called = calls(study.folder.resolve(), quiet, gpus_per_run)
+    several = sum(bool(run.recipe.distillation.terms) for run in study.runs()) > 1
+    called = calls(study.folder.resolve(), quiet, gpus_per_run, share_features=several)
     with interruptible():
         failures = run_study(study, called, jobs=jobs, gpus_per_run=gpus_per_run, sort=sort, quiet=quiet)
     if not failures:
@@ -38,8 +39,8 @@ def interruptible() -> AbstractContextManager[None]:
     return stoppable(lambda: "the study is stopped; the same command goes on with it")
 
 
-def calls(home: Path, quiet: bool = False, gpus_per_run: int = 1) -> Calls:
-    """Args: home: folder of what runs share: the teacher that the recipe trains, the teacher's features."""
+def calls(home: Path, quiet: bool = False, gpus_per_run: int = 1, share_features: bool = True) -> Calls:
+    """Args: home: folder of what runs share: the teacher that the recipe trains, and, where asked, its features."""
     last: Session | None = None
 
     def check(recipe: Recipe) -> tuple[int, list[str]]:
@@ -51,4 +52,5 @@ def calls(home: Path, quiet: bool = False, gpus_per_run: int = 1) -> Calls:
         trained_here = recipe.teacher.checkpoint is None and recipe.teacher.recipe is not None
         return training.train_teacher(recipe, home, quiet=quiet) if trained_here else None
 
-    return Calls(check, obtain_teacher, partial(command, processes=gpus_per_run, features=home / FEATURES))
+    features = home / FEATURES if share_features else None
+    return Calls(check, obtain_teacher, partial(command, processes=gpus_per_run, features=features))

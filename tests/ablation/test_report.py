@@ -102,9 +102,16 @@ def test_differences_may_be_to_any_variant(tmp_path):
     assert whole.cells == [["neck", "3 ± 1", "-"], ["none", "5 ± 0", "+2 [+0, +4] "]]
     found.write(tmp_path)
     assert json.loads((tmp_path / "study.json").read_text())["against"] == "neck"
-    for name in ("none", "neck"):
-        draw_study(found.outcomes, found.rows, "", tmp_path / f"{name}.png", name)
-    assert (tmp_path / "none.png").read_bytes() != (tmp_path / "neck.png").read_bytes()
+    with (tmp_path / "study.csv").open(encoding="utf-8") as file:
+        assert {line["against"] for line in csv.DictReader(file)} == {"neck"}
+
+
+def test_a_value_of_a_sweep_that_others_are_compared_with_is_shown_though_it_is_not_the_best():
+    variants, outcomes = swept()
+    assert {row.variant for row in report(outcomes, variants).main_rows} == {"none", "neck", "full", "w4"}
+    found = report(outcomes, variants, against="w16")
+    assert {row.variant for row in found.main_rows} == {"none", "neck", "full", "w4", "w16"}
+    assert sheet(found, "Δ AP to w16")["w4"]["Δ AP to w16"] == "+2.0 [-0.5, +4.5] "
 
 
 def test_unfinished_runs_are_counted_and_left_out():

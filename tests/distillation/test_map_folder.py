@@ -45,13 +45,14 @@ def test_a_second_process_finds_all_with_the_same_bits(prepared, tmp_path, place
 
 
 def test_what_is_spared_is_the_time_of_computing_less_that_of_reading_and_writing(prepared, tmp_path, monkeypatch):
-    # Of four looks each: nothing is found, begun, computed, writing begun, written.
-    ticks = iter([0, 10, 12, 20, 20.5] * 4)
+    # Of four looks each: looked for from 0 to 0.125, computed from 10 to 12, written from 20 to 20.5.
+    ticks = iter([0, 0.125, 10, 12, 20, 20.5] * 4)
     monkeypatch.setattr("time.perf_counter", lambda: next(ticks))
     first = maps_from(tmp_path, teacher(), prepared)[1]
-    assert first.folder.spared == -4 * 0.5
-    ticks = iter([30, 30.25] * 4)  # reading begun, read
-    assert maps_from(tmp_path, teacher(), prepared)[1].folder.spared == 4 * (2 - 0.25)
+    assert first.folder.take_spared() == -4 * 0.625
+    assert first.folder.take_spared() == 0
+    ticks = iter([30, 30.25] * 4)  # read
+    assert maps_from(tmp_path, teacher(), prepared)[1].folder.take_spared() == 4 * (2 - 0.25)
 
 
 def test_maps_of_other_weights_network_place_precision_threads_or_version_are_not_found(
@@ -121,6 +122,9 @@ def test_only_what_was_kept_is_removed(prepared, tmp_path):
     remove(folder)
     assert not folder.exists()
     maps_from(folder, teacher(), prepared)
-    (folder / "mine.txt").touch()
+    own = next(folder.iterdir())
+    for path in (folder / "mine" / "mine.txt", own / "mine.txt"):
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
     remove(folder)
-    assert [path.name for path in folder.iterdir()] == ["mine.txt"]
+    assert sorted(path.name for path in folder.rglob("*")) == sorted(["mine", "mine.txt", own.name, "mine.txt"])

@@ -150,7 +150,7 @@ def test_runs_keep_the_teachers_features_for_each_other_and_are_as_by_themselves
 
     def slow(folder, key):
         found = read(folder, key)
-        folder.spared += 1000
+        folder._spared += 1000
         return found
 
     monkeypatch.setattr(MapFolder, "read", slow)

@@ -69,10 +69,12 @@ def test_settings_are_chosen_on_some_seeds_and_reported_on_others(study, tmp_pat
     (folder / "report.md").unlink()
     assert "report.html" in defeat("ablate", "--report-only", "-o", folder)
     assert (folder / "report.md").read_bytes() == page
-    assert "Δ AP to none-longer" in defeat("ablate", "--report-only", "-o", folder, "--against", "none-longer")
+    assert "Δ AP to full" in defeat("ablate", "--report-only", "-o", folder, "--against", "full")
     page = (folder / "report.md").read_text()
-    assert "Δ AP to none-longer" in page
-    assert "its difference to none-longer" in page
+    for text in ("Δ AP to full", "its difference to full", "Δ to none-longer", "Δ AP to none "):  # of the tuning
+        assert text in page
+    refused = defeat("ablate", "--report-only", "-o", folder, "--against", "none-longer", code=2)
+    assert "the page has these differences already" in refused
 
 
 def test_a_protocol_of_plain_options_that_was_stopped_goes_on(study, tmp_path):
