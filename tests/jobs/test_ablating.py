@@ -135,7 +135,7 @@ def test_the_teacher_is_scored_once(tmp_path, base, monkeypatch):
 def test_runs_keep_the_teachers_features_for_each_other_and_are_as_by_themselves(tmp_path, base, defeat, monkeypatch):
     base.teacher.cache_gib, base.schedule.epochs = 1.0, 1
     monkeypatch.setattr(running, "environments", lambda *_: [{"OMP_NUM_THREADS": "1"}])  # as this process
-    study = planned(tmp_path / "s", ["neck"], base)
+    study = planned(tmp_path / "s", ["neck", "full"], base)
     with monkeypatch.context() as kept:
         kept.setattr(map_folder, "remove", lambda home: None)
         assert ablating.ablate(study, quiet=True) == {}
@@ -168,6 +168,16 @@ def test_runs_keep_the_teachers_features_for_each_other_and_are_as_by_themselves
     assert state["seconds"] < 1000 * 12 < state["spared"]  # of which the second process had four images
     assert ablating.ablate(study, quiet=True) == {}
     assert not (study.folder / "features").exists()
+
+
+@pytest.mark.parametrize(("names", "shared"), [(["neck"], False), (["neck", "full"], True)])
+def test_features_are_kept_where_another_run_can_find_them(tmp_path, base, monkeypatch, names, shared):
+    begun = []
+    monkeypatch.setattr(
+        ablating, "run_study", lambda study, calls, **options: begun.append(calls.command(study.folder, 1)) or {}
+    )
+    ablating.ablate(planned(tmp_path / "s", names, base), quiet=True)
+    assert (str(tmp_path / "s" / "features") in begun[0]) == shared
 
 
 def test_a_teacher_of_two_studies_is_trained_in_one_place(tmp_path, base, monkeypatch):
