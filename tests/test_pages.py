@@ -26,10 +26,13 @@ RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
 
 def in_blocks(text: str, block: str = r"```bash\n(.*?)```") -> list[list[str]]:
-    """The command lines of our tool in blocks of shell, each as its words from the command's name on."""
+    """The command lines of our tool in blocks of shell, each as its words from the command's name on.
+
+    A variable of one block is there in the next, as in the shell of who follows a page.
+    """
     found = []
+    variables: dict[str, str] = {}
     for shell in re.findall(block, text, re.DOTALL):
-        variables: dict[str, str] = {}
         for line in re.sub(r"\$\([^)]*\)", "", shell.replace("\\\n", " ")).splitlines():
             line = with_values(line, variables)
             if assigned := re.fullmatch(r"""([A-Z0-9]+)=(\S+|'.*'|".*")""", line):

@@ -10,6 +10,12 @@ from defeat_cli.distillation.caching import FeatureCache
 from defeat_cli.distillation.map_folder import MapFolder, remove
 
 
+@pytest.fixture(autouse=True)
+def room(monkeypatch):
+    """However full the disk is that the tests run on."""
+    monkeypatch.setattr(map_folder, "ROOM", 0)
+
+
 @pytest.fixture
 def prepared():
     return build().prepare(batch()[0])  # 64 x 64, 64 x 90 and 64 x 70
@@ -73,9 +79,9 @@ def test_maps_of_other_weights_network_place_precision_threads_or_version_are_no
         assert number_of_looks(tmp_path, teacher(), prepared) == 4
     finally:
         torch.set_num_threads(before)
-    monkeypatch.setattr(defeat_cli, "__version__", "99")
-    assert number_of_looks(tmp_path, teacher(), prepared) == 4
-    monkeypatch.undo()
+    with monkeypatch.context() as later:
+        later.setattr(defeat_cli, "__version__", "99")
+        assert number_of_looks(tmp_path, teacher(), prepared) == 4
     assert number_of_looks(tmp_path, teacher(), prepared) == 0
 
 
@@ -101,7 +107,7 @@ def test_where_the_disk_has_no_room_nothing_is_written_and_all_goes_on(prepared,
     assert [number_of_looks(tmp_path / "full", teacher(), prepared) for _ in range(2)] == [4, 4]
     assert list(tmp_path.glob("full/*/*")) == []
     (tmp_path / "file").touch()  # in the place of a folder
-    monkeypatch.undo()
+    monkeypatch.setattr(map_folder, "ROOM", 0)
     assert [number_of_looks(tmp_path / "file", teacher(), prepared) for _ in range(2)] == [4, 4]
 
 

@@ -12,7 +12,7 @@ from defeat_cli.engine.monitor import Clock, Proportion
 
 def training_on(device):
     parameter = SimpleNamespace(device=torch.device(device))
-    return SimpleNamespace(seconds=0.0, distiller=SimpleNamespace(parameters=lambda: iter([parameter])))
+    return SimpleNamespace(seconds=0.0, distiller=SimpleNamespace(parameters=lambda: iter([parameter]), cache=None))
 
 
 @pytest.mark.parametrize(("device", "memory"), [("cuda:1", {"memory_gib": 3.0}), ("cpu", {})])

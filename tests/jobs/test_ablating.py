@@ -133,6 +133,8 @@ def test_the_teacher_is_scored_once(tmp_path, base, monkeypatch):
 
 
 def test_runs_keep_the_teachers_features_for_each_other_and_are_as_by_themselves(tmp_path, base, defeat, monkeypatch):
+    if shutil.disk_usage(tmp_path).free < 2 * map_folder.ROOM:
+        pytest.skip("this disk has no room for what runs keep")
     base.teacher.cache_gib, base.schedule.epochs = 1.0, 1
     monkeypatch.setattr(running, "environments", lambda *_: [{"OMP_NUM_THREADS": "1"}])  # as this process
     study = planned(tmp_path / "s", ["neck", "full"], base)
