@@ -63,9 +63,10 @@ class MapFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if shutil.disk_usage(self.path).free > ROOM:
-                content = io.BytesIO()
-                torch.save({"levels": levels, "seconds": seconds}, content)
-                temporary.write_bytes(blake2b(content.getvalue(), digest_size=DIGEST).digest() + content.getvalue())
+                buffer = io.BytesIO()
+                torch.save({"levels": levels, "seconds": seconds}, buffer)
+                content = buffer.getvalue()
+                temporary.write_bytes(blake2b(content, digest_size=DIGEST).digest() + content)
                 os.replace(temporary, file)
         except OSError:
             with suppress(OSError):
@@ -83,11 +84,12 @@ class MapFolder:
 
 def remove(parent: Path) -> None:
     """Remove what any `MapFolder` has kept below a folder, and the folder itself where nothing else is in it."""
-    with suppress(OSError):
-        for folder in filter(_is_own, parent.glob("*")):
+    for folder in filter(_is_own, parent.glob("*")):
+        with suppress(OSError):
             for file in filter(_is_own, folder.glob("*")):
                 file.unlink()
             folder.rmdir()
+    with suppress(OSError):
         parent.rmdir()
 
 

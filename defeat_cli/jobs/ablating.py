@@ -24,8 +24,8 @@ def ablate(
     study: Study, *, jobs: int | None = None, gpus_per_run: int = 1, sort: str = "AP", quiet: bool = False
 ) -> dict[str, str]:
     """Run a study; see `run_study`."""
-    # Resolved, for the path becomes part of the runs' recipes, which a later call must find unchanged.
     several = sum(bool(run.recipe.distillation.terms) for run in study.runs()) > 1
+    # Resolved, for the path becomes part of the runs' recipes, which a later call must find unchanged.
     called = calls(study.folder.resolve(), quiet, gpus_per_run, share_features=several)
     with interruptible():
         failures = run_study(study, called, jobs=jobs, gpus_per_run=gpus_per_run, sort=sort, quiet=quiet)

@@ -129,6 +129,8 @@ def test_only_what_was_kept_is_removed(prepared, tmp_path):
     assert not folder.exists()
     maps_from(folder, teacher(), prepared)
     own = next(folder.iterdir())
+    maps_from(folder, teacher(seed=2), prepared)  # whose folder goes, wherever it comes in the order
+    maps_from(folder, teacher(seed=3), prepared)
     for path in (folder / "mine" / "mine.txt", own / "mine.txt"):
         path.parent.mkdir(exist_ok=True)
         path.touch()
